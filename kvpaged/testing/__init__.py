@@ -1,0 +1,1 @@
+"""What tests, benchmarks and examples of a KV cache need: real small models, without a hub."""
