@@ -1,0 +1,1 @@
+"""Triton kernels with their launchers. Importing a module of this package imports Triton."""
