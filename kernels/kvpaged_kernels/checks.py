@@ -81,6 +81,11 @@ def check_pages(name: str, pages: Tensor, dtypes: Sequence[torch.dtype] = FLOATS
         f"got {page_size}",
     )
     _require_dim(f"last dimension of {name}", pages.shape[3])
+    require(
+        page_size * pages.stride(2) < 2**31,
+        f"page_size * slot stride of {name} must be under 2**31 (kernels keep it in int32), "
+        f"got {page_size} * {pages.stride(2)}",
+    )
 
 
 def _check_pages_pair(
@@ -278,7 +283,7 @@ def check_checksum(words: Tensor, entries: Tensor, *, first_word: int) -> None:
     _require_dtype("entries", entries, (torch.int32, torch.int64))
     last = first_word + words.shape[2] * words.shape[3]
     require(
-        0 <= first_word and last <= MAX_CHECKSUM_WORDS,
+        first_word >= 0 and last <= MAX_CHECKSUM_WORDS,
         f"words {first_word}..{last} of a slice must be in 0..{MAX_CHECKSUM_WORDS}",
     )
     _require_device(words.device, entries=entries)

@@ -1,1 +1,1 @@
-"""Eager oracles: what each kernel has to compute, written to be read. Optimised code never imports them."""
+"""Eager oracles: what each kernel has to compute. Optimised code never imports them."""

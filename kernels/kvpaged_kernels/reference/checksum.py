@@ -4,8 +4,9 @@
     a_i = int32(mix32(uint32(i) + 0x9E3779B9))
 
 `w_i` is the i-th int32 word of the slice, counted from `first_word`. The coefficients depend on the
-position, so swapped words are found; the sum is additive, so K and V (or any other parts of a slice)
-can be summed apart and added. It finds faults of memory and transport; it is not cryptographic.
+position, so swapped words are found; the sum is additive, so K and V (or any other parts of a
+slice) can be summed apart and added. It finds faults of memory and transport; it is not
+cryptographic.
 
 `mix32` is the "lowbias32" integer hash of Chris Wellons' hash prospector
 (https://github.com/skeeto/hash-prospector); 0x9E3779B9 is 2**32 over the golden ratio and keeps

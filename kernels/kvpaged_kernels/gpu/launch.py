@@ -1,0 +1,117 @@
+"""A kernel launch as data, and the facts about a device that size one.
+
+A launcher first builds its `Launch` (also from tensors on `device="meta"`) and then runs it, so
+that the arithmetic of a launch is tested without memory and the ahead-of-time compiler sees the
+very arguments that a real launch passes.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kvpaged_kernels.gpu.configs import padded
+
+LOG2_E = 1.4426950408889634
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter stands in for a GPU (`TRITON_INTERPRET=1` before the import)."""
+
+
+class Device(NamedTuple):
+    """What sizes a launch: multiprocessors, and bytes of shared memory one block may take."""
+
+    multiprocessors: int
+    shared_memory: int
+
+
+WITHOUT_GPU = Device(multiprocessors=8, shared_memory=99 * 1024)
+"""Stands in for a device under the interpreter: few multiprocessors, so that splits are few."""
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    # ROCm builds of torch lack the opt-in limit; there the ordinary one is the limit.
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    return Device(
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=shared or properties.shared_memory_per_block,
+    )
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The facts about `tensor`'s device, asked once per device."""
+    if tensor.device.type != "cuda":
+        return WITHOUT_GPU
+    index = tensor.device.index
+    return _cuda_device(torch.cuda.current_device() if index is None else index)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One kernel launch. UPPERCASE arguments are compile-time constants."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device`'s current stream."""
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            self.kernel[self.grid](
+                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+def attention_arguments(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> dict[str, Any]:
+    """The arguments that the decode and the prefill kernel have in common.
+
+    log2(e) is folded into the factor of the scores. With a cap c, c*tanh(s/c) is computed as
+    `primitives.capped` says, which takes the factor 2*log2(e)*scale/c.
+    """
+    score_scale, cap = scale * LOG2_E, 0.0
+    if softcap is not None:
+        score_scale, cap = 2.0 * score_scale / softcap, softcap * LOG2_E
+    return {
+        "q": q,
+        "k_pages": k_pages,
+        "v_pages": v_pages,
+        "block_table": block_table,
+        "stride_k_entry": k_pages.stride(0),
+        "stride_k_head": k_pages.stride(1),
+        "stride_k_slot": k_pages.stride(2),
+        "stride_v_entry": v_pages.stride(0),
+        "stride_v_head": v_pages.stride(1),
+        "stride_v_slot": v_pages.stride(2),
+        "stride_table_row": block_table.stride(0),
+        "q_heads": q.shape[1],
+        "window": 0 if window is None else window,
+        "score_scale": score_scale,
+        "cap": cap,
+        "GROUP": q.shape[1] // k_pages.shape[1],
+        "K_DIM": k_pages.shape[3],
+        "V_DIM": v_pages.shape[3],
+        "BLOCK_K": padded(k_pages.shape[3]),
+        "BLOCK_V": padded(v_pages.shape[3]),
+        "PAGE_SIZE": k_pages.shape[2],
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+    }

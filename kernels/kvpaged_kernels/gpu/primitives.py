@@ -1,0 +1,229 @@
+"""Device functions shared by the kernels.
+
+Scores are kept in units of log2: the caller folds log2(e) into the scale, and `exp2` takes the
+place of `exp`. Running maxima start at `LOWEST`, a finite number, so that a wholly masked row gives
+exp2(-inf - LOWEST) = 0 and never the NaN of -inf - -inf.
+"""
+
+import triton
+import triton.language as tl
+
+from kvpaged_kernels.gpu.launch import INTERPRETED, LOG2_E
+
+LOWEST = tl.constexpr(-1.0e38)
+_LOG2_E = tl.constexpr(LOG2_E)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """`acc + a @ b` with fp32 accumulation; fp32 operands are never rounded to tf32."""
+    if _INTERPRETED:
+        # The interpreter multiplies bf16 operands as if their bits were integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def find_tokens(
+    table, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):
+    """Entry (int64) and slot (int32) of the tokens `start .. start + BLOCK_N`.
+
+    `start` is a multiple of min(PAGE_SIZE, BLOCK_N). A tile inside one page has one scalar entry;
+    a tile over several pages has one entry a token. `MASKED`: tokens from `end` on may lack a page.
+    """
+    offsets = tl.arange(0, BLOCK_N)
+    if BLOCK_N <= PAGE_SIZE:
+        entry = tl.load(table + start // PAGE_SIZE).to(tl.int64)
+        slot = start % PAGE_SIZE + offsets
+    else:
+        token = start + offsets
+        if MASKED:
+            entry = tl.load(table + token // PAGE_SIZE, mask=token < end, other=0).to(tl.int64)
+        else:
+            entry = tl.load(table + token // PAGE_SIZE).to(tl.int64)
+        slot = token % PAGE_SIZE
+    return entry, slot
+
+
+@triton.jit
+def load_tokens(
+    pages,
+    entry,
+    slot,
+    stride_entry,
+    stride_slot,
+    valid,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The vectors of some tokens of one head, `[BLOCK_N, BLOCK_D]`, zero where not `valid`.
+
+    Only the offset of the entry is int64: the launcher checks that a page's own extent fits int32.
+    Slots past the length may hold anything, NaN included, and 0 * NaN is NaN: hence the zeros.
+    """
+    dim = tl.arange(0, BLOCK_D)
+    rows = pages + entry * stride_entry + slot * stride_slot
+    pointers = rows[:, None] + dim[None, :]
+    if MASKED:
+        if BLOCK_D > DIM:
+            return tl.load(pointers, mask=valid[:, None] & (dim < DIM)[None, :], other=0.0)
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    if BLOCK_D > DIM:
+        return tl.load(pointers, mask=(dim < DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def capped(x, cap):
+    """`cap * tanh(x / (2 * log2(e)))`: the caller folds 2 * log2(e) / softcap into `x`.
+
+    tanh(y) = 1 - 2 / (exp(2y) + 1); its absolute error is that of fp32 near 1. The bound keeps the
+    exponential finite, 84 above where tanh rounds to 1.
+    """
+    return cap - 2.0 * cap / (tl.exp2(tl.minimum(x, 126.0)) + 1.0)
+
+
+@triton.jit
+def attend_tile(
+    acc,
+    m,
+    total,
+    q,
+    k_pages,
+    v_pages,
+    table,
+    start,
+    position,
+    end,
+    stride_k_entry,
+    stride_k_slot,
+    stride_v_entry,
+    stride_v_slot,
+    window,
+    score_scale,
+    cap,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of online softmax over the tokens `start .. start + BLOCK_N`, below `end`.
+
+    `q` is `[BLOCK_M, BLOCK_K]`, `position` int32 `[BLOCK_M]`; `acc` `[BLOCK_M, BLOCK_V]`, `m` and
+    `total` `[BLOCK_M]` are fp32 and returned anew. Milakov and Gimelshein, arXiv:1805.02867.
+    """
+    token = start + tl.arange(0, BLOCK_N)
+    valid = token < end
+    entry, slot = find_tokens(table, start, end, PAGE_SIZE, BLOCK_N, MASKED)
+    k = load_tokens(
+        k_pages, entry, slot, stride_k_entry, stride_k_slot, valid, K_DIM, BLOCK_K, MASKED
+    )
+    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * score_scale
+    if HAS_SOFTCAP:
+        scores = capped(scores, cap)
+    if MASKED:
+        seen = token[None, :] <= position[:, None]
+        if HAS_WINDOW:
+            seen &= token[None, :] > position[:, None] - window
+        scores = tl.where(seen, scores, -float("inf"))
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    p = tl.exp2(scores - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    total = total * alpha + tl.sum(p, 1)
+    v = load_tokens(
+        v_pages, entry, slot, stride_v_entry, stride_v_slot, valid, V_DIM, BLOCK_V, MASKED
+    )
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, m_new, total
+
+
+@triton.jit
+def attend(
+    q,
+    k_pages,
+    v_pages,
+    table,
+    position,
+    low,
+    high,
+    start,
+    end,
+    stride_k_entry,
+    stride_k_slot,
+    stride_v_entry,
+    stride_v_slot,
+    window,
+    score_scale,
+    cap,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Attention of a block of queries to the tokens `start .. end` of one KV head.
+
+    `position` `[BLOCK_M]` lies in `low .. high`, both included. The tiles come in three runs: those
+    where some window starts, those that every query sees whole and that need no mask, and those
+    where a query or the range ends. Returns `acc` (not yet divided), `m` and `total`.
+    """
+    edge = start
+    if HAS_WINDOW:
+        edge += tl.cdiv(tl.maximum(high - window + 1 - start, 0), BLOCK_N) * BLOCK_N
+        edge = tl.minimum(edge, end)
+    whole = edge + tl.maximum(tl.minimum(low + 1, end) - edge, 0) // BLOCK_N * BLOCK_N
+
+    m = tl.full([q.shape[0]], LOWEST, tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], BLOCK_V], tl.float32)
+    if HAS_WINDOW:
+        for token in tl.range(start, edge, BLOCK_N, num_stages=1):
+            acc, m, total = attend_tile(
+                acc, m, total, q, k_pages, v_pages, table, token, position, end,
+                stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
+                window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+                HAS_WINDOW, HAS_SOFTCAP, True,
+            )  # fmt: skip
+    for token in range(edge, whole, BLOCK_N):
+        acc, m, total = attend_tile(
+            acc, m, total, q, k_pages, v_pages, table, token, position, end,
+            stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
+            window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, False,
+        )  # fmt: skip
+    for token in tl.range(whole, end, BLOCK_N, num_stages=1):
+        acc, m, total = attend_tile(
+            acc, m, total, q, k_pages, v_pages, table, token, position, end,
+            stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
+            window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, True,
+        )  # fmt: skip
+    return acc, m, total
+
+
+@triton.jit
+def add_sinks(m, total, sinks, head, mask):
+    """Maximum and denominator with the sink of each `head` in, and the factor due to old sums."""
+    sink = tl.load(sinks + head, mask=mask, other=LOWEST).to(tl.float32) * _LOG2_E
+    m_new = tl.maximum(m, sink)
+    alpha = tl.exp2(m - m_new)
+    return m_new, total * alpha + tl.exp2(sink - m_new), alpha
+
+
+@triton.jit
+def window_begin(position, window, ALIGN: tl.constexpr):
+    """The first token to read for a query at `position`: where its window starts, rounded down."""
+    first = tl.maximum(position - window + 1, 0)
+    return first // ALIGN * ALIGN
