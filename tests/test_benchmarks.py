@@ -1,0 +1,61 @@
+"""Each benchmark runs, tiny, and ends with a JSON document; the arithmetic they share is right."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import common, generate
+
+
+def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.generate", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, check=False, cwd=common.ROOT, capture_output=True, text=True, env=common.tree_env()
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document == json.loads((tmp_path / "generate.json").read_text())
+    assert (tmp_path / "generate.png").read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.index("ceiling") < done.stdout.index("of needed")
+    assert [(p["batch"], p["prompt_tokens"]) for p in document["points"]] == [(1, 16), (2, 16)]
+    for point in document["points"]:
+        assert set(point["systems"]) == set(generate.SYSTEMS)
+        assert set(point["paged_over"]) == set(generate.SYSTEMS) - {"paged"}
+        assert point["systems"]["dynamic"]["kv_bytes"] == point["kv_bytes_needed"]
+        # One page a sequence: 64 slots, 30 layers, K and V, 3 heads of 64 numbers in bf16.
+        assert point["systems"]["paged"]["kv_bytes"] == point["batch"] * 64 * 30 * 2 * 3 * 64 * 2
+
+
+def test_alternate_starts_each_round_with_another_case():
+    calls: list[str] = []
+    cases = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "abc"}
+    results = common.alternate(cases, 4)
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    assert results == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+def test_ratios_are_taken_round_by_round():
+    # Both twice as slow in the second round: the pairs say 2, medians of either side would too,
+    # but not after the third round, where only one of them was disturbed.
+    assert common.paired_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 1.0]) == 2.0
+
+
+def test_a_table_lines_up():
+    lines = common.table(["name", "n"], [["a", 1], ["long", 20]]).splitlines()
+    assert lines == ["name   n", "----  --", "a      1", "long  20"]
+
+
+@pytest.mark.parametrize(
+    ("point", "tokens"), [(generate.Point(1, 64, 64), 127), (generate.Point(8, 1500, 32), 12248)]
+)
+def test_the_last_token_needs_no_kv(point, tokens):
+    assert point.kv_tokens == tokens
+
+
+def test_the_environment_names_machine_and_versions():
+    where = common.environment()
+    assert where["torch"].startswith("2.")
+    assert {"cpu", "cores", "commit", "date", "python", "transformers"} <= set(where)
+    assert where["commit"] in common.describe(where)
