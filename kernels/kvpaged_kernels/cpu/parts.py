@@ -1,0 +1,98 @@
+"""Attention over one part of a history, and the exact merge of parts by log-sum-exp."""
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend_part(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q` over the tokens of one part alone.
+
+    - `q`: `[batch, heads, queries, k_dim]`; `k`, `v`: `[batch, heads, tokens, dim]`, any strides
+      with last stride 1; stride 0 over heads shares K and V among the heads of a group.
+    - `bias`: additive mask of `q`'s dtype, broadcastable to `[batch, heads, queries, tokens]`, with
+      strides for that shape (use `expand`).
+    - `causal`: query `i` sees tokens `0..i` (aligned at the top left).
+
+    Returns the output `[batch, heads, queries, v_dim]` (`q`'s dtype; fp32 where the general path
+    ran) and the log-sum-exp fp32 `[batch, heads, queries]`. Where a row sees nothing, both are
+    meaningless and the caller discards them.
+    """
+    if softcap is None and k.shape[-1] == v.shape[-1]:
+        out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        return out, lse
+    return _attend_general(q, k, v, scale, softcap, bias, causal)
+
+
+def _attend_general(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain fp32 matrix products: soft caps, and V narrower than K."""
+    scores = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
+    if softcap is not None:
+        scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
+    if bias is not None:
+        scores += bias
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1)
+        scores.masked_fill_(hidden, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp_(scores.sub_(lse.unsqueeze(-1)))
+    return torch.matmul(weights, v.float()), lse
+
+
+def merge_rows(
+    rows: int, outs: list[Tensor], lses: list[Tensor], owners: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Merge parts into rows: part `p` belongs to row `owner[p]`.
+
+    - `outs`: each `[parts, heads, queries, dim]`; `lses`: each `[parts, heads, queries]`;
+      `owners`: each int64 `[parts]`.
+
+    Returns fp32 `[rows, heads, queries, dim]` (zeros for a row without parts) and the log-sum-exp
+    of each row over all its parts (-inf without). With `m` the greatest `lse` of a row:
+    `out = sum exp(lse_p - m) out_p / sum exp(lse_p - m)`.
+    """
+    out, lse, owner = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses, owners))
+    shape = (rows, *lse.shape[1:])
+    place = owner.view(-1, 1, 1).expand_as(lse)
+    most = torch.full(shape, -torch.inf).scatter_reduce_(0, place, lse, "amax")
+    weight = torch.exp(lse - most[owner])
+    total = torch.zeros(shape).index_add_(0, owner, weight)
+    merged = torch.zeros(rows, *out.shape[1:])
+    merged.index_add_(0, owner, out.float().mul_(weight.unsqueeze(-1)))
+    merged.div_(total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
+    return merged, most + total.log()
+
+
+def merge_pair(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge two parts of the same queries (same shapes): fp32 output and log-sum-exp."""
+    lse = torch.logaddexp(a[1], b[1])
+    left, right = (torch.exp(x[1] - lse).unsqueeze(-1) for x in (a, b))
+    return a[0].float() * left + b[0].float() * right, lse
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Scale an output by the share its tokens have beside the sinks in the softmax denominator.
+
+    - `out`: `[..., dim]`, `lse` and `sinks` broadcastable to its leading dimensions.
+
+    `exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink)`.
+    """
+    return out * torch.sigmoid(lse - sinks.float()).unsqueeze(-1)

@@ -1,0 +1,230 @@
+"""Which attention calls read which pages: planned once a step, pure, on host integers.
+
+A *part* is a run of adjacent pages of one row. A *grid* is a set of parts of equal size at equal
+distances, so that one strided view, and hence one attention call, covers all of them:
+
+    pages     | a0 | a1 | b0 | a2 | -- | c0 | b1 | c1 |        rows a, b, c; -- belongs to nobody
+    grid        *    *    *    *    .    *    *    *           one call over 8 cells, one is a hole
+
+Cells that nobody asked about are holes: computed, and dropped. Tokens a row does not see within
+its cells (past its end, before its window) are masked.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PART_TOKENS = 256
+"""Tokens of the runs that pages are joined to where adjacent: longer parts gain nothing more."""
+
+MAX_GAP = 8
+"""Holes in a row that are cheaper to compute than another call (about 40 microseconds)."""
+
+Ints = npt.NDArray[np.int64]
+
+
+class Grid(NamedTuple):
+    """Cells at entries `start + i * step`, `i < count`, each of `pages` adjacent pages.
+
+    - `cells`: int64, the cells that are parts; None: all of them.
+    - `owners`: int64, the row of each part; `rows`: the row each cell's query comes from (holes:
+      any); None: cell `i` is row `i`'s.
+    - `bias`: additive mask `[count, 1, 1, tokens]` in the model's dtype; None: all tokens seen.
+    """
+
+    start: int
+    step: int
+    count: int
+    pages: int
+    cells: Tensor | None
+    owners: Tensor
+    rows: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """The calls of one decode step. `direct`: the one grid is the rows in order, nothing to merge."""
+
+    rows: int
+    grids: tuple[Grid, ...]
+    direct: bool
+
+
+class Run(NamedTuple):
+    """Positions `[first, last)` of a row whose slots are adjacent, from flat slot `slot` on."""
+
+    first: int
+    last: int
+    slot: int
+
+
+class RowSpan(NamedTuple):
+    """Queries `[q_first, q_last)` of the step are the last positions of a row of `length` tokens."""
+
+    q_first: int
+    q_last: int
+    length: int
+    runs: tuple[Run, ...]
+
+
+def plan_decode(
+    table: npt.NDArray[np.int32],
+    lengths: Ints,
+    *,
+    page_size: int,
+    step: int,
+    joined: bool,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> DecodePlan:
+    """Plan the calls for one query a row.
+
+    - `table`: int32 `[rows, width]` of entries; `lengths`: int64 `[rows]`, the query's token
+      included.
+    - `step`: entries between adjacent pages. `joined`: adjacent pages are one run of slots within
+      a head (layer-major), so a part may have several.
+    - `dtype`: of the bias.
+    """
+    seen = np.zeros_like(lengths) if window is None else np.maximum(lengths - window, 0)
+    first, last = seen // page_size, -(-lengths // page_size)
+    counts = last - first
+    columns = np.arange(int(last.max(initial=0)))
+    inside = (columns >= first[:, None]) & (columns < last[:, None])
+    row, page = np.nonzero(inside)
+    entry = table[row, page].astype(np.int64)
+    if not len(row):
+        return DecodePlan(len(lengths), (), direct=False)
+    follows = np.empty(len(row), bool)  # does a page lie right after the page before it in its row?
+    follows[0] = False
+    follows[1:] = (entry[1:] - entry[:-1] == step) & (row[1:] == row[:-1])
+    maker = _GridMaker(lengths, seen, page_size, step, dtype)
+    breaks = int((~follows).sum())
+    if joined and breaks == len(lengths) and (counts == counts[0]).all():
+        starts = entry[~follows]
+        order = np.argsort(starts, kind="stable")
+        gaps = np.diff(starts[order])
+        if len(gaps) == 0 or (gaps[0] > 0 and (gaps == gaps[0]).all()):
+            rows = row[~follows][order]
+            stride = int(gaps[0]) if len(gaps) else step
+            grid = maker.make(starts[order], rows, first[rows], int(counts[0]), stride)
+            return DecodePlan(len(lengths), (grid,), direct=bool((order[:-1] < order[1:]).all()))
+    grids = []
+    join = PART_TOKENS // page_size if joined else 1
+    if join > 1:
+        place = page - first[row]
+        heads = place % join == 0
+        ends = np.flatnonzero(heads) + join - 1
+        whole = ends < len(row)
+        run = np.cumsum(~follows)
+        at = np.flatnonzero(heads)[whole]
+        ends = ends[whole]
+        at = at[(row[ends] == row[at]) & (run[ends] == run[at])]
+        taken = np.zeros(len(row), bool)
+        taken[(at[:, None] + np.arange(join)).ravel()] = True
+        for residue in np.unique(entry[at] // step % join):
+            some = at[entry[at] // step % join == residue]
+            grids += maker.cut(entry[some], row[some], page[some], join, step * join)
+        rest = ~taken
+    else:
+        rest = np.ones(len(row), bool)
+    grids += maker.cut(entry[rest], row[rest], page[rest], 1, step)
+    return DecodePlan(len(lengths), tuple(grids), direct=False)
+
+
+class _GridMaker:
+    """Turns parts (entry, row, first logical page) into grids with masks."""
+
+    def __init__(
+        self, lengths: Ints, seen: Ints, page_size: int, step: int, dtype: torch.dtype
+    ) -> None:
+        self.lengths, self.seen = lengths, seen
+        self.page_size, self.step, self.dtype = page_size, step, dtype
+
+    def cut(self, entry: Ints, row: Ints, page: Ints, pages: int, stride: int) -> list[Grid]:
+        """Grids of parts of `pages` pages at multiples of `stride` from one another."""
+        grids = []
+        while len(entry):
+            order = np.argsort(entry, kind="stable")
+            entry, row, page = entry[order], row[order], page[order]
+            again = np.zeros(len(entry), bool)  # a page that several rows share: next round
+            again[1:] = entry[1:] == entry[:-1]
+            mine = np.flatnonzero(~again)
+            breaks = np.flatnonzero(
+                (np.diff(entry[mine]) > (MAX_GAP + 1) * stride)
+                | (np.diff(entry[mine]) % stride != 0)
+            )
+            for part in np.split(mine, breaks + 1):
+                grids.append(self.make(entry[part], row[part], page[part], pages, stride))
+            entry, row, page = entry[again], row[again], page[again]
+        return grids
+
+    def make(self, entry: Ints, row: Ints, page: Ints, pages: int, stride: int) -> Grid:
+        """One grid over parts at ascending entries."""
+        cell = (entry - entry[0]) // stride
+        count = int(cell[-1]) + 1
+        tokens = pages * self.page_size
+        start = page * self.page_size
+        low = np.maximum(self.seen[row] - start, 0)
+        high = np.minimum(self.lengths[row] - start, tokens)
+        bias = None
+        if (low > 0).any() or (high < tokens).any():
+            slot = np.arange(tokens)
+            hidden = np.zeros((count, tokens), bool)
+            hidden[cell] = (slot < low[:, None]) | (slot >= high[:, None])
+            bias = torch.zeros((count, 1, 1, tokens), dtype=self.dtype)
+            bias.masked_fill_(torch.from_numpy(hidden)[:, None, None], -torch.inf)
+        rows = np.zeros(count, np.int64)
+        rows[cell] = row
+        in_order = count == len(self.lengths) and bool((rows == np.arange(count)).all())
+        return Grid(
+            start=int(entry[0]),
+            step=stride,
+            count=count,
+            pages=pages,
+            cells=None if count == len(cell) else torch.from_numpy(cell),
+            owners=torch.from_numpy(row),
+            rows=None if in_order else torch.from_numpy(rows),
+            bias=bias,
+        )
+
+
+def plan_spans(
+    table: npt.NDArray[np.int32],
+    lengths: Ints,
+    cu_q: Ints,
+    *,
+    page_size: int,
+    step: int,
+    joined: bool,
+    window: int | None = None,
+) -> tuple[RowSpan, ...]:
+    """The runs that ragged queries read and write, row by row.
+
+    - `table`, `lengths`, `page_size`, `step`, `joined`, `window`: as in `plan_decode`.
+    - `cu_q`: int64 `[rows + 1]`; row `i`'s queries are `[cu_q[i], cu_q[i + 1])`.
+    """
+    spans = []
+    for row, length in enumerate(lengths.tolist()):
+        q_first, q_last = int(cu_q[row]), int(cu_q[row + 1])
+        start = length - (q_last - q_first)
+        low = 0 if window is None else max(0, start - window + 1)
+        first, last = low // page_size, -(-length // page_size)
+        entry = table[row, first:last].astype(np.int64)
+        cuts = np.diff(entry) != step if joined else np.ones(max(len(entry) - 1, 0), bool)
+        bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(entry)]
+        runs = tuple(
+            Run(
+                (first + a) * page_size,
+                min((first + b) * page_size, length),
+                int(entry[a]) * page_size,
+            )
+            for a, b in zip(bounds, bounds[1:], strict=False)
+            if b > a
+        )
+        spans.append(RowSpan(q_first, q_last, length, runs))
+    return tuple(spans)

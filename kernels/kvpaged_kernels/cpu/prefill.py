@@ -1,0 +1,144 @@
+"""Ragged queries over their paged history: a causal call for the new part, plain ones before it."""
+
+import torch
+from torch import Tensor
+
+from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_pair
+from kvpaged_kernels.cpu.plan import RowSpan, Run
+
+WINDOW_BLOCK = 256
+"""Queries of one masked call where a window cuts into the history."""
+
+BLIND = -1e30
+"""Log-sum-exp of a part a query sees nothing of: finite, so that merging two such parts is not NaN."""
+
+
+def _tokens(pages: Tensor, run: Run, first: int, last: int) -> Tensor:
+    """Positions `[first, last)` of a run, `[kv_heads, 1, tokens, dim]`, as a view."""
+    stride_entry, stride_head, stride_slot, _ = pages.stride()
+    _, heads, page_size, dim = pages.shape
+    entry, slot = divmod(run.slot, page_size)
+    offset = entry * stride_entry + (slot + first - run.first) * stride_slot
+    return pages.as_strided(
+        (heads, 1, last - first, dim),
+        (stride_head, 0, stride_slot, 1),
+        pages.storage_offset() + offset,
+    )
+
+
+def paged_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    spans: tuple[RowSpan, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of ragged queries, as `reference.attention.paged_prefill` defines it.
+
+    `spans` stands for the block table, the lengths and `cu_q`; the new tokens are in the pages.
+    Query heads of a group share their KV head through a stride of 0.
+    """
+    kv_heads = k_pages.shape[1]
+    result = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[3])
+    packed = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    results = result.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    head_sinks = None if sinks is None else sinks.unflatten(0, (kv_heads, -1)).unsqueeze(-1)
+    for span in spans:
+        if span.q_last == span.q_first:
+            continue
+        blocks = [(span.q_first, span.q_last)]
+        if window is not None and span.length > window:
+            firsts = range(span.q_first, span.q_last, WINDOW_BLOCK)
+            blocks = [(a, min(a + WINDOW_BLOCK, span.q_last)) for a in firsts]
+        for a, b in blocks:
+            start = span.length - (span.q_last - a)
+            queries = packed[:, :, a:b]
+            if window is None or start + (b - a) <= window:
+                part = _causal(queries, start, k_pages, v_pages, span.runs, scale, softcap)
+            else:
+                part = _windowed(queries, start, k_pages, v_pages, span, window, scale, softcap)
+            out = part[0] if head_sinks is None else apply_sinks(*part, head_sinks)
+            results[:, :, a:b] = out
+    return result
+
+
+def _causal(
+    q: Tensor,
+    start: int,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    runs: tuple[Run, ...],
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries at positions `start..` over all tokens up to their own.
+
+    Runs before `start` are seen whole. From `start` on, the queries before a run see nothing of
+    it, those inside it see it causally, and those after it whole: which is what a causal call with
+    more queries than tokens computes.
+    """
+    stop = start + q.shape[2]
+    group = q.shape[1]
+    out = lse = None
+    for run in runs:
+        for first, last in ((run.first, min(run.last, start)), (max(run.first, start), run.last)):
+            last = min(last, stop)
+            if last <= first:
+                continue
+            k = _tokens(k_pages, run, first, last).expand(-1, group, -1, -1)
+            v = _tokens(v_pages, run, first, last).expand(-1, group, -1, -1)
+            skip = max(first - start, 0)
+            part = attend_part(
+                q[:, :, skip:], k, v, scale=scale, softcap=softcap, causal=first >= start
+            )
+            if out is None or lse is None:
+                out, lse = part
+                continue
+            merged = merge_pair((out[:, :, skip:], lse[:, :, skip:]), part)
+            if skip:
+                merged = (
+                    torch.cat((out[:, :, :skip].float(), merged[0]), dim=2),
+                    torch.cat((lse[:, :, :skip], merged[1]), dim=2),
+                )
+            out, lse = merged
+    assert out is not None and lse is not None
+    return out, lse
+
+
+def _windowed(
+    q: Tensor,
+    start: int,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    span: RowSpan,
+    window: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries at positions `start..` over the last `window` tokens of each, by explicit masks."""
+    stop = start + q.shape[2]
+    seen = max(0, start - window + 1)
+    position = torch.arange(start, stop).unsqueeze(1)
+    merged: tuple[Tensor, Tensor] | None = None
+    for run in span.runs:
+        first, last = max(run.first, seen), min(run.last, stop)
+        if last <= first:
+            continue
+        token = torch.arange(first, last)
+        hidden = (token > position) | (token <= position - window)
+        bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        k = _tokens(k_pages, run, first, last).expand(-1, q.shape[1], -1, -1)
+        v = _tokens(v_pages, run, first, last).expand(-1, q.shape[1], -1, -1)
+        shape = (q.shape[0], q.shape[1], *hidden.shape)
+        out, lse = attend_part(q, k, v, scale=scale, softcap=softcap, bias=bias.expand(shape))
+        blind = hidden.all(dim=1)
+        if bool(blind.any()):
+            out = out.float().masked_fill(blind.unsqueeze(-1), 0.0)
+            lse = lse.masked_fill(blind, BLIND)
+        merged = (out, lse) if merged is None else merge_pair(merged, (out, lse))
+    assert merged is not None
+    return merged

@@ -1,0 +1,366 @@
+"""The operations on pages, dispatched to one implementation, explicitly.
+
+`backend` says which: `"cpu"` (stock torch), `"triton"` (GPUs, and Triton's interpreter), `"reference"`
+(the eager oracles). Nothing falls back. Eager calls go straight to the implementation; under
+`torch.compile` they become the custom operators `torch.ops.kvpaged.*`, which have fake
+implementations and name what they mutate.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpaged.config import Backend
+from kvpaged.errors import ConfigError
+from kvpaged.geometry import View
+
+if TYPE_CHECKING:
+    from kvpaged_kernels.cpu.plan import DecodePlan, RowSpan
+
+
+class Options(NamedTuple):
+    """What attention may be asked for beside the softmax.
+
+    Attributes:
+        scale: factor of `q . k`.
+        window: tokens a query sees, itself included; `None`: all.
+        softcap: `s -> softcap * tanh(s / softcap)` after the scale.
+        sinks: logits `[q_heads]` that join the softmax denominator only.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class LayerPages(NamedTuple):
+    """One layer's K and V over all pages of a class.
+
+    Attributes:
+        flat: the storage, a vector of the pages' dtype.
+        k_pages, v_pages: `[entries, kv_heads, page_size, width]` views of it; `v_pages` may be `None`.
+        k_view, v_view: the same views as integers (sizes, strides, offset, step), for custom operators.
+        step: entries between adjacent pages.
+    """
+
+    flat: Tensor
+    k_pages: Tensor
+    v_pages: Tensor | None
+    k_view: list[int]
+    v_view: list[int]
+    step: int
+
+    @classmethod
+    def of(cls, flat: Tensor, k: View, v: View | None, *, step: int) -> "LayerPages":
+        """The views of a storage."""
+        k_view = [*k.size, *k.stride, k.offset, step]
+        v_view = [*v.size, *v.stride, v.offset, step] if v else []
+        return cls(flat, _pages(flat, k_view), _pages(flat, v_view) if v else None, k_view, v_view, step)
+
+    @property
+    def page_size(self) -> int:
+        """Token slots a page."""
+        return self.k_pages.shape[2]
+
+    @property
+    def joined(self) -> bool:
+        """Whether adjacent pages are one run of slots within a head."""
+        return self.k_pages.stride(0) == self.page_size * self.k_pages.stride(2)
+
+
+def _pages(flat: Tensor, view: Sequence[int]) -> Tensor:
+    return flat.as_strided(view[:4], view[4:8], view[8])
+
+
+class Kernels(NamedTuple):
+    """The functions of a backend, all of the signatures that `kvpaged_kernels.reference` documents."""
+
+    append: Callable[..., None]
+    paged_decode: Callable[..., Tensor]
+    paged_prefill: Callable[..., Tensor]
+    copy_pages: Callable[..., None]
+    checksum: Callable[..., Tensor]
+
+
+@lru_cache(maxsize=1)
+def _triton() -> Kernels:
+    """The Triton kernels; Triton itself is imported only when they are first asked for."""
+    from kvpaged_kernels.gpu.append import append
+    from kvpaged_kernels.gpu.checksum import checksum
+    from kvpaged_kernels.gpu.copy import copy_pages
+    from kvpaged_kernels.gpu.decode import paged_decode
+    from kvpaged_kernels.gpu.prefill import paged_prefill
+
+    return Kernels(append, paged_decode, paged_prefill, copy_pages, checksum)
+
+
+@lru_cache(maxsize=1)
+def _reference() -> Kernels:
+    from kvpaged_kernels.reference.append import append
+    from kvpaged_kernels.reference.attention import paged_decode, paged_prefill
+    from kvpaged_kernels.reference.checksum import checksum
+    from kvpaged_kernels.reference.copy import copy_pages
+
+    return Kernels(append, paged_decode, paged_prefill, copy_pages, checksum)
+
+
+def _kernels(backend: str) -> Kernels:
+    if backend not in ("triton", "reference"):
+        raise ConfigError(f"no kernels are called {backend!r}")
+    return _triton() if backend == "triton" else _reference()
+
+
+def append(
+    pages: LayerPages,
+    k: Tensor,
+    v: Tensor | None,
+    slots: Tensor,
+    *,
+    backend: Backend,
+    spans: "tuple[RowSpan, ...] | None" = None,
+) -> None:
+    """Write the K and V of new tokens into their slots of `pages`.
+
+    Args:
+        pages: where to; mutated.
+        k: `[tokens, kv_heads, k_width]`, last dimension contiguous, of the pages' dtype.
+        v: `[tokens, kv_heads, v_width]`, or `None` exactly when the pages have no V.
+        slots: int64 `[tokens]`, `entry * page_size + slot`, distinct.
+        backend: which implementation.
+        spans: the same places as runs (CPU only; optional).
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.kvpaged.append(pages.flat, k, v, slots, pages.k_view, pages.v_view, backend)
+    elif backend == "cpu":
+        from kvpaged_kernels.cpu.append import append as cpu_append
+
+        cpu_append(k, v, pages.k_pages, pages.v_pages, slots, spans)
+    else:
+        _kernels(backend).append(k, v, pages.k_pages, pages.v_pages, slots)
+
+
+def decode(
+    pages: LayerPages,
+    q: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    options: Options,
+    *,
+    max_len: int,
+    backend: Backend,
+    plan: "DecodePlan | None" = None,
+) -> Tensor:
+    """Attention of one query token a sequence over its pages.
+
+    Args:
+        pages: what is read.
+        q: `[rows, q_heads, k_width]`.
+        table: int32 `[rows, width]` of entries.
+        lengths: int32 `[rows]`, the query's token included.
+        options: scale, window, soft cap, sinks.
+        max_len: an upper bound of `lengths`, known on the host.
+        backend: which implementation.
+        plan: what `plan_decode` made of table, lengths and window (CPU only; made anew if absent).
+
+    Returns:
+        `[rows, q_heads, v_width]` of `q`'s dtype.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.kvpaged.decode(
+            pages.flat, q, table, lengths, pages.k_view, pages.v_view, max_len,
+            options.scale, options.window, options.softcap, options.sinks, backend,
+        )  # fmt: skip
+    if backend == "cpu":
+        from kvpaged_kernels.cpu.decode import paged_decode
+
+        if plan is None:
+            plan = plan_decode(pages, table, lengths, options.window)
+        return paged_decode(
+            q, pages.k_pages, _values(pages), plan,
+            scale=options.scale, softcap=options.softcap, sinks=options.sinks,
+        )  # fmt: skip
+    return _kernels(backend).paged_decode(
+        q, pages.k_pages, _values(pages), table, lengths, max_len=max_len, **options._asdict()
+    )
+
+
+def prefill(
+    pages: LayerPages,
+    q: Tensor,
+    table: Tensor,
+    cu_q: Tensor,
+    lengths: Tensor,
+    options: Options,
+    *,
+    max_q: int,
+    max_len: int,
+    backend: Backend,
+    spans: "tuple[RowSpan, ...] | None" = None,
+) -> Tensor:
+    """Causal attention of ragged queries over their paged history; the new tokens are in the pages.
+
+    Args:
+        pages, table, lengths, options, max_len, backend: as in `decode`.
+        q: `[tokens, q_heads, k_width]`; row `i`'s queries are `[cu_q[i], cu_q[i + 1])` and are its last positions.
+        cu_q: int32 `[rows + 1]`.
+        max_q: an upper bound of the queries of a row, known on the host.
+        spans: what `plan_spans` made of table, lengths, `cu_q` and window (CPU only; made anew if absent).
+
+    Returns:
+        `[tokens, q_heads, v_width]` of `q`'s dtype.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.kvpaged.prefill(
+            pages.flat, q, table, cu_q, lengths, pages.k_view, pages.v_view, max_q, max_len,
+            options.scale, options.window, options.softcap, options.sinks, backend,
+        )  # fmt: skip
+    if backend == "cpu":
+        from kvpaged_kernels.cpu.prefill import paged_prefill
+
+        if spans is None:
+            spans = plan_spans(pages, table, cu_q, lengths, options.window)
+        return paged_prefill(q, pages.k_pages, _values(pages), spans, **options._asdict())
+    return _kernels(backend).paged_prefill(
+        q, pages.k_pages, _values(pages), table, cu_q, lengths,
+        max_q=max_q, max_len=max_len, **options._asdict(),
+    )  # fmt: skip
+
+
+def copy_pages(pages: Tensor, src: Tensor, dst: Tensor, *, backend: Backend) -> None:
+    """Copy pages, exactly.
+
+    Args:
+        pages: `[entries, pieces, elements]` view of a storage; mutated.
+        src, dst: int64 `[n]` entries; `dst` distinct and apart from `src`.
+        backend: which implementation.
+    """
+    if backend == "cpu":
+        from kvpaged_kernels.cpu.copy import copy_pages as cpu_copy
+
+        cpu_copy(pages, src, dst)
+    else:
+        _kernels(backend).copy_pages(pages, src, dst)
+
+
+def checksum(words: Tensor, entries: Tensor, *, first_word: int, backend: Backend) -> Tensor:
+    """Checksums of the slices of some pages, int64 `[n, slices]`: see `kvpaged_kernels.reference.checksum`.
+
+    Args:
+        words: int32 `[entries, slices, pieces, words]` view of a storage.
+        entries: int64 `[n]`.
+        first_word: the place of this part's first word within its slice.
+        backend: which implementation.
+    """
+    if backend == "cpu":
+        from kvpaged_kernels.cpu.copy import checksum as cpu_checksum
+
+        return cpu_checksum(words, entries, first_word=first_word)
+    return _kernels(backend).checksum(words, entries, first_word=first_word)
+
+
+def plan_decode(
+    pages: LayerPages, table: Tensor, lengths: Tensor, window: int | None
+) -> "DecodePlan":
+    """The CPU's calls for a decode step, from device tensors."""
+    from kvpaged_kernels.cpu.plan import plan_decode as plan
+
+    return plan(
+        table.numpy(), lengths.numpy().astype(np.int64), page_size=pages.page_size, step=pages.step,
+        joined=pages.joined, dtype=pages.flat.dtype, window=window,
+    )  # fmt: skip
+
+
+def plan_spans(
+    pages: LayerPages, table: Tensor, cu_q: Tensor, lengths: Tensor, window: int | None
+) -> "tuple[RowSpan, ...]":
+    """The CPU's runs for ragged queries, from device tensors."""
+    from kvpaged_kernels.cpu.plan import plan_spans as plan
+
+    return plan(
+        table.numpy(), lengths.numpy().astype(np.int64), cu_q.numpy().astype(np.int64),
+        page_size=pages.page_size, step=pages.step, joined=pages.joined, window=window,
+    )  # fmt: skip
+
+
+def _values(pages: LayerPages) -> Tensor:
+    """The pages attention takes values from: V, or the one tensor of a group without V."""
+    return pages.k_pages if pages.v_pages is None else pages.v_pages
+
+
+# -- custom operators: what torch.compile and CUDA graphs hold ------------------------------------
+
+_library = torch.library.Library("kvpaged", "DEF")
+_library.define(
+    "append(Tensor(a!) flat, Tensor k, Tensor? v, Tensor slots, int[] k_view, int[] v_view, "
+    "str backend) -> ()"
+)
+_VIEWS = "int[] k_view, int[] v_view"
+_OPTIONS = "float scale, SymInt? window, float? softcap, Tensor? sinks, str backend"
+_library.define(
+    f"decode(Tensor flat, Tensor q, Tensor table, Tensor lengths, {_VIEWS}, SymInt max_len, "
+    f"{_OPTIONS}) -> Tensor"
+)
+_library.define(
+    f"prefill(Tensor flat, Tensor q, Tensor table, Tensor cu_q, Tensor lengths, {_VIEWS}, "
+    f"SymInt max_q, SymInt max_len, {_OPTIONS}) -> Tensor"
+)
+
+
+def _op_pages(flat: Tensor, k_view: list[int], v_view: list[int]) -> LayerPages:
+    k, v = (View(tuple(x[:4]), tuple(x[4:8]), x[8]) if x else None for x in (k_view, v_view))
+    assert k is not None
+    return LayerPages.of(flat, k, v, step=k_view[9])
+
+
+def _append_op(
+    flat: Tensor, k: Tensor, v: Tensor | None, slots: Tensor,
+    k_view: list[int], v_view: list[int], backend: Backend,
+) -> None:  # fmt: skip
+    append(_op_pages(flat, k_view, v_view), k, v, slots, backend=backend)
+
+
+def _decode_op(
+    flat: Tensor, q: Tensor, table: Tensor, lengths: Tensor, k_view: list[int], v_view: list[int],
+    max_len: int, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    backend: Backend,
+) -> Tensor:  # fmt: skip
+    pages = _op_pages(flat, k_view, v_view)
+    options = Options(scale, window, softcap, sinks)
+    return decode(pages, q, table, lengths, options, max_len=max_len, backend=backend)
+
+
+def _prefill_op(
+    flat: Tensor, q: Tensor, table: Tensor, cu_q: Tensor, lengths: Tensor,
+    k_view: list[int], v_view: list[int], max_q: int, max_len: int, scale: float,
+    window: int | None, softcap: float | None, sinks: Tensor | None, backend: Backend,
+) -> Tensor:  # fmt: skip
+    return prefill(
+        _op_pages(flat, k_view, v_view), q, table, cu_q, lengths,
+        Options(scale, window, softcap, sinks), max_q=max_q, max_len=max_len, backend=backend,
+    )  # fmt: skip
+
+
+def _output(q: Tensor, k_view: list[int], v_view: list[int]) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], (v_view or k_view)[3])
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("append", _append_op, _key)
+    _library.impl("decode", _decode_op, _key)
+    _library.impl("prefill", _prefill_op, _key)
+torch.library.register_fake("kvpaged::append", lambda *_: None, lib=_library)
+torch.library.register_fake(
+    "kvpaged::decode",
+    lambda flat, q, table, lengths, k_view, v_view, *_: _output(q, k_view, v_view),
+    lib=_library,
+)
+torch.library.register_fake(
+    "kvpaged::prefill",
+    lambda flat, q, table, cu_q, lengths, k_view, v_view, *_: _output(q, k_view, v_view),
+    lib=_library,
+)

@@ -1,0 +1,1 @@
+"""Pages and who holds them: frames, allocator, pool, block tables."""

@@ -1,0 +1,85 @@
+"""What is done to whole pages of a class: copy, clear, sum."""
+
+import torch
+from torch import Tensor
+
+from kvpaged import ops
+from kvpaged.config import Backend
+from kvpaged.errors import IntegrityError
+from kvpaged.geometry import Kind
+from kvpaged.pages.allocator import SEALED, Ids
+from kvpaged.pages.pool import PageClass
+
+
+def _kinds(page_class: PageClass) -> tuple[Kind, ...]:
+    return ("k", "v") if page_class.geometry.v_width else ("k",)
+
+
+def _pieces(page_class: PageClass, kind: Kind) -> Tensor:
+    size = page_class.flat.numel() * page_class.geometry.itemsize
+    pages = page_class.allocator.capacity
+    view = page_class.geometry.pieces(kind, pages=pages, storage_bytes=size)
+    tensor = page_class.flat.as_strided(view.size, view.stride, view.offset)
+    return tensor.squeeze(1)
+
+
+def copy_pages(page_class: PageClass, src: Ids, dst: Ids, *, backend: Backend) -> None:
+    """Copy the bytes of pages `src` to pages `dst`."""
+    sources, targets = page_class.entry_tensor(src), page_class.entry_tensor(dst)
+    whole = page_class.geometry.layout == "page-major"
+    for kind in _kinds(page_class)[:1] if whole else _kinds(page_class):
+        ops.copy_pages(_pieces(page_class, kind), sources, targets, backend=backend)
+
+
+def clear_pages(page_class: PageClass, ids: Ids) -> None:
+    """Zero pages.
+
+    The CPU path masks the slots past a sequence's end by adding -inf to their scores, which a NaN left there by
+    somebody else would survive: a page that starts out partly filled starts out clean.
+    """
+    whole = page_class.geometry.layout == "page-major"
+    for kind in _kinds(page_class)[:1] if whole else _kinds(page_class):
+        pieces = _pieces(page_class, kind)
+        for entry in page_class.entries(ids).tolist():
+            pieces[entry].zero_()
+
+
+def page_checksums(page_class: PageClass, ids: Ids, *, backend: Backend) -> Tensor:
+    """Checksums of the slices of pages, int64 `[n, layers]`, K and V of a layer summed as one slice."""
+    geometry = page_class.geometry
+    words = page_class.flat.view(torch.int32)
+    size = words.numel() * 4
+    entries = page_class.entry_tensor(ids)
+    total: Tensor | None = None
+    for kind in _kinds(page_class):
+        view = geometry.words(kind, pages=page_class.allocator.capacity, storage_bytes=size)
+        first = 0 if kind == "k" else geometry.v_first_word
+        strided = words.as_strided(view.size, view.stride, view.offset)
+        part = ops.checksum(strided, entries, first_word=first, backend=backend)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def seal_pages(page_class: PageClass, ids: Ids, *, backend: Backend) -> None:
+    """Make full pages immutable and keep their checksums."""
+    page_class.allocator.states[ids] = SEALED
+    if page_class.checksums is not None:
+        places = torch.from_numpy(ids.astype("int64")).to(page_class.flat.device)
+        page_class.checksums[places] = page_checksums(page_class, ids, backend=backend)
+
+
+def verify_pages(page_class: PageClass, ids: Ids, *, backend: Backend) -> None:
+    """Raise `IntegrityError` naming the first sealed page and layer whose bytes are not what was sealed."""
+    if page_class.checksums is None or not ids.size:
+        return
+    places = torch.from_numpy(ids.astype("int64")).to(page_class.flat.device)
+    expected = page_class.checksums[places]
+    found = page_checksums(page_class, ids, backend=backend)
+    wrong = (expected != found).nonzero()
+    if len(wrong):
+        row, layer = wrong[0].tolist()
+        raise IntegrityError(
+            f"page {int(ids[row])}, layer {layer} of its group: the bytes sum to {int(found[row, layer])}, "
+            f"sealed as {int(expected[row, layer])}; {len(wrong)} slices are wrong"
+        )

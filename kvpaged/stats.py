@@ -1,0 +1,52 @@
+"""What a cache reports of itself."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals of a cache; read through `CacheStats`."""
+
+    sealed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStats:
+    """One layer group.
+
+    Attributes:
+        layers: how many layers share its pages.
+        window: tokens a query sees, or `None`.
+        page_bytes: bytes of the budget a page takes.
+        pages: pages the whole budget would be.
+        open_pages: pages that take new tokens.
+        sealed_pages: full, immutable pages in use.
+        tokens: token slots filled, shared ones once for each row that holds them.
+    """
+
+    layers: int
+    window: int | None
+    page_bytes: int
+    pages: int
+    open_pages: int
+    sealed_pages: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """A cache at one moment.
+
+    Attributes:
+        memory: bytes of the budget.
+        used: bytes of pages in use.
+        batches: sessions and batches alive.
+        pages_sealed: pages sealed since the cache was made.
+        groups: one for each layer group.
+    """
+
+    memory: int
+    used: int
+    batches: int
+    pages_sealed: int
+    groups: tuple[GroupStats, ...]

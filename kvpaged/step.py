@@ -1,0 +1,160 @@
+"""A step: the tokens a forward pass adds to the rows of a batch, and what kernels need to know of it."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvpaged import ops
+from kvpaged.config import Backend
+from kvpaged.ops import LayerPages, Options
+from kvpaged.pages.pool import PageClass
+from kvpaged.pages.stage import Stage
+from kvpaged.pages.table import BlockTable
+
+if TYPE_CHECKING:
+    from kvpaged_kernels.cpu.plan import DecodePlan, RowSpan
+
+Ints = npt.NDArray[np.int64]
+
+RUN_TOKENS = 4
+"""New tokens a row from which writing them run by run beats writing them slot by slot on a CPU."""
+
+
+@dataclass(slots=True)
+class GroupStep:
+    """A step as one layer group sees it.
+
+    Attributes:
+        table: int32 `[rows, width]` on the device.
+        lengths: int32 `[rows]`, new tokens included.
+        cu_q: int32 `[rows + 1]`, where each row's new tokens begin.
+        slots: int64 `[tokens]`, where they go.
+        max_len: the longest row.
+        decode_plan, spans: the CPU's calls, made when first needed and shared by the group's layers.
+    """
+
+    table: Tensor
+    lengths: Tensor
+    cu_q: Tensor
+    slots: Tensor
+    max_len: int
+    decode_plan: "DecodePlan | None" = None
+    spans: "tuple[RowSpan, ...] | None" = None
+
+
+@dataclass(slots=True)
+class Step:
+    """New tokens of every row, with pages to hold them.
+
+    Attributes:
+        counts: new tokens a row, int64 `[rows]` on the host.
+        starts: tokens a row had before.
+        decode: every row has exactly one new token.
+        max_q: the most new tokens a row has.
+        groups: one for each layer group.
+        positions: int32 `[tokens]` on the first group's device: `starts[row] ..` of each row.
+        cu_seqlens: int32 `[rows + 1]` there: where each row's tokens begin.
+        tokens: int32 `[tokens]` there, or empty: their ids, where `begin` was told them.
+        attended: layers whose attention ran.
+        written: layers whose K and V are in the pages.
+    """
+
+    counts: Ints
+    starts: Ints
+    decode: bool
+    max_q: int
+    groups: list[GroupStep]
+    positions: Tensor
+    cu_seqlens: Tensor
+    tokens: Tensor
+    attended: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+
+
+def make_step(
+    counts: Ints,
+    starts: Ints,
+    tables: list[BlockTable],
+    classes: list[PageClass],
+    stages: dict[torch.device, Stage],
+    ids: npt.NDArray[np.int32] | None = None,
+) -> Step:
+    """Tell each device of a step, in one transfer a device: lengths, positions, and what changed in its tables.
+
+    `ids`: token ids that the first group's device should have too.
+    """
+    rows = len(counts)
+    tokens = int(counts.sum())
+    cu_q = np.zeros(rows + 1, np.int32)
+    np.cumsum(counts, out=cu_q[1:])
+    row_of = np.repeat(np.arange(rows, dtype=np.int32), counts)
+    position = np.arange(tokens, dtype=np.int32) - np.repeat(cu_q[:-1] - starts, counts).astype(np.int32)
+    lengths = (starts + counts).astype(np.int32)
+    groups: list[GroupStep | None] = [None] * len(tables)
+    first: tuple[Tensor, Tensor, Tensor] | None = None
+    for device, stage in stages.items():
+        mine = [i for i, table in enumerate(tables) if table.device == device]
+        changes = [tables[i].take_changes() for i in mine]
+        extra = [array for change in changes if change for array in change]
+        wanted = ids if ids is not None and tables[0].device == device else row_of[:0]
+        sent = stage.send([cu_q, lengths, position, row_of, wanted, *extra])
+        cu, lens, positions, owners = sent[:4]
+        extras = iter(sent[5:])
+        for i, change in zip(mine, changes, strict=True):
+            entries = tables[i].entries
+            if change:
+                places, values = next(extras), next(extras)
+                entries.view(-1)[places.long()] = values
+            size = classes[i].geometry.page_size
+            entry = entries[owners, positions // size]
+            slots = entry.long() * size + positions % size
+            groups[i] = GroupStep(entries, lens, cu, slots, int(lengths.max(initial=0)))
+        if tables[0].device == device:
+            first = positions, cu, sent[4]
+    assert first is not None
+    return Step(
+        counts=counts,
+        starts=starts,
+        decode=bool((counts == 1).all()),
+        max_q=int(counts.max(initial=0)),
+        groups=[group for group in groups if group is not None],
+        positions=first[0],
+        cu_seqlens=first[1],
+        tokens=first[2],
+    )
+
+
+def write_layer(
+    step: Step, group: GroupStep, pages: LayerPages, k: Tensor, v: Tensor | None, *, backend: Backend, window: int | None
+) -> None:
+    """Put a layer's new K and V (`[tokens, kv_heads, width]`) into the pages of a step."""
+    spans = None
+    if backend == "cpu" and (step.max_q >= RUN_TOKENS or not pages.joined):
+        spans = _spans(group, pages, window)
+    ops.append(pages, k, v, group.slots, backend=backend, spans=spans)
+
+
+def attend_layer(step: Step, group: GroupStep, pages: LayerPages, q: Tensor, options: Options, *, backend: Backend) -> Tensor:
+    """Attention of a step's queries (`[tokens, q_heads, width]`) over what is in the pages by now."""
+    if step.decode:
+        if backend == "cpu" and group.decode_plan is None:
+            group.decode_plan = ops.plan_decode(pages, group.table, group.lengths, options.window)
+        return ops.decode(
+            pages, q, group.table, group.lengths, options,
+            max_len=group.max_len, backend=backend, plan=group.decode_plan,
+        )  # fmt: skip
+    spans = _spans(group, pages, options.window) if backend == "cpu" else None
+    return ops.prefill(
+        pages, q, group.table, group.cu_q, group.lengths, options,
+        max_q=step.max_q, max_len=group.max_len, backend=backend, spans=spans,
+    )  # fmt: skip
+
+
+def _spans(group: GroupStep, pages: LayerPages, window: int | None) -> "tuple[RowSpan, ...]":
+    if group.spans is None:
+        group.spans = ops.plan_spans(pages, group.table, group.cu_q, group.lengths, window)
+    return group.spans
