@@ -1,0 +1,213 @@
+"""A small real model answers through the paged cache, and through Hugging Face's DynamicCache.
+
+    make demo        or, where everything is installed: python examples/demo.py
+
+The first run fetches SmolLM2-135M-Instruct (93 MB) and converts it once to the user cache.
+"""
+
+import argparse
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Explain in one sentence why the sky is blue.",
+    "Write two lines of a poem about memory.",
+)
+INDENT = "      "
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated answer: its token ids, and when they came (seconds after the call)."""
+
+    tokens: list[int]
+    first_s: float
+    total_s: float
+
+
+class Printer:
+    """A streamer for `generate()`: notes when tokens come and shows whole words as they do."""
+
+    def __init__(self, tokenizer: Any, *, show: bool) -> None:
+        self._tokenizer = tokenizer
+        self._show = show
+        self._width = min(88, shutil.get_terminal_size().columns) - 1
+        self._column = 0  # of the line that is being written
+        self._written = 0  # characters of the text already on the screen
+        self._prompt_seen = False
+        self.tokens: list[int] = []
+        self.start = self.first = self.last = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        """The prompt on the first call, then a token a call."""
+        self.last = time.perf_counter()
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        if not self.tokens:
+            self.first = self.last
+        self.tokens.append(int(value))
+        if self._show:
+            self._write(final=False)
+
+    def end(self) -> None:
+        """Whatever was held back for lack of a space after it."""
+        if self._show:
+            self._write(final=True)
+            print(flush=True)
+
+    def _write(self, *, final: bool) -> None:
+        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True).replace("\n", " ")
+        ready = len(text) if final else max(text.rfind(" "), self._written)
+        for word in text[self._written : ready].split():
+            if self._column == 0:
+                lead = INDENT
+            elif self._column + 1 + len(word) > self._width:
+                lead, self._column = "\n" + INDENT, 0
+            else:
+                lead = " "
+            sys.stdout.write(lead + word)
+            self._column += len(lead.lstrip("\n")) + len(word)
+        sys.stdout.flush()
+        self._written = ready
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: Any,
+    open_cache: Callable[[], Any],
+    *,
+    new_tokens: int,
+    show: bool,
+) -> tuple[Answer, Any]:
+    """One answer by unmodified `generate()`, and the cache that it filled."""
+    printer = Printer(tokenizer, show=show)
+    past = open_cache()
+    model.generate(
+        **prompt,
+        past_key_values=past,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=printer,
+    )
+    first_s, total_s = printer.first - printer.start, printer.last - printer.start
+    return Answer(printer.tokens, first_s, total_s), past
+
+
+def rate(answers: list[Answer]) -> str:
+    """Tokens a second over all answers, prompts included."""
+    return f"{sum(len(a.tokens) for a in answers) / sum(a.total_s for a in answers):.1f}"
+
+
+def first(answers: list[Answer]) -> str:
+    """The median time to first token."""
+    return f"{sorted(a.first_s for a in answers)[len(answers) // 2] * 1e3:.0f} ms"
+
+
+def agreement(ours: list[int], theirs: list[int]) -> str:
+    """How far two answers are the same."""
+    if ours == theirs:
+        return f"the same {len(ours)} tokens"
+    same = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    return f"the same up to token {same}, where bf16 rounding decides between two near-equal words"
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def table(rows: list[tuple[str, str, str]]) -> str:
+    """Three aligned columns with a rule under the first row."""
+    lines = [f"  {name:<22}{ours:>16}{theirs:>16}" for name, ours, theirs in rows]
+    return "\n".join([lines[0], "  " + "-" * 54, *lines[1:]])
+
+
+def main() -> None:
+    """Ask every question twice, then compare."""
+    parser = argparse.ArgumentParser(description="A real model through the paged KV cache.")
+    parser.add_argument("--new-tokens", type=int, default=48, help="at most, an answer")
+    parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="how many to ask")
+    arguments = parser.parse_args()
+    print("kvpaged: a transformer's KV cache in pages, under unmodified generate()\n", flush=True)
+
+    # Imported here, so that the line above comes at once and the wait below has a name.
+    from kvpaged.testing.progress import phase
+
+    with phase("importing PyTorch and transformers"):
+        import torch
+        from transformers import DynamicCache
+
+        from kvpaged import PagedKVCache
+        from kvpaged.testing import models
+
+    models.path("smollm2")
+    with phase("loading SmolLM2-135M-Instruct"):
+        model, tokenizer = models.load("smollm2", dtype=torch.bfloat16)
+        cache = PagedKVCache.for_model(model, memory="256MiB", page_size=64)
+    print(f"SmolLM2-135M-Instruct, bf16, {torch.get_num_threads()} CPU threads, greedy\n")
+
+    ours: list[Answer] = []
+    theirs: list[Answer] = []
+    with ExitStack() as open_sessions:
+        sessions, dynamics = [], []
+        for number, question in enumerate(QUESTIONS[: arguments.questions], 1):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+
+            def paged(prompt: Any = prompt) -> Any:
+                session = cache.session(
+                    prompt["input_ids"], attention_mask=prompt["attention_mask"]
+                )
+                return open_sessions.enter_context(session)
+
+            def dynamic() -> Any:
+                return DynamicCache(config=model.config)
+
+            settings: dict[str, Any] = {"new_tokens": arguments.new_tokens}
+            if number == 1:  # the first calls of a process choose kernels: not in the figures
+                for warm in (dynamic, paged):
+                    _, past = answer(model, tokenizer, prompt, warm, new_tokens=2, show=False)
+                past.close()
+            print(textwrap.fill(f"{number}/{arguments.questions}   {question}", 88))
+            mine, session = answer(model, tokenizer, prompt, paged, show=True, **settings)
+            peer, filled = answer(model, tokenizer, prompt, dynamic, show=False, **settings)
+            print(f"{INDENT}[DynamicCache: {agreement(mine.tokens, peer.tokens)}]\n", flush=True)
+            ours.append(mine)
+            theirs.append(peer)
+            sessions.append(session)
+            dynamics.append(filled)
+
+        held = sum(session.memory_bytes() for session in sessions)
+        pages = sum(session.pages() for session in sessions)
+        held_by_peer = sum(
+            layer.keys.nbytes + layer.values.nbytes for past in dynamics for layer in past.layers
+        )
+        rows = [
+            ("", "kvpaged", "DynamicCache"),
+            ("tokens/s", rate(ours), rate(theirs)),
+            ("time to first token", first(ours), first(theirs)),
+            ("KV held", megabytes(held), megabytes(held_by_peer)),
+            ("pages of 64 tokens", f"{pages}", "-"),
+        ]
+        print(table(rows))
+    cache.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The examples run to the end as people run them, and print what they promise."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import common
+
+EXAMPLES = common.ROOT / "examples"
+
+# File: the arguments that make it short, and what its output must contain, in this order.
+EXPECTED = {
+    "demo.py": (
+        ["--new-tokens", "12", "--questions", "1"],
+        [r"1/1 .*France", r"Paris", r"\[DynamicCache: the same", r"tokens/s +[\d.]+ +[\d.]+"],
+    ),
+    "hf_generate.py": ([], [r"Paris", r"\d+ pages, [\d,]+ bytes of K and V"]),
+}
+
+
+def run(name: str, arguments: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:kvpaged", EXAMPLES / name, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=common.tree_env(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_example_is_listed():
+    assert {file.name for file in EXAMPLES.glob("*.py")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_example_runs_and_prints_what_it_promises(name):
+    arguments, patterns = EXPECTED[name]
+    out = run(name, arguments)
+    assert re.search(".*".join(patterns), out, re.DOTALL), out
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("*.ipynb")))
+def test_a_notebook_executes_and_keeps_its_outputs(name, tmp_path):
+    import nbformat
+
+    kept = nbformat.read(EXAMPLES / name, as_version=4)
+    code = [cell for cell in kept.cells if cell.cell_type == "code" and cell.source.strip()]
+    assert any(cell.outputs for cell in code), f"{name} was committed without its outputs"
+
+    # A process of its own: the kernel's event loop and its warnings stay out of this one.
+    target = tmp_path / name
+    command = [sys.executable, "-m", "jupyter", "execute", f"--output={target}"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / name)],
+        check=False,
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=common.tree_env(),
+    )
+    assert done.returncode == 0, done.stderr
+    made = nbformat.read(target, as_version=4)
+    kinds = [
+        [output.output_type for output in cell.outputs] for cell in made.cells if "outputs" in cell
+    ]
+    assert not any("error" in outputs for outputs in kinds)
+    assert sum(map(len, kinds)) > 0
