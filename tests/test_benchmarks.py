@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -30,8 +31,12 @@ def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
 
 def test_alternate_starts_each_round_with_another_case():
     calls: list[str] = []
-    cases = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "abc"}
-    results = common.alternate(cases, 4)
+
+    def call(name: str) -> int:
+        calls.append(name)
+        return len(calls)
+
+    results = common.alternate({name: partial(call, name) for name in "abc"}, 4)
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert results == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
 

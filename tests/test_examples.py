@@ -22,7 +22,7 @@ EXPECTED = {
 
 def run(name: str, arguments: list[str]) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:kvpaged", EXAMPLES / name, *arguments],
+        [sys.executable, EXAMPLES / name, *arguments],
         check=False,
         capture_output=True,
         text=True,
