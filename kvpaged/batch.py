@@ -145,15 +145,16 @@ class Batch:
         """Count a step's tokens as held, seal the pages it filled, and give back those that left a window.
 
         Args:
-            ids: the new token ids of each row; `None` where (or if) they are not known.
+            ids: the new token ids of each row, `None` where they are not known; without it whoever knows them
+                keeps the logs.
         """
         step = self._running()
         before, after = step.starts, step.starts + step.counts
         self.step = None
         self.lengths = after
         for row, log in enumerate(self.logs):
-            if step.counts[row]:
-                log.extend(None if ids is None else ids[row])
+            if ids is not None and step.counts[row]:
+                log.extend(ids[row])
         cache = self._cache
         with cache.lock:
             for group in range(len(self._tables)):
@@ -186,34 +187,46 @@ class Batch:
             seen.add(row)
         self.logs = logs
 
-    def rewind_to(self, row: int, length: int) -> None:
-        """Forget a row's tokens from `length` on.
+    def rewind_all(self, lengths: Ints, *, restart: bool = False) -> None:
+        """Forget each row's tokens from `lengths[row]` on.
+
+        Args:
+            lengths: int64 `[rows]`, none above a row's present length.
+            restart: every row becomes as new, whatever has left its window.
 
         Raises:
-            UsageError: `length` is not in 0..its length, or so far back that pages it would see have left a window.
+            UsageError: a length is out of range, or so far back that pages it would see have left a window; nothing changed.
         """
         self.check_open()
-        if not 0 <= row < self.rows:
-            raise UsageError(f"row {row} is not in 0..{self.rows - 1}")
-        if not 0 <= length <= self.lengths[row]:
-            raise UsageError(f"row {row} has {self.lengths[row]} tokens and cannot rewind to {length}")
+        assert not restart or not lengths.any()
+        wrong = np.flatnonzero((lengths < 0) | (lengths > self.lengths))
+        if wrong.size:
+            row = int(wrong[0])
+            raise UsageError(f"row {row} has {self.lengths[row]} tokens and cannot rewind to {lengths[row]}")
         self.step = None
-        cache = self._cache
-        for group, table in enumerate(self._tables):
-            window = cache.groups[group].window
-            size = cache.classes[group].geometry.page_size
-            first = 0 if window is None else max(0, length - window + 1) // size
-            if first < table.first[row]:
-                raise UsageError(
-                    f"row {row} cannot rewind to {length}: a window of {window} would see tokens "
-                    f"from {first * size} on, and those before {int(table.first[row]) * size} were given back"
-                )
-        self.lengths = self.lengths.copy()
-        self.lengths[row] = length
-        self.logs[row].cut(length)
-        with cache.lock:
+        for group in range(0 if restart else len(self._tables)):
+            self._check_window(group, lengths)
+        for row in np.flatnonzero(lengths < self.lengths).tolist():
+            self.logs[row].cut(int(lengths[row]))
+        self.lengths = lengths.copy()
+        with self._cache.lock:
             for group in range(len(self._tables)):
                 self._trim(group)
+
+    def _check_window(self, group: int, lengths: Ints) -> None:
+        """Raise `UsageError` if a row shortened to its length would see pages it gave back."""
+        window, table = self._cache.groups[group].window, self._tables[group]
+        size = self._cache.classes[group].geometry.page_size
+        if window is None:
+            return
+        first = np.maximum(lengths - window + 1, 0) // size
+        wrong = np.flatnonzero((first < table.first) & (lengths < self.lengths))
+        if wrong.size:
+            row = int(wrong[0])
+            raise UsageError(
+                f"row {row} cannot rewind to {lengths[row]}: a window of {window} would see tokens from "
+                f"{int(first[row]) * size} on, and those before {int(table.first[row]) * size} were given back"
+            )
 
     def close(self) -> None:
         """Give all pages back. Closing twice is nothing."""
@@ -392,11 +405,15 @@ class TokenBatch(Batch):
         """Forget row `row`'s tokens from `to` on; tokens that wait to be computed are dropped on all rows.
 
         Raises:
-            UsageError: see `Batch.rewind_to`.
+            UsageError: no such row, or see `Batch.rewind_all`.
         """
         if self.step is not None and self._complete():
             self.commit(self._pending)
-        self.rewind_to(row, to)
+        if not 0 <= row < self.rows:
+            raise UsageError(f"row {row} is not in 0..{self.rows - 1}")
+        lengths = self.lengths.copy()
+        lengths[row] = to
+        self.rewind_all(lengths)
 
     def commit_computed(self) -> None:
         """Count the tokens of a step all of whose layers have attended; without one, nothing."""

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,6 +86,7 @@ class PagedKVCache:
         self._garbage: deque[list[BlockTable]] = deque()
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self._preparation: Preparation | None = None
+        self._release: Callable[[], object] = lambda: None
 
     def _make_pools(self) -> tuple[PagePool, ...]:
         """One pool a device; the budget is divided by the bytes a token takes on each."""
@@ -147,6 +148,7 @@ class PagedKVCache:
             preparation.release()
             raise
         cache._preparation = preparation
+        cache._release = weakref.finalize(cache, preparation.release)
         return cache
 
     def session(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "SessionCache":
@@ -285,8 +287,7 @@ class PagedKVCache:
         if self.closed:
             return
         self.closed = True
-        if self._preparation is not None:
-            self._preparation.release()
+        self._release()
         with self.lock:
             self._garbage.clear()
             self.pools = ()

@@ -1,0 +1,285 @@
+"""How a transformers model's attention comes to us: its config, two registered functions, two hooks.
+
+The way of one forward pass:
+
+    forward pre-hook     a step begins: pages for the new tokens, their ids kept
+    layer: update(k, v)  k and v go into pages; k comes back with a tag that names the session
+    layer: attention     our function finds the tag on k and attends over the pages; without a tag
+                         the model's own implementation runs, as before
+    forward hook         the step's tokens count
+
+While a model is prepared its text config names our attention, for all forward passes; masks go the
+same way: a pass with one of our sessions needs none, any other gets the original
+implementation's.
+"""
+
+import sys
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvpaged.errors import UnsupportedModelError, UsageError
+from kvpaged.geometry import LayerGroup
+from kvpaged.integrations.probe import LayerFacts, ProbeCache, group_layers
+
+NAME = "kvpaged"
+TAG = "_kvpaged_session"
+
+
+class ServedCache(ABC):
+    """What a `past_key_values` of ours offers the hooks and the attention function.
+
+    Attributes:
+        entered_by: the module whose forward pass began the running step; `None` between steps.
+        started: the running step has written a layer.
+    """
+
+    entered_by: torch.nn.Module | None = None
+    started: bool = False
+
+    @abstractmethod
+    def enter(self, module: torch.nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Begin a step for a forward pass of `module` with these ids and arguments."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """End the step: the pass returned."""
+
+    @abstractmethod
+    def has_written(self, layer: int) -> bool:
+        """Whether the running step put this layer's keys into pages."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: Tensor, scale: float | None, window: int | None,
+        softcap: float | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention over pages: `[rows, q_heads, columns, width]` in, columns before heads out."""
+
+
+class Tag(NamedTuple):
+    """What `update` leaves on the keys it returns."""
+
+    session: ServedCache
+    layer: int
+
+
+class _Running(threading.local):
+    """What this thread is in the middle of."""
+
+    session: "weakref.ref[ServedCache] | None" = None
+    masks: "set[int | None] | None" = None
+    """Windows of the masks a probe saw being made; `None` outside a probe."""
+
+
+_running = _Running()
+
+
+def _session_running() -> ServedCache | None:
+    return None if _running.session is None else _running.session()
+
+
+# -- preparing a model ----------------------------------------------------------------------------
+
+
+class Preparation:
+    """A model whose attention goes through us, as long as caches of it are open.
+
+    Invariant: while `_holders` is above 0 the hooks are on and the text config names our attention;
+    at 0 the model is as it was found.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.original: str = self.config._attn_implementation
+        self._holders = 0
+        self._handles: list[Any] = []
+
+    def hold(self) -> "Preparation":
+        """Prepare the model, or count one more cache of it."""
+        self._holders += 1
+        if self._holders == 1:
+            AttentionInterface.register(NAME, attention)
+            AttentionMaskInterface.register(NAME, mask)
+            _originals[id(self.config)] = self.original
+            self.config._attn_implementation = NAME
+            for module in dict.fromkeys((self.model, self.model.base_model)):
+                self._handles += [
+                    module.register_forward_pre_hook(_before_forward, with_kwargs=True),
+                    module.register_forward_hook(_after_forward),
+                ]
+        return self
+
+    def release(self) -> None:
+        """One cache less; the last one restores the model."""
+        self._holders -= 1
+        if self._holders:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.config._attn_implementation == NAME:
+            self.config._attn_implementation = self.original
+        _originals.pop(id(self.config), None)
+        _preparations.pop(id(self.model), None)
+
+
+_preparations: "weakref.WeakValueDictionary[int, Preparation]" = weakref.WeakValueDictionary()
+"""By the id of a model: alive as long as a cache holds it, and it the model."""
+
+_originals: dict[int, str] = {}
+"""By the id of a prepared text config: the attention implementation it had."""
+
+
+def prepare(model: Any, page_size: int) -> tuple[Preparation, list[LayerGroup]]:
+    """Route a model's attention through us and find what its layers cache.
+
+    Returns:
+        The preparation, held once (release it when done), and the layer groups.
+
+    Raises:
+        UnsupportedModelError: not a causal language model of transformers, or a layer we cannot serve.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"for_model takes a transformers model, got {type(model)}")
+    if inner.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(inner).__name__} is an encoder-decoder: not served")
+    if inner.training:
+        raise UsageError("the model is in training mode: call model.eval() first")
+    preparation = _preparations.get(id(inner)) or Preparation(inner)
+    _preparations[id(inner)] = preparation
+    preparation.hold()
+    try:
+        groups = group_layers(_probe(inner, preparation), page_size, type(inner).__name__)
+    except BaseException:
+        preparation.release()
+        raise
+    return preparation, groups
+
+
+def _probe(model: PreTrainedModel, preparation: Preparation) -> list[LayerFacts]:
+    """Run one token through the model and note what each layer caches and asks of attention."""
+    types = getattr(preparation.config, "layer_types", None) or ()
+    if "chunked_attention" in types:
+        raise UnsupportedModelError(f"{type(model).__name__} has chunked attention: not served")
+    probe = ProbeCache(TAG)
+    token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    _running.masks = set()
+    try:
+        with torch.no_grad():
+            model(input_ids=token, past_key_values=probe, use_cache=True)
+        masks = _running.masks - {None}
+    finally:
+        _running.masks = None
+    unseen = masks - {facts.window for facts in probe.facts.values()}
+    if unseen:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} masks with a window of {sorted(unseen)} that its layers do not pass on"
+        )
+    return list(probe.facts.values())
+
+
+# -- what transformers calls ----------------------------------------------------------------------
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over pages where `key` carries our tag; the model's own implementation elsewhere."""
+    tag = getattr(key, TAG, None)
+    if isinstance(tag, Tag):
+        if kwargs.get("output_attentions"):
+            raise UsageError("attention over pages gives no attention weights (output_attentions)")
+        window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+        sinks = kwargs.get("s_aux")
+        return tag.session.attend(tag.layer, query, scaling, window, softcap, sinks), None
+    if isinstance(tag, LayerFacts):
+        tag.note_attention(query, kwargs)
+    session = _session_running()
+    layer = getattr(module, "layer_idx", None)
+    if session is not None and layer is not None and session.has_written(layer):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} (layer {layer}) changed its keys after caching them: "
+            "attention over pages would not see that"
+        )
+    original = _original_of(module.config)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(original, _eager_of(module))
+    result: tuple[Tensor, Tensor | None] = function(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return result
+
+
+def _original_of(config: Any) -> str:
+    """The attention implementation a config had before it was prepared."""
+    try:
+        return _originals[id(config)]
+    except KeyError:
+        raise UnsupportedModelError(
+            f"a {type(config).__name__} names our attention and is not the text config of a prepared model"
+        ) from None
+
+
+def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
+    """The eager attention of the file that defines a model's attention module."""
+    for base in type(module).__mro__:
+        function = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
+        if function is not None:
+            eager: Callable[..., Any] = function
+            return eager
+    raise UnsupportedModelError(f"{type(module).__name__} has no eager attention to fall back to")
+
+
+def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """No mask for a pass with one of our sessions; the original implementation's for any other."""
+    session = _session_running()
+    if session is None:
+        if _running.masks is not None:
+            _running.masks.add(kwargs.get("local_size"))
+        return ALL_MASK_ATTENTION_FUNCTIONS[_original_of(config)](*args, config=config, **kwargs)
+    if kwargs.get("use_vmap") or not kwargs.get("allow_is_causal_skip", True):
+        raise UnsupportedModelError(
+            f"{type(config).__name__} asks for a mask beyond causal, window and left padding: "
+            "keys computed under it can't be served from pages"
+        )
+    return None
+
+
+def _before_forward(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    given = (kwargs.get("past_key_values"), *args)
+    past = next((x for x in given if isinstance(x, ServedCache)), None)
+    outer = _session_running()
+    if past is None:
+        _running.session = None
+        return
+    if outer is past and past.entered_by not in (None, module) and not past.started:
+        return  # the inner model of a pass that has begun
+    _running.session = weakref.ref(past)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    past.enter(module, ids, kwargs)
+
+
+def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    session = _session_running()
+    if session is not None and session.entered_by is module:
+        _running.session = None
+        session.leave()

@@ -1,0 +1,387 @@
+"""Hugging Face transformers: a session is a `transformers.Cache`, and attention reads its pages."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvpaged.batch import Batch
+from kvpaged.errors import UnsupportedModelError, UsageError
+from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag, prepare
+from kvpaged.tokens import Ids
+
+if TYPE_CHECKING:
+    from kvpaged.cache import PagedKVCache
+
+__all__ = ["Preparation", "SessionCache", "prepare"]
+
+
+class SessionLayer(CacheLayerMixin):
+    """One layer of a session, as transformers sees it; all state is the session's."""
+
+    is_croppable = True
+    is_initialized = True
+    supports_early_init = False
+
+    def __init__(self, session: "SessionCache", layer: int, window: int | None) -> None:
+        super().__init__()
+        self._session = weakref.proxy(session)
+        self._layer = layer
+        self.is_sliding = window is not None
+        self.is_compileable = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to initialise: pages come with each step."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `SessionCache.update`."""
+        updated: tuple[Tensor, Tensor] = self._session.update(key_states, value_states, self._layer)
+        return updated
+
+    def get_seq_length(self) -> int:
+        """Columns held so far."""
+        return int(self._session.columns)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns a mask would have, and the first."""
+        return int(self._session.columns) + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit but the pool's."""
+        return -1
+
+
+class SessionCache(Cache, ServedCache):
+    """Some prompts and what is generated after them, as a `transformers.Cache` over pages.
+
+    A context manager; one thread at a time. Rows are padded on the left only, and pads take no pages: row `r` holds
+    tokens `columns - pads[r]` once its prompt has begun. Beams and several returned sequences multiply its rows by
+    themselves: a step with `n` times as many rows shares each row's pages `n` ways.
+
+    Attributes:
+        columns: token columns held, pads included: what transformers calls the sequence length.
+        batch: the rows and their pages.
+    """
+
+    def __init__(
+        self, cache: "PagedKVCache", preparation: Preparation, input_ids: Tensor, mask: Tensor | None
+    ) -> None:
+        _check_prompts(input_ids, mask)
+        self._cache = cache
+        self._preparation = preparation
+        self._prompt = _to_host(input_ids)
+        self.pads = _left_pads(mask, *self._prompt.shape)
+        self.columns = 0
+        self._pads_known = True
+        self.batch = Batch(cache, len(self._prompt))
+        self._width = 0
+        self._take: Tensor | None = None
+        self._ids: Tensor | None = None
+        self._unlogged: list[tuple[Tensor | None, npt.NDArray[np.int64]]] = []
+        windows = {layer: group.window for group in cache.groups for layer in group.layers}
+        layers = [SessionLayer(self, i, windows.get(i)) for i in range(max(windows) + 1)]
+        super().__init__(layers=layers)
+
+    # -- for its user ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "SessionCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the pages back. Closing twice is nothing; any other use afterwards is a `UsageError`."""
+        self.batch.close()
+
+    def pages(self) -> int:
+        """Pages held, over all layer groups, shared ones once."""
+        return self.batch.pages()
+
+    def memory_bytes(self) -> int:
+        """Bytes of those pages."""
+        return self.batch.memory_bytes()
+
+    def tokens(self, row: int) -> Ids | None:
+        """Token ids a row holds, without pads; `None` where a forward pass came without ids (embeddings)."""
+        self._write_logs()
+        return self.batch.logs[row].ids
+
+    # -- a forward pass -------------------------------------------------------------------------------------------
+
+    def enter(self, module: torch.nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Begin a step for a forward pass: check it, multiply rows for beams, find pages.
+
+        Raises:
+            UsageError, UnsupportedModelError: this pass can't be served; nothing changed.
+            OutOfPagesError: no room; nothing changed.
+        """
+        self.batch.check_open()
+        if self._preparation.config._attn_implementation != NAME:
+            raise UsageError(
+                f"the model's attention was set to {self._preparation.config._attn_implementation!r} since for_model"
+            )
+        if module.training:
+            raise UsageError("the model is in training mode: call model.eval() first")
+        source = ids if ids is not None else kwargs.get("inputs_embeds")
+        if source is None:
+            raise UsageError("a forward pass with a session needs input_ids or inputs_embeds")
+        rows, width = source.shape[:2]
+        self._learn_pads(kwargs.get("attention_mask"), width)
+        if rows % self.batch.rows or rows < self.batch.rows:
+            raise UsageError(f"the session has {self.batch.rows} rows, the forward pass {rows}")
+        self._check_mask(kwargs.get("attention_mask"), rows, width)
+        if rows > self.batch.rows:
+            self.batch_repeat_interleave(rows // self.batch.rows)
+        if ids is not None and self.columns < self._prompt.shape[1]:
+            self._check_prompt(ids)
+        new = np.minimum(self.columns + width - self.pads, width)
+        counts = np.maximum(new, 0).astype(np.int64)
+        self.batch.begin(counts)
+        self._take = None
+        if (counts < width).any():
+            column = np.arange(width)
+            flat = np.flatnonzero(column >= (width - counts)[:, None])
+            self._take = torch.from_numpy(flat).to(source.device)
+        self._width = width
+        self._ids = None if ids is None else ids.detach().clone()
+        self.entered_by, self.started = module, False
+
+    def leave(self) -> None:
+        """Count the step's tokens, if every layer attended over its pages.
+
+        Raises:
+            UnsupportedModelError: a layer's keys went to another attention than ours; the step does not count.
+        """
+        self.entered_by = None
+        step = self.batch.step
+        if step is None:
+            return
+        missing = set(self._cache.layers) - step.attended
+        if missing:
+            self.batch.step = None
+            raise UnsupportedModelError(
+                f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
+            )
+        self.batch.commit()
+        self._unlogged.append((self._ids, step.counts))
+        self.columns += self._width
+
+    def has_written(self, layer: int) -> bool:
+        """Whether the running step put this layer's keys into pages."""
+        return self.batch.step is not None and layer in self.batch.step.written
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put a layer's new keys and values (`[rows, kv_heads, columns, width]`) into pages.
+
+        Returns them as they came, the keys tagged: attention over them is attention over the pages.
+        """
+        if self.batch.step is None:
+            self.batch.check_open()
+            raise UsageError("keys came outside a forward pass of the model given to for_model")
+        if key_states.shape[0] != self.batch.rows or key_states.shape[2] != self._width:
+            raise UsageError(
+                f"layer {layer_idx}: keys of {key_states.shape[0]} rows and {key_states.shape[2]} columns "
+                f"in a pass of {self.batch.rows} and {self._width}"
+            )
+        if key_states.requires_grad and torch.is_grad_enabled():
+            raise UsageError("keys that require gradients can't be cached: use torch.no_grad()")
+        self.started = True
+        self.batch.write(layer_idx, self._flat(key_states), self._flat(value_states))
+        setattr(key_states, TAG, Tag(self, layer_idx))
+        return key_states, value_states
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of `query` (`[rows, q_heads, columns, width]`) over the pages.
+
+        Returns `[rows, columns, q_heads, width]`, zeros where a row is padded.
+        """
+        expected = self._cache.groups[self._cache.place_of(layer)[0]].window
+        if window != expected:
+            raise UnsupportedModelError(
+                f"layer {layer} attends with a window of {window}; its pages were made for {expected}"
+            )
+        rows, heads, columns, width = query.shape
+        scale = width**-0.5 if scale is None else scale
+        out = self.batch.attend(
+            layer, self._flat(query), scale=scale, softcap=softcap, sinks=sinks
+        )
+        if self._take is not None:
+            padded = out.new_zeros(rows * columns, heads, out.shape[-1])
+            padded[self._take] = out
+            out = padded
+        return out.view(rows, columns, heads, -1)
+
+    def _flat(self, states: Tensor) -> Tensor:
+        """`[rows, heads, columns, width]` as the step's tokens, `[tokens, heads, width]`, without pads."""
+        if states.shape[2] == 1:
+            flat = states.squeeze(2)
+        else:
+            flat = states.transpose(1, 2).flatten(0, 1)
+        return flat if self._take is None else flat[self._take]
+
+    # -- what transformers may do to a cache ----------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns held, pads included."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns a mask would have, and the first."""
+        return self.columns + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns of every row.
+
+        Raises:
+            ValueError: positive, or more than there are.
+            UsageError: so far back that pages a window would see were given back.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
+            raise ValueError(
+                f"crop takes minus the columns to remove, -{self.columns} to 0, got {tokens_to_remove}"
+            )
+        self._write_logs()
+        columns = self.columns + tokens_to_remove
+        lengths = np.maximum(columns - self.pads, 0)
+        self.batch.rewind_all(lengths.astype(np.int64))
+        self.columns = columns
+        self._prompt = self._prompt[:, :columns]
+
+    def reset(self) -> None:
+        """Forget everything; the next forward pass says what the rows are, and their padding."""
+        self._write_logs()
+        self.batch.rewind_all(np.zeros(self.batch.rows, np.int64), restart=True)
+        self.columns = 0
+        self._prompt = self._prompt[:, :0]
+        self._pads_known = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row `i` what row `beam_idx[i]` is: tables change, pages are shared, nothing is copied."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """`repeats` rows for each row, side by side, sharing its pages."""
+        self._select([row for row in range(self.batch.rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (ints, or a bool for each row) and give back the others' pages."""
+        chosen = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        self._select(chosen.tolist())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, beams included."""
+        return self.batch.rows
+
+    def _select(self, rows: list[int]) -> None:
+        self._write_logs()
+        self.batch.select(rows)
+        self.pads = self.pads[rows]
+        self._prompt = self._prompt[rows]
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    def _check_mask(self, mask: Any, rows: int, width: int) -> None:
+        """A pass's mask must be what the session was made with, plus ones."""
+        if mask is None:
+            if self.pads.any() and self.columns == 0:
+                raise UsageError("the session has padded rows and the forward pass has no mask")
+            return
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise UnsupportedModelError("a session takes a mask of shape [rows, columns] or none")
+        if tuple(mask.shape) != (rows, self.columns + width):
+            raise UsageError(
+                f"the mask has shape {tuple(mask.shape)}, the pass {(rows, self.columns + width)}"
+            )
+        if width == 1 and self.columns and mask.device.type != "cpu":
+            return  # generate() appends ones: not worth a synchronisation a token
+        seen = _to_host(mask) != 0
+        pads = np.repeat(self.pads, rows // self.batch.rows)
+        wrong = (seen != (np.arange(seen.shape[1]) >= pads[:, None])).any(axis=1)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise UsageError(
+                f"row {row}: the mask hides {int((~seen[row]).sum())} columns, the session was made with "
+                f"{int(pads[row])} pads on the left"
+            )
+
+    def _learn_pads(self, mask: Any, width: int) -> None:
+        """After a reset the first pass's mask says how rows are padded."""
+        if self._pads_known:
+            return
+        mask = mask if isinstance(mask, Tensor) and mask.shape == (self.batch.rows, width) else None
+        self.pads = _left_pads(mask, self.batch.rows, width)
+        self._pads_known = True
+
+    def _check_prompt(self, ids: Tensor) -> None:
+        """The first columns must be the prompts the session was made for."""
+        stop = min(self.columns + ids.shape[1], self._prompt.shape[1])
+        given = _to_host(ids[:, : stop - self.columns])
+        prompt = self._prompt
+        column = np.arange(self.columns, stop)
+        differ = (given != prompt[:, self.columns : stop]) & (column >= self.pads[:, None])
+        if differ.any():
+            row, place = (int(x[0]) for x in np.nonzero(differ))
+            raise UsageError(
+                f"row {row}, column {self.columns + place}: the session was made for token "
+                f"{int(prompt[row, self.columns + place])}, the forward pass has {int(given[row, place])}"
+            )
+
+    def _write_logs(self) -> None:
+        """Move the ids of committed steps to the rows' logs: late, for ids may still be on their way from a GPU."""
+        for ids, counts in self._unlogged:
+            host = None if ids is None else _to_host(ids)
+            for row, count in enumerate(counts.tolist()):
+                if count:
+                    log = self.batch.logs[row]
+                    log.extend(None if host is None else host[row, host.shape[1] - count :])
+        self._unlogged.clear()
+
+
+def _to_host(tensor: Tensor) -> npt.NDArray[np.int64]:
+    array: npt.NDArray[np.int64] = tensor.detach().to("cpu", torch.int64).numpy()
+    return array
+
+
+def _check_prompts(input_ids: Tensor, mask: Tensor | None) -> None:
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not len(input_ids):
+        raise UsageError(
+            f"input_ids are ints [rows, columns], got {tuple(input_ids.shape)} of {input_ids.dtype}"
+        )
+    if mask is not None and mask.shape != input_ids.shape:
+        raise UsageError(
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}"
+        )
+
+
+def _left_pads(mask: Tensor | None, rows: int, columns: int) -> npt.NDArray[np.int64]:
+    """Columns hidden at the start of each row.
+
+    Raises:
+        UsageError: a row hides columns elsewhere.
+    """
+    if mask is None:
+        return np.zeros(rows, np.int64)
+    seen = _to_host(mask) != 0
+    pads = (~seen).sum(axis=1)
+    wrong = np.flatnonzero((seen != (np.arange(columns) >= pads[:, None])).any(axis=1))
+    if wrong.size:
+        raise UsageError(f"row {int(wrong[0])} is padded elsewhere than on the left: pad on the left")
+    return pads.astype(np.int64)
