@@ -15,6 +15,7 @@ from kvpaged.pages.classops import clear_pages, copy_pages, seal_pages
 from kvpaged.pages.stage import Stage
 from kvpaged.pages.table import BlockTable
 from kvpaged.step import Ints, Step, attend_layer, make_step, write_layer
+from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
 
 if TYPE_CHECKING:
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
 class Batch:
     """Sequences (rows) in the pages of a cache.
 
-    One thread at a time may use a batch; several batches of one cache may be used by several threads. Invariants:
+    One thread at a time may use a batch; several batches of one cache may be used by several
+    threads. Invariants:
       1. Every page a row holds has one reference for that row.
       2. Between steps a row of `n` tokens holds the pages of tokens `first .. n - 1`, and no more.
       3. A page that takes new tokens is held by one row only (else it is copied first).
       4. When `begin` raises, rows and pages are as before.
 
-    A step goes `begin` (pages for the new tokens), `write` and `attend` for each layer, `commit` (the tokens count). A step
-    that is not committed is forgotten by the next `begin`.
+    A step goes `begin` (pages for the new tokens), `write` and `attend` for each layer, `commit`
+    (the tokens count). A step that is not committed is forgotten by the next `begin`.
     """
 
     def __init__(self, cache: "PagedKVCache", rows: int) -> None:
@@ -42,11 +44,12 @@ class Batch:
         self.closed = False
         self._tables = [BlockTable(rows, device=group.device) for group in cache.groups]
         self._stages = {group.device: Stage(group.device) for group in cache.groups}
-        # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only leaves a note.
+        # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only
+        # leaves a note.
         self._finalizer = weakref.finalize(self, cache.leave_garbage, self._tables)
         cache.register(self)
 
-    # -- what it holds --------------------------------------------------------------------------------------------
+    # -- what it holds -----------------------------------------------------------------------------
 
     @property
     def rows(self) -> int:
@@ -74,17 +77,19 @@ class Batch:
         """Bytes of those pages."""
         classes = self._cache.classes
         return sum(
-            classes[group].bytes_of(len(np.unique(self.held(group)))) for group in range(len(classes))
+            classes[group].bytes_of(len(np.unique(self.held(group))))
+            for group in range(len(classes))
         )
 
     def transfers(self) -> int:
         """Host-to-device copies its steps have made so far."""
         return sum(stage.transfers for stage in self._stages.values())
 
-    # -- a step ---------------------------------------------------------------------------------------------------
+    # -- a step ------------------------------------------------------------------------------------
 
     def begin(self, counts: Ints, ids: npt.NDArray[np.int32] | None = None) -> Step:
-        """Make room for `counts[row]` new tokens of each row and tell the device (their `ids` too, if given).
+        """Make room for `counts[row]` new tokens of each row and tell the device (their `ids` too,
+        if given).
 
         Raises:
             OutOfPagesError: the pool has not enough pages; nothing changed.
@@ -92,7 +97,9 @@ class Batch:
         """
         self.check_open()
         if len(counts) != self.rows or (counts < 0).any():
-            raise UsageError(f"a step has a count >= 0 for each of {self.rows} rows, got {counts.tolist()}")
+            raise UsageError(
+                f"a step has a count >= 0 for each of {self.rows} rows, got {counts.tolist()}"
+            )
         self.step = None
         cache = self._cache
         taken: list[tuple[int, int, Ids]] = []  # group, row, pages
@@ -113,7 +120,9 @@ class Batch:
         return self.step
 
     def write(self, layer: int, k: Tensor, v: Tensor | None) -> None:
-        """Put the new tokens' K and V (`[tokens, kv_heads, width]`) of a model's layer into their pages."""
+        """Put the new tokens' K and V (`[tokens, kv_heads, width]`) of a model's layer into their
+        pages.
+        """
         step = self._running()
         group, place = self._cache.place_of(layer)
         pages = self._cache.classes[group].layers[place]
@@ -123,16 +132,25 @@ class Batch:
         step.written.add(layer)
 
     def attend(
-        self, layer: int, q: Tensor, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the new tokens' queries (`[tokens, q_heads, width]`) over all tokens of their row up to their own.
+        """Attention of the new tokens' queries (`[tokens, q_heads, width]`) over all tokens of
+        their row up to their own.
 
         Raises:
             UsageError: this layer's K and V were not written in this step.
         """
         step = self._running()
         if layer not in step.written:
-            raise UsageError(f"layer {layer} attends before its keys and values were written in this step")
+            raise UsageError(
+                f"layer {layer} attends before its keys and values were written in this step"
+            )
         group, place = self._cache.place_of(layer)
         pages = self._cache.classes[group].layers[place]
         options = Options(scale, self._cache.groups[group].window, softcap, sinks)
@@ -141,12 +159,13 @@ class Batch:
         step.attended.add(layer)
         return out
 
-    def commit(self, ids: Sequence[Ids | None] | None = None) -> None:
-        """Count a step's tokens as held, seal the pages it filled, and give back those that left a window.
+    def commit(self, ids: Sequence[TokenIds | None] | None = None) -> None:
+        """Count a step's tokens as held, seal the pages it filled, and give back those that left a
+        window.
 
         Args:
-            ids: the new token ids of each row, `None` where they are not known; without it whoever knows them
-                keeps the logs.
+            ids: the new token ids of each row, `None` where they are not known; without it whoever
+                knows them keeps the logs.
         """
         step = self._running()
         before, after = step.starts, step.starts + step.counts
@@ -161,10 +180,12 @@ class Batch:
                 self._seal(group, before, after)
                 self._leave_window(group)
 
-    # -- rows -----------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     def select(self, rows: Sequence[int]) -> None:
-        """Become the sequences `rows` (indices; they may repeat or be left out), sharing pages, in that order."""
+        """Become the sequences `rows` (indices; they may repeat or be left out), sharing pages, in
+        that order.
+        """
         self.check_open()
         self.step = None
         chosen = np.asarray(rows, np.int64)
@@ -195,14 +216,17 @@ class Batch:
             restart: every row becomes as new, whatever has left its window.
 
         Raises:
-            UsageError: a length is out of range, or so far back that pages it would see have left a window; nothing changed.
+            UsageError: a length is out of range, or so far back that pages it would see have left a
+                window; nothing changed.
         """
         self.check_open()
         assert not restart or not lengths.any()
         wrong = np.flatnonzero((lengths < 0) | (lengths > self.lengths))
         if wrong.size:
             row = int(wrong[0])
-            raise UsageError(f"row {row} has {self.lengths[row]} tokens and cannot rewind to {lengths[row]}")
+            raise UsageError(
+                f"row {row} has {self.lengths[row]} tokens and cannot rewind to {lengths[row]}"
+            )
         self.step = None
         for group in range(0 if restart else len(self._tables)):
             self._check_window(group, lengths)
@@ -224,8 +248,10 @@ class Batch:
         if wrong.size:
             row = int(wrong[0])
             raise UsageError(
-                f"row {row} cannot rewind to {lengths[row]}: a window of {window} would see tokens from "
-                f"{int(first[row]) * size} on, and those before {int(table.first[row]) * size} were given back"
+                f"row {row} cannot rewind to {lengths[row]}: a window of {window} would see "
+                "tokens from "
+                f"{int(first[row]) * size} on, and those before {int(table.first[row]) * size} "
+                "were given back"
             )
 
     def close(self) -> None:
@@ -245,7 +271,7 @@ class Batch:
         if self.closed or self._cache.closed:
             raise UsageError(f"the {'cache' if self._cache.closed else 'batch'} is closed")
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _running(self) -> Step:
         self.check_open()
@@ -257,13 +283,17 @@ class Batch:
         cache = self._cache
         return OutOfPagesError(
             f"out of pages: {int(counts.sum())} new tokens in {self.rows} sequences (longest "
-            f"{int((self.lengths + counts).max(initial=0))} tokens): {error}; the pool has {cache.config.memory} "
-            f"bytes, this batch holds {self.memory_bytes()} of them and {cache.batches_alive() - 1} others the rest",
+            f"{int((self.lengths + counts).max(initial=0))} tokens): {error}; the pool has "
+            f"{cache.config.memory} "
+            f"bytes, this batch holds {self.memory_bytes()} of them and "
+            f"{cache.batches_alive() - 1} others the rest",
             needed=error.needed,
             available=error.available,
         )
 
-    def _take_copies(self, group: int, counts: Ints, taken: list[tuple[int, int, Ids]]) -> list[tuple[int, int, int]]:
+    def _take_copies(
+        self, group: int, counts: Ints, taken: list[tuple[int, int, Ids]]
+    ) -> list[tuple[int, int, int]]:
         """Pages for rows whose last page takes new tokens and is shared."""
         table, allocator = self._tables[group], self._cache.classes[group].allocator
         size = self._cache.classes[group].geometry.page_size
@@ -291,8 +321,15 @@ class Batch:
             last = int(table.pages[row, count - 1]) if count > table.first[row] else None
             taken.append((group, row, allocator.alloc(int(need[row]), last)))
 
-    def _apply(self, counts: Ints, taken: list[tuple[int, int, Ids]], copies: list[list[tuple[int, int, int]]]) -> None:
-        """Enter taken pages into the tables, copy shared ones, clean those that start partly filled."""
+    def _apply(
+        self,
+        counts: Ints,
+        taken: list[tuple[int, int, Ids]],
+        copies: list[list[tuple[int, int, int]]],
+    ) -> None:
+        """Enter taken pages into the tables, copy shared ones, clean those that start partly
+        filled.
+        """
         classes, backends = self._cache.classes, self._cache.backends
         for group, (table, page_class) in enumerate(zip(self._tables, classes, strict=True)):
             if copies[group]:
@@ -311,7 +348,10 @@ class Batch:
                 continue
             page_class = classes[group]
             self._tables[group].extend(row, ids, page_class.entries(ids))
-            if backends[group] == "cpu" and (self.lengths[row] + counts[row]) % page_class.geometry.page_size:
+            if (
+                backends[group] == "cpu"
+                and (self.lengths[row] + counts[row]) % page_class.geometry.page_size
+            ):
                 partial.append((group, ids[-1:]))
         for group, page in partial:
             clear_pages(classes[group], page)
@@ -343,7 +383,10 @@ class Batch:
         table, page_class = self._tables[group], self._cache.classes[group]
         size = page_class.geometry.page_size
         first = np.maximum(self.lengths - window + 1 - size, 0) // size
-        gone = [table.drop_first(row, int(first[row])) for row in np.flatnonzero(first > table.first).tolist()]
+        gone = [
+            table.drop_first(row, int(first[row]))
+            for row in np.flatnonzero(first > table.first).tolist()
+        ]
         if gone:
             page_class.allocator.release(np.concatenate(gone))
 
@@ -351,101 +394,8 @@ class Batch:
         """Give back pages beyond the rows' lengths (a step that was not committed, a rewind)."""
         table, page_class = self._tables[group], self._cache.classes[group]
         need = -(-self.lengths // page_class.geometry.page_size)
-        gone = [table.cut(row, int(need[row])) for row in np.flatnonzero(table.count > need).tolist()]
+        gone = [
+            table.cut(row, int(need[row])) for row in np.flatnonzero(table.count > need).tolist()
+        ]
         if gone:
             page_class.allocator.release(np.concatenate(gone))
-
-
-class TokenBatch(Batch):
-    """A batch for a loop of one's own: it holds the tokens to compute next, flat and ragged.
-
-    Attributes:
-        tokens: int64 `[n]`, the tokens not computed yet, row after row.
-        positions: int64 `[n]`, each token's place in its sequence.
-        cu_seqlens: int32 `[rows + 1]`, where each row's tokens begin in `tokens`.
-
-    All on the device of the cache's first group. After every layer has attended, `extend` gives each row its next tokens.
-    """
-
-    def __init__(self, cache: "PagedKVCache", sequences: Sequence[Sequence[int] | Tensor]) -> None:
-        super().__init__(cache, len(sequences))
-        self._pending: list[np.ndarray] = []
-        try:
-            self._prepare([_as_ids(sequence, row) for row, sequence in enumerate(sequences)])
-        except BaseException:
-            self.close()
-            raise
-
-    def extend(self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> None:
-        """Give each row its next tokens: one a row (a vector), or a list of them a row (possibly empty).
-
-        Raises:
-            UsageError: the step before was not computed, or the number of rows is another.
-            OutOfPagesError: no room; rows and pages are as before, and the same call may be made again.
-        """
-        self._settle()
-        if isinstance(tokens, Tensor):
-            tokens = tokens.tolist()
-        rows: list[Sequence[int]] = [[x] if isinstance(x, int | np.integer) else x for x in tokens]  # type: ignore[list-item]
-        if len(rows) != self.rows:
-            raise UsageError(f"extend takes tokens for {self.rows} rows, got {len(rows)}")
-        self._prepare([_as_ids(row, i) for i, row in enumerate(rows)])
-
-    def fork(self, row: int) -> int:
-        """Add a sequence that shares everything row `row` holds; returns its row number.
-
-        Raises:
-            UsageError: no such row, or tokens wait to be computed.
-        """
-        self._settle()
-        self.select([*range(self.rows), row])
-        return self.rows - 1
-
-    def rewind(self, row: int, *, to: int) -> None:
-        """Forget row `row`'s tokens from `to` on; tokens that wait to be computed are dropped on all rows.
-
-        Raises:
-            UsageError: no such row, or see `Batch.rewind_all`.
-        """
-        if self.step is not None and self._complete():
-            self.commit(self._pending)
-        if not 0 <= row < self.rows:
-            raise UsageError(f"row {row} is not in 0..{self.rows - 1}")
-        lengths = self.lengths.copy()
-        lengths[row] = to
-        self.rewind_all(lengths)
-
-    def commit_computed(self) -> None:
-        """Count the tokens of a step all of whose layers have attended; without one, nothing."""
-        self._settle()
-
-    def _settle(self) -> None:
-        self.check_open()
-        if self.step is None:
-            return
-        if not self._complete():
-            missing = sorted(set(self._cache.layers) - self.step.attended)
-            raise UsageError(f"tokens wait to be computed: layers {missing[:8]} have not attended in this step")
-        self.commit(self._pending)
-
-    def _complete(self) -> bool:
-        return self.step is not None and len(self.step.attended) == len(self._cache.layers)
-
-    def _prepare(self, ids: list[np.ndarray]) -> None:
-        flat = np.concatenate(ids) if ids else np.empty(0, np.int64)
-        step = self.begin(np.array([len(x) for x in ids], np.int64), flat.astype(np.int32))
-        self._pending = ids
-        self.tokens = step.tokens.long()
-        self.positions = step.positions.long()
-        self.cu_seqlens = step.cu_seqlens
-
-
-def _as_ids(tokens: Sequence[int] | Tensor, row: int) -> Ids:
-    """Token ids as int64, checked."""
-    array = np.asarray(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise UsageError(f"row {row}: tokens are a flat sequence of ints, got shape {array.shape} of {array.dtype}")
-    ids = array.astype(np.int64)
-    if ids.size and ids.min() < 0:
-        raise UsageError(f"row {row}: token ids are not negative, got {int(ids.min())}")
-    return ids  # type: ignore[return-value]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpaged.batch import Batch, TokenBatch
+from kvpaged.batch import Batch
 from kvpaged.config import Backend, CacheConfig, Layout, parse_bytes
 from kvpaged.errors import ConfigError, IntegrityError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
@@ -19,6 +19,7 @@ from kvpaged.pages.classops import verify_pages
 from kvpaged.pages.pool import PageClass, PagePool
 from kvpaged.pages.table import BlockTable
 from kvpaged.stats import CacheStats, Counters, GroupStats
+from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from kvpaged.integrations.transformers import Preparation, SessionCache
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 class PagedKVCache:
     """The KV cache of one model: pages of one byte budget, held by sessions and batches.
 
-    With Hugging Face transformers, make it by `for_model` and hand `session(...)` to `generate()`. In a loop of your own,
-    make it from a `PageGeometry`, and call `batch` and `attend`.
+    With Hugging Face transformers, make it by `for_model` and hand `session(...)` to `generate()`.
+    In a loop of your own, make it from a `PageGeometry`, and call `batch` and `attend`.
 
-    Sessions and batches of one cache may live in different threads, one thread each at a time; the cache itself may be
-    used from any thread. `lock` guards the books (which page is whose), never a computation.
+    Sessions and batches of one cache may live in different threads, one thread each at a time; the
+    cache itself may be used from any thread. `lock` guards the books (which page is whose), never a
+    computation.
     """
 
     def __init__(
@@ -49,26 +51,32 @@ class PagedKVCache:
         Args:
             geometry: the page of a model whose layers are all alike, or its layer groups.
             memory: bytes of the page pool ("4GiB"), exact. Planned before anything is allocated.
-            namespace: what makes KV bytes valid (weights, config, ...) as you identify it; pages are only ever reused
-                under an equal one.
+            namespace: what makes KV bytes valid (weights, config, ...) as you identify it; pages
+                are only ever reused under an equal one.
             device: where pages live, for a single geometry (groups name their own).
             layout: see `CacheConfig`; `None`: what suits the device, whatever the geometry says.
             backend: see `CacheConfig`.
             checksums: see `CacheConfig`.
 
         Raises:
-            ConfigError: an option is impossible, or memory is more than the device has or less than one page.
+            ConfigError: an option is impossible, or memory is more than the device has or less than
+                one page.
         """
         groups = _as_groups(geometry, torch.device(device))
         sizes = {group.geometry.page_size for group in groups}
         if len(sizes) != 1:
             raise ConfigError(f"the groups of a cache have one page size, got {sorted(sizes)}")
         self.config = CacheConfig(
-            memory=parse_bytes(memory), page_size=sizes.pop(), layout=layout, backend=backend, checksums=checksums
+            memory=parse_bytes(memory),
+            page_size=sizes.pop(),
+            layout=layout,
+            backend=backend,
+            checksums=checksums,
         )
         self.namespace = bytes(namespace)
         self.groups = tuple(
-            group.with_layout(self.config.layout_on(group.device.type), self.config.page_size) for group in groups
+            group.with_layout(self.config.layout_on(group.device.type), self.config.page_size)
+            for group in groups
         )
         self.backends = tuple(self.config.backend_on(group.device.type) for group in self.groups)
         self._places = {
@@ -92,7 +100,8 @@ class PagedKVCache:
         """One pool a device; the budget is divided by the bytes a token takes on each."""
         devices = list(dict.fromkeys(group.device for group in self.groups))
         weights = [
-            sum(group.geometry.token_bytes for group in self.groups if group.device == device) for device in devices
+            sum(group.geometry.token_bytes for group in self.groups if group.device == device)
+            for device in devices
         ]
         pools = []
         by_group: dict[int, PageClass] = {}
@@ -100,13 +109,15 @@ class PagedKVCache:
             mine = [i for i, group in enumerate(self.groups) if group.device == device]
             share = self.config.memory * weight // sum(weights)
             geometries = [self.groups[i].geometry for i in mine]
-            pool = PagePool(geometries, memory=share, device=device, checksums=self.config.checksums)
+            pool = PagePool(
+                geometries, memory=share, device=device, checksums=self.config.checksums
+            )
             pools.append(pool)
             by_group.update(zip(mine, pool.classes, strict=True))
         self.classes = tuple(by_group[i] for i in range(len(self.groups)))
         return tuple(pools)
 
-    # -- with transformers ----------------------------------------------------------------------------------------
+    # -- with transformers -------------------------------------------------------------------------
 
     @classmethod
     def for_model(
@@ -120,11 +131,12 @@ class PagedKVCache:
         backend: Backend | None = None,
         checksums: bool = True,
     ) -> "PagedKVCache":
-        """A cache that serves a transformers causal language model under its unmodified `generate()`.
+        """A cache that serves a transformers causal language model under its unmodified
+        `generate()`.
 
-        The model's attention is routed through ours while any such cache of it is open: a forward pass with one of our
-        sessions reads and writes pages; any other behaves as before. One token is run through the model to see what its
-        layers cache. `close` undoes it all.
+        The model's attention is routed through ours while any such cache of it is open: a forward
+        pass with one of our sessions reads and writes pages; any other behaves as before. One token
+        is run through the model to see what its layers cache. `close` undoes it all.
 
         Args:
             model: a `transformers` causal LM (or a PEFT model around one), in eval mode.
@@ -134,11 +146,14 @@ class PagedKVCache:
             layout, backend, checksums: see `CacheConfig`.
 
         Raises:
-            UnsupportedModelError: its attention can't be served from pages; the message says which layer, and why.
+            UnsupportedModelError: its attention can't be served from pages; the message says which
+                layer, and why.
             ConfigError: see the constructor.
         """
         if kv_format != "auto":
-            raise ConfigError(f"kv_format must be 'auto' (the model's own dtype), got {kv_format!r}")
+            raise ConfigError(
+                f"kv_format must be 'auto' (the model's own dtype), got {kv_format!r}"
+            )
         from kvpaged.integrations.transformers import prepare
 
         preparation, groups = prepare(model, page_size)
@@ -162,19 +177,23 @@ class PagedKVCache:
             A context manager; its pages go back on exit, on `close`, and when it is forgotten.
 
         Raises:
-            UsageError: the cache is closed or was not made by `for_model`, or shapes or padding do not fit.
+            UsageError: the cache is closed or was not made by `for_model`, or shapes or padding do
+                not fit.
         """
         if self._preparation is None:
-            raise UsageError("session() serves transformers models: make the cache by PagedKVCache.for_model")
+            raise UsageError(
+                "session() serves transformers models: make the cache by PagedKVCache.for_model"
+            )
         self._check_open()
         from kvpaged.integrations.transformers import SessionCache
 
         return SessionCache(self, self._preparation, input_ids, attention_mask)
 
-    # -- in a loop of one's own -----------------------------------------------------------------------------------
+    # -- in a loop of one's own --------------------------------------------------------------------
 
     def batch(self, sequences: Sequence[Sequence[int] | Tensor]) -> TokenBatch:
-        """Sequences to compute: `batch.tokens`, `.positions` and `.cu_seqlens` say what is to be computed next.
+        """Sequences to compute: `batch.tokens`, `.positions` and `.cu_seqlens` say what is to be
+        computed next.
 
         Args:
             sequences: token ids of each row (lists or one-dimensional tensors).
@@ -200,13 +219,15 @@ class PagedKVCache:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Store a layer's new K and V and attend: causal, ragged, over everything the batch's rows hold.
+        """Store a layer's new K and V and attend: causal, ragged, over everything the batch's rows
+        hold.
 
         Args:
             layer: the layer's number.
-            q: `[tokens, q_heads, k_width]`, for `batch.tokens`; rotary position embedding already applied, as on `k`.
-            k: `[tokens, kv_heads, k_width]`; `v`: `[tokens, kv_heads, v_width]`, or `None` for a group without V. Of
-                the pages' dtype, last dimension contiguous; copied into pages.
+            q: `[tokens, q_heads, k_width]`, for `batch.tokens`; rotary position embedding already
+                applied, as on `k`.
+            k: `[tokens, kv_heads, k_width]`; `v`: `[tokens, kv_heads, v_width]`, or `None` for a
+                group without V. Of the pages' dtype, last dimension contiguous; copied into pages.
             batch: whose tokens these are.
             scale: factor of `q . k`; `None`: `k_width ** -0.5`.
             softcap: cap of the scaled scores, `softcap * tanh(s / softcap)`.
@@ -220,13 +241,19 @@ class PagedKVCache:
             ValueError: shapes, strides or dtypes do not fit the pages.
         """
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            raise UsageError("keys and values that require gradients can't be cached: run under torch.no_grad()")
+            raise UsageError(
+                "keys and values that require gradients can't be cached: run under torch.no_grad()"
+            )
         batch.write(layer, k, v)
         return batch.attend(
-            layer, q, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, sinks=sinks
+            layer,
+            q,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            sinks=sinks,
         )
 
-    # -- looking after itself -------------------------------------------------------------------------------------
+    # -- looking after itself ----------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
         """Where the memory is now."""
@@ -283,7 +310,9 @@ class PagedKVCache:
                     verify_pages(page_class, sealed, backend=self.backends[number])
 
     def close(self) -> None:
-        """Give the model back its attention and let go of the memory. Sessions still alive become unusable."""
+        """Give the model back its attention and let go of the memory. Sessions still alive become
+        unusable.
+        """
         if self.closed:
             return
         self.closed = True
@@ -299,7 +328,7 @@ class PagedKVCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- for batches and sessions ---------------------------------------------------------------------------------
+    # -- for batches and sessions ------------------------------------------------------------------
 
     def place_of(self, layer: int) -> tuple[int, int]:
         """The group a model's layer belongs to and its place in the group's pages."""
@@ -317,7 +346,9 @@ class PagedKVCache:
         return len(self._batches)
 
     def leave_garbage(self, tables: list[BlockTable]) -> None:
-        """Note tables nobody uses any more. Callable from a finaliser: takes no lock, touches no books."""
+        """Note tables nobody uses any more. Callable from a finaliser: takes no lock, touches no
+        books.
+        """
         self._garbage.append(tables)
 
     def collect_garbage(self) -> None:
@@ -326,7 +357,9 @@ class PagedKVCache:
             self.release_tables(self._garbage.popleft())
 
     def release_tables(self, tables: list[BlockTable]) -> None:
-        """Give back all pages of some tables; the lock is held. After `close` there is nothing to give back to."""
+        """Give back all pages of some tables; the lock is held. After `close` there is nothing to
+        give back to.
+        """
         for table, page_class in zip(tables, self.classes, strict=False):
             page_class.allocator.release(table.all_held())
 
@@ -339,7 +372,9 @@ class PagedKVCache:
             raise UsageError("the cache is closed")
 
 
-def _as_groups(geometry: PageGeometry | Sequence[LayerGroup], device: torch.device) -> list[LayerGroup]:
+def _as_groups(
+    geometry: PageGeometry | Sequence[LayerGroup], device: torch.device
+) -> list[LayerGroup]:
     if isinstance(geometry, PageGeometry):
         return [LayerGroup(geometry=geometry, layers=tuple(range(geometry.layers)), device=device)]
     groups = list(geometry)

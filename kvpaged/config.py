@@ -18,7 +18,8 @@ MIN_PAGE_SIZE, MAX_PAGE_SIZE = 16, 256
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes of a size such as `1073741824`, `"4GiB"`, `"500 MB"` or `"1.5G"` (K, M, G, T alone are powers of 1024).
+    """Bytes of a size such as `1073741824`, `"4GiB"`, `"500 MB"` or `"1.5G"` (K, M, G, T alone are
+    powers of 1024).
 
     Raises:
         ConfigError: not a size, or not positive.
@@ -30,7 +31,9 @@ def parse_bytes(size: int | str) -> int:
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
         if match is None or match[2].upper() not in _UNITS:
-            raise ConfigError(f"{size!r} is not a size: write bytes, or a number with KiB, MiB, GiB, TiB, KB, ...")
+            raise ConfigError(
+                f"{size!r} is not a size: write bytes, or a number with KiB, MiB, GiB, TiB, KB, ..."
+            )
         count = int(float(match[1]) * _UNITS[match[2].upper()])
     if count <= 0:
         raise ConfigError(f"a size must be positive, got {size!r}")
@@ -52,15 +55,18 @@ class CacheConfig:
     """What a cache is made with.
 
     Attributes:
-        memory: bytes of the page pool, exact: never more is held in pages. On a CPU it is committed as it is touched.
-        page_size: token slots a page (16, 32, 64, 128 or 256). Small pages waste less at the end of a sequence and share
-            more of a prefix; large ones need fewer table entries and copies. 64 suits both devices.
-        layout: where the bytes of a page lie. `None`: page-major on a GPU (a page is one DMA), layer-major on a CPU (a
-            run of adjacent pages is one view per head).
-        backend: which implementation computes: `"triton"` (GPUs; under Triton's interpreter anywhere), `"cpu"`
-            (stock torch), `"reference"` (the eager oracles: slow, for tests). `None`: by the device of the pages.
-        checksums: compute a checksum a layer slice when a page seals. About 0.5 % of a prefill on a CPU; without them
-            `check_integrity` can only check the books.
+        memory: bytes of the page pool, exact: never more is held in pages. On a CPU it is committed
+            as it is touched.
+        page_size: token slots a page (16, 32, 64, 128 or 256). Small pages waste less at the end of
+            a sequence and share more of a prefix; large ones need fewer table entries and copies.
+            64 suits both devices.
+        layout: where the bytes of a page lie. `None`: page-major on a GPU (a page is one DMA),
+            layer-major on a CPU (a run of adjacent pages is one view per head).
+        backend: which implementation computes: `"triton"` (GPUs; under Triton's interpreter
+            anywhere), `"cpu"` (stock torch), `"reference"` (the eager oracles: slow, for tests).
+            `None`: by the device of the pages.
+        checksums: compute a checksum a layer slice when a page seals. About 0.5 % of a prefill on a
+            CPU; without them `check_integrity` can only check the books.
     """
 
     memory: int
@@ -76,7 +82,9 @@ class CacheConfig:
         if self.layout not in (None, "page-major", "layer-major"):
             raise ConfigError(f"layout must be 'page-major' or 'layer-major', got {self.layout!r}")
         if self.backend not in (None, "cpu", "triton", "reference"):
-            raise ConfigError(f"backend must be 'cpu', 'triton' or 'reference', got {self.backend!r}")
+            raise ConfigError(
+                f"backend must be 'cpu', 'triton' or 'reference', got {self.backend!r}"
+            )
 
     def layout_on(self, device_type: str) -> Layout:
         """The layout pages have on a device of this type (`"cuda"`, `"cpu"`)."""
@@ -97,4 +105,6 @@ def check_page_size(page_size: int) -> None:
     """Raise `ConfigError` unless `page_size` is a power of two the kernels know (16 to 256)."""
     fits = isinstance(page_size, int) and MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE
     if not fits or page_size & (page_size - 1):
-        raise ConfigError(f"page_size must be 16, 32, 64, 128 or 256 token slots, got {page_size!r}")
+        raise ConfigError(
+            f"page_size must be 16, 32, 64, 128 or 256 token slots, got {page_size!r}"
+        )

@@ -12,8 +12,8 @@ class ConfigError(KVPagedError, ValueError):
 class OutOfPagesError(KVPagedError, MemoryError):
     """The pool has fewer free pages than a step needs.
 
-    Raised before anything changed: the sequences are as long as they were, and closing any of them (or another
-    session) makes room.
+    Raised before anything changed: the sequences are as long as they were, and closing any of them
+    (or another session) makes room.
 
     Attributes:
         needed: pages the step asked for, in the class that ran out.
@@ -27,7 +27,9 @@ class OutOfPagesError(KVPagedError, MemoryError):
 
 
 class UsageError(KVPagedError, RuntimeError):
-    """A call came in a state that does not allow it (closed, out of order, or with other tokens)."""
+    """A call came in a state that does not allow it (closed, out of order, or with other
+    tokens).
+    """
 
 
 class UnsupportedModelError(KVPagedError, TypeError):
@@ -35,4 +37,6 @@ class UnsupportedModelError(KVPagedError, TypeError):
 
 
 class IntegrityError(KVPagedError, AssertionError):
-    """Bytes or books are not what they must be; the message names the first page or count that is off."""
+    """Bytes or books are not what they must be; the message names the first page or count that is
+    off.
+    """

@@ -1,14 +1,16 @@
-"""What a page is: every byte count, stride and offset of it, named once, in Python ints (64 bits and more).
+"""What a page is: every byte count, stride and offset of it, named once, in Python ints (64 bits
+and more).
 
 Page-major, a page is one run of bytes (`U` pads it to whole units of 256 bytes):
 
     page p     [ layer 0: K head 0 [slot, dim], head 1, .. | V head 0, .. ][ layer 1: .. ] .. U
-    pool       page 0 | page 1 | page 2 | ..                  entry of a page = its byte offset / 256
+    pool       page 0 | page 1 | page 2 | ..                  entry of a page = its byte offset /
+    256
 
 Layer-major, the pages of a class lie side by side within each head of each layer:
 
-    pool       layer 0: K head 0: [page 0 slots][page 1 slots] ..   K head 1: ..   then all V the same way
-    entry of a page = its number
+    pool       layer 0: K head 0: [page 0 slots][page 1 slots] ..   K head 1: ..   then all V the
+    same way entry of a page = its number
 """
 
 from dataclasses import dataclass, replace
@@ -20,16 +22,21 @@ from kvpaged.config import Layout, check_page_size
 from kvpaged.errors import ConfigError
 
 UNIT_BYTES = 256
-"""Alignment and address unit of page-major pages: 16-byte loads stay aligned, and 2**31 units are 512 GiB."""
+"""Alignment and address unit of page-major pages: 16-byte loads stay aligned, and 2**31 units are
+512 GiB.
+"""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Kind = Literal["k", "v"]
+_CPU = torch.device("cpu")
 
 
 class View(NamedTuple):
-    """A strided view of one layer's K or V over all pages of a class, in elements from the start of its storage.
+    """A strided view of one layer's K or V over all pages of a class, in elements from the start of
+    its storage.
 
-    `torch.as_strided(flat, size, stride, offset)` is what kernels call `k_pages`: `[entries, kv_heads, slots, width]`.
+    `torch.as_strided(flat, size, stride, offset)` is what kernels call `k_pages`: `[entries,
+    kv_heads, slots, width]`.
     """
 
     size: tuple[int, int, int, int]
@@ -45,13 +52,15 @@ class PageGeometry:
         layers: layers in the group.
         kv_heads: heads of K and V.
         head_dim: elements of a K row of one head, and of a V row unless `v_dim` says otherwise.
-        v_dim: elements of a V row; 0 for a group without V (latent attention that stores one tensor); `None`: `head_dim`.
+        v_dim: elements of a V row; 0 for a group without V (latent attention that stores one
+            tensor); `None`: `head_dim`.
         page_size: token slots (16 to 256, a power of two).
         dtype: bfloat16, float16 or float32.
         layout: `"page-major"` or `"layer-major"`.
 
     Raises:
-        ConfigError: a count is not positive, a width is not a multiple of 8 in 8..256, or the dtype is not one of the three.
+        ConfigError: a count is not positive, a width is not a multiple of 8 in 8..256, or the dtype
+            is not one of the three.
     """
 
     layers: int
@@ -121,10 +130,12 @@ class PageGeometry:
         return self.page_bytes // UNIT_BYTES if self.layout == "page-major" else 1
 
     def view(self, layer: int, kind: Kind, *, pages: int, storage_bytes: int) -> View:
-        """The view of `layer`'s K or V over a storage that holds `pages` pages (layer-major) in `storage_bytes` bytes.
+        """The view of `layer`'s K or V over a storage that holds `pages` pages (layer-major) in
+        `storage_bytes` bytes.
 
-        Page-major views overlap themselves in dimension 0 (an entry is a unit, a page is many): only entries of pages may
-        be used. Pure arithmetic, so offsets beyond 2**31 are tested without memory.
+        Page-major views overlap themselves in dimension 0 (an entry is a unit, a page is many):
+        only entries of pages may be used. Pure arithmetic, so offsets beyond 2**31 are tested
+        without memory.
         """
         assert 0 <= layer < self.layers
         width, slots, heads = self.width(kind), self.page_size, self.kv_heads
@@ -133,7 +144,9 @@ class PageGeometry:
             offset = layer * layer_elements + (0 if kind == "k" else heads * slots * self.k_width)
             entry = self.entry_elements(kind)
             last = storage_bytes // self.itemsize - offset - heads * slots * width
-            return View((last // entry + 1, heads, slots, width), (entry, slots * width, width, 1), offset)
+            return View(
+                (last // entry + 1, heads, slots, width), (entry, slots * width, width, 1), offset
+            )
         head = pages * slots * width
         before = 0 if kind == "k" else self.layers * heads * pages * slots * self.k_width
         offset = before + layer * heads * head
@@ -183,7 +196,9 @@ class PageGeometry:
         first = self.view(0, kind, pages=pages, storage_bytes=storage_bytes)
         elements = self.page_size * self.width(kind)
         rows = self.layers * self.kv_heads
-        return View((pages, 1, rows, elements), (first.stride[0], 0, first.stride[1], 1), first.offset)
+        return View(
+            (pages, 1, rows, elements), (first.stride[0], 0, first.stride[1], 1), first.offset
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +207,8 @@ class LayerGroup:
 
     Attributes:
         geometry: the page of the group; `geometry.layers == len(layers)`.
-        layers: the model's layer numbers, ascending; position in it is the layer's place in the page.
+        layers: the model's layer numbers, ascending; position in it is the layer's place in the
+            page.
         window: tokens a query sees, itself included (sliding-window attention); `None`: all.
         device: where the pages live.
     """
@@ -200,13 +216,17 @@ class LayerGroup:
     geometry: PageGeometry
     layers: tuple[int, ...]
     window: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     def __post_init__(self) -> None:
         if self.geometry.layers != len(self.layers):
-            raise ConfigError(f"geometry has {self.geometry.layers} layers, the group names {len(self.layers)}")
+            raise ConfigError(
+                f"geometry has {self.geometry.layers} layers, the group names {len(self.layers)}"
+            )
         if list(self.layers) != sorted(set(self.layers)):
-            raise ConfigError(f"layers of a group must be distinct and ascending, got {self.layers}")
+            raise ConfigError(
+                f"layers of a group must be distinct and ascending, got {self.layers}"
+            )
         if self.window is not None and self.window < 1:
             raise ConfigError(f"a window sees at least 1 token, got {self.window}")
 

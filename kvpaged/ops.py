@@ -1,9 +1,9 @@
 """The operations on pages, dispatched to one implementation, explicitly.
 
-`backend` says which: `"cpu"` (stock torch), `"triton"` (GPUs, and Triton's interpreter), `"reference"`
-(the eager oracles). Nothing falls back. Eager calls go straight to the implementation; under
-`torch.compile` they become the custom operators `torch.ops.kvpaged.*`, which have fake
-implementations and name what they mutate.
+`backend` says which: `"cpu"` (stock torch), `"triton"` (GPUs, and Triton's interpreter),
+`"reference"` (the eager oracles). Nothing falls back. Eager calls go straight to the
+implementation; under `torch.compile` they become the custom operators `torch.ops.kvpaged.*`, which
+have fake implementations and name what they mutate.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,8 +43,10 @@ class LayerPages(NamedTuple):
 
     Attributes:
         flat: the storage, a vector of the pages' dtype.
-        k_pages, v_pages: `[entries, kv_heads, page_size, width]` views of it; `v_pages` may be `None`.
-        k_view, v_view: the same views as integers (sizes, strides, offset, step), for custom operators.
+        k_pages, v_pages: `[entries, kv_heads, page_size, width]` views of it; `v_pages` may be
+            `None`.
+        k_view, v_view: the same views as integers (sizes, strides, offset, step), for custom
+            operators.
         step: entries between adjacent pages.
     """
 
@@ -60,7 +62,9 @@ class LayerPages(NamedTuple):
         """The views of a storage."""
         k_view = [*k.size, *k.stride, k.offset, step]
         v_view = [*v.size, *v.stride, v.offset, step] if v else []
-        return cls(flat, _pages(flat, k_view), _pages(flat, v_view) if v else None, k_view, v_view, step)
+        return cls(
+            flat, _pages(flat, k_view), _pages(flat, v_view) if v else None, k_view, v_view, step
+        )
 
     @property
     def page_size(self) -> int:
@@ -78,7 +82,9 @@ def _pages(flat: Tensor, view: Sequence[int]) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """The functions of a backend, all of the signatures that `kvpaged_kernels.reference` documents."""
+    """The functions of a backend, all of the signatures that `kvpaged_kernels.reference`
+    documents.
+    """
 
     append: Callable[..., None]
     paged_decode: Callable[..., Tensor]
@@ -171,7 +177,7 @@ def decode(
         `[rows, q_heads, v_width]` of `q`'s dtype.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.kvpaged.decode(
+        return _decode_call(
             pages.flat, q, table, lengths, pages.k_view, pages.v_view, max_len,
             options.scale, options.window, options.softcap, options.sinks, backend,
         )  # fmt: skip
@@ -206,16 +212,18 @@ def prefill(
 
     Args:
         pages, table, lengths, options, max_len, backend: as in `decode`.
-        q: `[tokens, q_heads, k_width]`; row `i`'s queries are `[cu_q[i], cu_q[i + 1])` and are its last positions.
+        q: `[tokens, q_heads, k_width]`; row `i`'s queries are `[cu_q[i], cu_q[i + 1])` and are its
+            last positions.
         cu_q: int32 `[rows + 1]`.
         max_q: an upper bound of the queries of a row, known on the host.
-        spans: what `plan_spans` made of table, lengths, `cu_q` and window (CPU only; made anew if absent).
+        spans: what `plan_spans` made of table, lengths, `cu_q` and window (CPU only; made anew if
+            absent).
 
     Returns:
         `[tokens, q_heads, v_width]` of `q`'s dtype.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.kvpaged.prefill(
+        return _prefill_call(
             pages.flat, q, table, cu_q, lengths, pages.k_view, pages.v_view, max_q, max_len,
             options.scale, options.window, options.softcap, options.sinks, backend,
         )  # fmt: skip
@@ -248,7 +256,8 @@ def copy_pages(pages: Tensor, src: Tensor, dst: Tensor, *, backend: Backend) -> 
 
 
 def checksum(words: Tensor, entries: Tensor, *, first_word: int, backend: Backend) -> Tensor:
-    """Checksums of the slices of some pages, int64 `[n, slices]`: see `kvpaged_kernels.reference.checksum`.
+    """Checksums of the slices of some pages, int64 `[n, slices]`: see
+    `kvpaged_kernels.reference.checksum`.
 
     Args:
         words: int32 `[entries, slices, pieces, words]` view of a storage.
@@ -312,9 +321,8 @@ _library.define(
 
 
 def _op_pages(flat: Tensor, k_view: list[int], v_view: list[int]) -> LayerPages:
-    k, v = (View(tuple(x[:4]), tuple(x[4:8]), x[8]) if x else None for x in (k_view, v_view))
-    assert k is not None
-    return LayerPages.of(flat, k, v, step=k_view[9])
+    k_pages, v_pages = _pages(flat, k_view), _pages(flat, v_view) if v_view else None
+    return LayerPages(flat, k_pages, v_pages, k_view, v_view, step=k_view[9])
 
 
 def _append_op(
@@ -343,6 +351,16 @@ def _prefill_op(
         _op_pages(flat, k_view, v_view), q, table, cu_q, lengths,
         Options(scale, window, softcap, sinks), max_q=max_q, max_len=max_len, backend=backend,
     )  # fmt: skip
+
+
+def _decode_call(*arguments: object) -> Tensor:
+    out: Tensor = torch.ops.kvpaged.decode(*arguments)
+    return out
+
+
+def _prefill_call(*arguments: object) -> Tensor:
+    out: Tensor = torch.ops.kvpaged.prefill(*arguments)
+    return out
 
 
 def _output(q: Tensor, k_view: list[int], v_view: list[int]) -> Tensor:

@@ -1,4 +1,6 @@
-"""A step: the tokens a forward pass adds to the rows of a batch, and what kernels need to know of it."""
+"""A step: the tokens a forward pass adds to the rows of a batch, and what kernels need to know of
+it.
+"""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -34,7 +36,8 @@ class GroupStep:
         cu_q: int32 `[rows + 1]`, where each row's new tokens begin.
         slots: int64 `[tokens]`, where they go.
         max_len: the longest row.
-        decode_plan, spans: the CPU's calls, made when first needed and shared by the group's layers.
+        decode_plan, spans: the CPU's calls, made when first needed and shared by the group's
+            layers.
     """
 
     table: Tensor
@@ -83,7 +86,8 @@ def make_step(
     stages: dict[torch.device, Stage],
     ids: npt.NDArray[np.int32] | None = None,
 ) -> Step:
-    """Tell each device of a step, in one transfer a device: lengths, positions, and what changed in its tables.
+    """Tell each device of a step, in one transfer a device: lengths, positions, and what changed in
+    its tables.
 
     `ids`: token ids that the first group's device should have too.
     """
@@ -92,7 +96,9 @@ def make_step(
     cu_q = np.zeros(rows + 1, np.int32)
     np.cumsum(counts, out=cu_q[1:])
     row_of = np.repeat(np.arange(rows, dtype=np.int32), counts)
-    position = np.arange(tokens, dtype=np.int32) - np.repeat(cu_q[:-1] - starts, counts).astype(np.int32)
+    position = np.arange(tokens, dtype=np.int32) - np.repeat(cu_q[:-1] - starts, counts).astype(
+        np.int32
+    )
     lengths = (starts + counts).astype(np.int32)
     groups: list[GroupStep | None] = [None] * len(tables)
     first: tuple[Tensor, Tensor, Tensor] | None = None
@@ -129,7 +135,14 @@ def make_step(
 
 
 def write_layer(
-    step: Step, group: GroupStep, pages: LayerPages, k: Tensor, v: Tensor | None, *, backend: Backend, window: int | None
+    step: Step,
+    group: GroupStep,
+    pages: LayerPages,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    backend: Backend,
+    window: int | None,
 ) -> None:
     """Put a layer's new K and V (`[tokens, kv_heads, width]`) into the pages of a step."""
     spans = None
@@ -138,8 +151,18 @@ def write_layer(
     ops.append(pages, k, v, group.slots, backend=backend, spans=spans)
 
 
-def attend_layer(step: Step, group: GroupStep, pages: LayerPages, q: Tensor, options: Options, *, backend: Backend) -> Tensor:
-    """Attention of a step's queries (`[tokens, q_heads, width]`) over what is in the pages by now."""
+def attend_layer(
+    step: Step,
+    group: GroupStep,
+    pages: LayerPages,
+    q: Tensor,
+    options: Options,
+    *,
+    backend: Backend,
+) -> Tensor:
+    """Attention of a step's queries (`[tokens, q_heads, width]`) over what is in the pages by
+    now.
+    """
     if step.decode:
         if backend == "cpu" and group.decode_plan is None:
             group.decode_plan = ops.plan_decode(pages, group.table, group.lengths, options.window)

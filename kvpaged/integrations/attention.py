@@ -1,4 +1,5 @@
-"""How a transformers model's attention comes to us: its config, two registered functions, two hooks.
+"""How a transformers model's attention comes to us: its config, two registered functions, two
+hooks.
 
 The way of one forward pass:
 
@@ -147,7 +148,8 @@ def prepare(model: Any, page_size: int) -> tuple[Preparation, list[LayerGroup]]:
         The preparation, held once (release it when done), and the layer groups.
 
     Raises:
-        UnsupportedModelError: not a causal language model of transformers, or a layer we cannot serve.
+        UnsupportedModelError: not a causal language model of transformers, or a layer we cannot
+            serve.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     if not isinstance(inner, PreTrainedModel):
@@ -178,13 +180,14 @@ def _probe(model: PreTrainedModel, preparation: Preparation) -> list[LayerFacts]
     try:
         with torch.no_grad():
             model(input_ids=token, past_key_values=probe, use_cache=True)
-        masks = _running.masks - {None}
+        masks = {window for window in _running.masks if window is not None}
     finally:
         _running.masks = None
     unseen = masks - {facts.window for facts in probe.facts.values()}
     if unseen:
         raise UnsupportedModelError(
-            f"{type(model).__name__} masks with a window of {sorted(unseen)} that its layers do not pass on"
+            f"{type(model).__name__} masks with a window of {sorted(unseen)} that its layers do "
+            "not pass on"
         )
     return list(probe.facts.values())
 
@@ -202,7 +205,9 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over pages where `key` carries our tag; the model's own implementation elsewhere."""
+    """Attention over pages where `key` carries our tag; the model's own implementation
+    elsewhere.
+    """
     tag = getattr(key, TAG, None)
     if isinstance(tag, Tag):
         if kwargs.get("output_attentions"):
@@ -233,7 +238,8 @@ def _original_of(config: Any) -> str:
         return _originals[id(config)]
     except KeyError:
         raise UnsupportedModelError(
-            f"a {type(config).__name__} names our attention and is not the text config of a prepared model"
+            f"a {type(config).__name__} names our attention and is not the text config of a "
+            "prepared model"
         ) from None
 
 
@@ -262,9 +268,7 @@ def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
     return None
 
 
-def _before_forward(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = (kwargs.get("past_key_values"), *args)
     past = next((x for x in given if isinstance(x, ServedCache)), None)
     outer = _session_running()

@@ -1,4 +1,6 @@
-"""What a model's layers cache, found by running one token through it rather than by reading configs."""
+"""What a model's layers cache, found by running one token through it rather than by reading
+configs.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +78,12 @@ class ProbeCache(Cache):
 
 
 def group_layers(facts: list[LayerFacts], page_size: int, model: str) -> list[LayerGroup]:
-    """Layers that share a geometry, a window and a device, as groups, in order of their first layer.
+    """Layers that share a geometry, a window and a device, as groups, in order of their first
+    layer.
 
     Raises:
-        UnsupportedModelError: nothing is cached, a layer's keys do not feed attention directly, or they do not fit a page.
+        UnsupportedModelError: nothing is cached, a layer's keys do not feed attention directly, or
+            they do not fit a page.
     """
     if not facts:
         raise UnsupportedModelError(f"{model} cached no keys and values: nothing to serve")

@@ -60,8 +60,9 @@ class SessionLayer(CacheLayerMixin):
 class SessionCache(Cache, ServedCache):
     """Some prompts and what is generated after them, as a `transformers.Cache` over pages.
 
-    A context manager; one thread at a time. Rows are padded on the left only, and pads take no pages: row `r` holds
-    tokens `columns - pads[r]` once its prompt has begun. Beams and several returned sequences multiply its rows by
+    A context manager; one thread at a time. Rows are padded on the left only, and pads take no
+    pages: row `r` holds tokens `columns - pads[r]` once its prompt has begun. Beams and several
+        returned sequences multiply its rows by
     themselves: a step with `n` times as many rows shares each row's pages `n` ways.
 
     Attributes:
@@ -70,7 +71,11 @@ class SessionCache(Cache, ServedCache):
     """
 
     def __init__(
-        self, cache: "PagedKVCache", preparation: Preparation, input_ids: Tensor, mask: Tensor | None
+        self,
+        cache: "PagedKVCache",
+        preparation: Preparation,
+        input_ids: Tensor,
+        mask: Tensor | None,
     ) -> None:
         _check_prompts(input_ids, mask)
         self._cache = cache
@@ -88,7 +93,7 @@ class SessionCache(Cache, ServedCache):
         layers = [SessionLayer(self, i, windows.get(i)) for i in range(max(windows) + 1)]
         super().__init__(layers=layers)
 
-    # -- for its user ---------------------------------------------------------------------------------------------
+    # -- for its user ------------------------------------------------------------------------------
 
     def __enter__(self) -> "SessionCache":
         return self
@@ -97,7 +102,9 @@ class SessionCache(Cache, ServedCache):
         self.close()
 
     def close(self) -> None:
-        """Give the pages back. Closing twice is nothing; any other use afterwards is a `UsageError`."""
+        """Give the pages back. Closing twice is nothing; any other use afterwards is a
+        `UsageError`.
+        """
         self.batch.close()
 
     def pages(self) -> int:
@@ -109,11 +116,13 @@ class SessionCache(Cache, ServedCache):
         return self.batch.memory_bytes()
 
     def tokens(self, row: int) -> Ids | None:
-        """Token ids a row holds, without pads; `None` where a forward pass came without ids (embeddings)."""
+        """Token ids a row holds, without pads; `None` where a forward pass came without ids
+        (embeddings).
+        """
         self._write_logs()
         return self.batch.logs[row].ids
 
-    # -- a forward pass -------------------------------------------------------------------------------------------
+    # -- a forward pass ----------------------------------------------------------------------------
 
     def enter(self, module: torch.nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
         """Begin a step for a forward pass: check it, multiply rows for beams, find pages.
@@ -125,7 +134,8 @@ class SessionCache(Cache, ServedCache):
         self.batch.check_open()
         if self._preparation.config._attn_implementation != NAME:
             raise UsageError(
-                f"the model's attention was set to {self._preparation.config._attn_implementation!r} since for_model"
+                "the model's attention was set to "
+                f"{self._preparation.config._attn_implementation!r} since for_model"
             )
         if module.training:
             raise UsageError("the model is in training mode: call model.eval() first")
@@ -157,7 +167,8 @@ class SessionCache(Cache, ServedCache):
         """Count the step's tokens, if every layer attended over its pages.
 
         Raises:
-            UnsupportedModelError: a layer's keys went to another attention than ours; the step does not count.
+            UnsupportedModelError: a layer's keys went to another attention than ours; the step does
+                not count.
         """
         self.entered_by = None
         step = self.batch.step
@@ -189,7 +200,8 @@ class SessionCache(Cache, ServedCache):
             raise UsageError("keys came outside a forward pass of the model given to for_model")
         if key_states.shape[0] != self.batch.rows or key_states.shape[2] != self._width:
             raise UsageError(
-                f"layer {layer_idx}: keys of {key_states.shape[0]} rows and {key_states.shape[2]} columns "
+                f"layer {layer_idx}: keys of {key_states.shape[0]} rows and {key_states.shape[2]} "
+                "columns "
                 f"in a pass of {self.batch.rows} and {self._width}"
             )
         if key_states.requires_grad and torch.is_grad_enabled():
@@ -215,13 +227,12 @@ class SessionCache(Cache, ServedCache):
         expected = self._cache.groups[self._cache.place_of(layer)[0]].window
         if window != expected:
             raise UnsupportedModelError(
-                f"layer {layer} attends with a window of {window}; its pages were made for {expected}"
+                f"layer {layer} attends with a window of {window}; its pages were made for "
+                f"{expected}"
             )
         rows, heads, columns, width = query.shape
         scale = width**-0.5 if scale is None else scale
-        out = self.batch.attend(
-            layer, self._flat(query), scale=scale, softcap=softcap, sinks=sinks
-        )
+        out = self.batch.attend(layer, self._flat(query), scale=scale, softcap=softcap, sinks=sinks)
         if self._take is not None:
             padded = out.new_zeros(rows * columns, heads, out.shape[-1])
             padded[self._take] = out
@@ -229,14 +240,14 @@ class SessionCache(Cache, ServedCache):
         return out.view(rows, columns, heads, -1)
 
     def _flat(self, states: Tensor) -> Tensor:
-        """`[rows, heads, columns, width]` as the step's tokens, `[tokens, heads, width]`, without pads."""
-        if states.shape[2] == 1:
-            flat = states.squeeze(2)
-        else:
-            flat = states.transpose(1, 2).flatten(0, 1)
+        """`[rows, heads, columns, width]` as the step's tokens, `[tokens, heads, width]`, without
+        pads.
+        """
+        single = states.shape[2] == 1
+        flat = states.squeeze(2) if single else states.transpose(1, 2).flatten(0, 1)
         return flat if self._take is None else flat[self._take]
 
-    # -- what transformers may do to a cache ----------------------------------------------------
+    # -- what transformers may do to a cache -------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns held, pads included."""
@@ -255,7 +266,8 @@ class SessionCache(Cache, ServedCache):
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
             raise ValueError(
-                f"crop takes minus the columns to remove, -{self.columns} to 0, got {tokens_to_remove}"
+                f"crop takes minus the columns to remove, -{self.columns} to 0, got "
+                f"{tokens_to_remove}"
             )
         self._write_logs()
         columns = self.columns + tokens_to_remove
@@ -273,7 +285,9 @@ class SessionCache(Cache, ServedCache):
         self._pads_known = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row `i` what row `beam_idx[i]` is: tables change, pages are shared, nothing is copied."""
+        """Make row `i` what row `beam_idx[i]` is: tables change, pages are shared, nothing is
+        copied.
+        """
         self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -281,7 +295,9 @@ class SessionCache(Cache, ServedCache):
         self._select([row for row in range(self.batch.rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` (ints, or a bool for each row) and give back the others' pages."""
+        """Keep the rows `indices` (ints, or a bool for each row) and give back the others'
+        pages.
+        """
         chosen = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
         self._select(chosen.tolist())
 
@@ -296,7 +312,7 @@ class SessionCache(Cache, ServedCache):
         self.pads = self.pads[rows]
         self._prompt = self._prompt[rows]
 
-    # -- checks ---------------------------------------------------------------------------------------------------
+    # -- checks ------------------------------------------------------------------------------------
 
     def _check_mask(self, mask: Any, rows: int, width: int) -> None:
         """A pass's mask must be what the session was made with, plus ones."""
@@ -318,7 +334,8 @@ class SessionCache(Cache, ServedCache):
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             raise UsageError(
-                f"row {row}: the mask hides {int((~seen[row]).sum())} columns, the session was made with "
+                f"row {row}: the mask hides {int((~seen[row]).sum())} columns, the session was "
+                "made with "
                 f"{int(pads[row])} pads on the left"
             )
 
@@ -341,11 +358,14 @@ class SessionCache(Cache, ServedCache):
             row, place = (int(x[0]) for x in np.nonzero(differ))
             raise UsageError(
                 f"row {row}, column {self.columns + place}: the session was made for token "
-                f"{int(prompt[row, self.columns + place])}, the forward pass has {int(given[row, place])}"
+                f"{int(prompt[row, self.columns + place])}, the forward pass has "
+                f"{int(given[row, place])}"
             )
 
     def _write_logs(self) -> None:
-        """Move the ids of committed steps to the rows' logs: late, for ids may still be on their way from a GPU."""
+        """Move the ids of committed steps to the rows' logs: late, for ids may still be on their
+        way from a GPU.
+        """
         for ids, counts in self._unlogged:
             host = None if ids is None else _to_host(ids)
             for row, count in enumerate(counts.tolist()):
@@ -356,12 +376,15 @@ class SessionCache(Cache, ServedCache):
 
 
 def _to_host(tensor: Tensor) -> npt.NDArray[np.int64]:
-    array: npt.NDArray[np.int64] = tensor.detach().to("cpu", torch.int64).numpy()
-    return array
+    return np.asarray(tensor.detach().to("cpu", torch.int64))
 
 
 def _check_prompts(input_ids: Tensor, mask: Tensor | None) -> None:
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not len(input_ids):
+    if (
+        input_ids.ndim != 2
+        or input_ids.dtype not in (torch.int64, torch.int32)
+        or not len(input_ids)
+    ):
         raise UsageError(
             f"input_ids are ints [rows, columns], got {tuple(input_ids.shape)} of {input_ids.dtype}"
         )
@@ -383,5 +406,7 @@ def _left_pads(mask: Tensor | None, rows: int, columns: int) -> npt.NDArray[np.i
     pads = (~seen).sum(axis=1)
     wrong = np.flatnonzero((seen != (np.arange(columns) >= pads[:, None])).any(axis=1))
     if wrong.size:
-        raise UsageError(f"row {int(wrong[0])} is padded elsewhere than on the left: pad on the left")
+        raise UsageError(
+            f"row {int(wrong[0])} is padded elsewhere than on the left: pad on the left"
+        )
     return pads.astype(np.int64)

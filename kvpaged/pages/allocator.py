@@ -13,11 +13,15 @@ from kvpaged.pages.frames import FrameBudget
 Ids = npt.NDArray[np.int32]
 
 FREE, OPEN, SEALED = 0, 1, 2
-"""States of a page. Open pages take new tokens; sealed ones are full and immutable while anyone else holds them."""
+"""States of a page. Open pages take new tokens; sealed ones are full and immutable while anyone
+else holds them.
+"""
 
 
 class Lease(NamedTuple):
-    """Pages a copy in flight reads or writes, with the generation each had; none is reused before `end_lease`."""
+    """Pages a copy in flight reads or writes, with the generation each had; none is reused before
+    `end_lease`.
+    """
 
     ids: Ids
     generations: npt.NDArray[np.int64]
@@ -26,12 +30,14 @@ class Lease(NamedTuple):
 class PageAllocator:
     """Pages of one class, in runs where possible.
 
-    Free pages are kept as bit masks of *extents*: `extent` adjacent pages within a frame. A new run starts in the lowest
-    extent that is wholly free and leaves the rest of it for its own growth while there is room, so a sequence that grows
-    page by page stays in runs, and low frames fill first (empty frames can go to another class).
+    Free pages are kept as bit masks of *extents*: `extent` adjacent pages within a frame. A new run
+    starts in the lowest extent that is wholly free and leaves the rest of it for its own growth
+    while there is room, so a sequence that grows page by page stays in runs, and low frames fill
+    first (empty frames can go to another class).
 
     Not thread-safe: the cache's lock is held around every call. Invariants:
-      1. A page is in a free mask exactly if its frame is owned, its references are 0 and it has no lease.
+      1. A page is in a free mask exactly if its frame is owned, its references are 0 and it has no
+          lease.
       2. `free_pages` is the number of bits in all masks.
       3. A page's generation grows each time its last reference goes, and never otherwise.
     """
@@ -47,11 +53,14 @@ class PageAllocator:
         """
         Args:
             frames: the budget that frames come from; this allocator registers itself as an owner.
-            pages_per_frame: pages a frame is cut into; page ids are `frame * pages_per_frame + place`.
+            pages_per_frame: pages a frame is cut into; page ids are `frame * pages_per_frame +
+                place`.
             extent: pages an extent has (1 to 32).
-            on_surrender: called with the number of a frame that is given back, after its pages are forgotten.
+            on_surrender: called with the number of a frame that is given back, after its pages are
+                forgotten.
         """
-        assert 1 <= extent <= 32 and pages_per_frame >= 1
+        assert 1 <= extent <= 32
+        assert pages_per_frame >= 1
         self.pages_per_frame = pages_per_frame
         self.extent = min(extent, pages_per_frame)
         self.capacity = frames.frames * pages_per_frame
@@ -65,14 +74,16 @@ class PageAllocator:
         self._used: dict[int, int] = {}  # owned frame -> pages in use or leased
         extents = frames.frames * self._per_frame
         self._masks = [0] * extents
-        self._whole: list[int] = []  # heaps of extents, checked when popped; each holds an extent at most once
+        self._whole: list[
+            int
+        ] = []  # heaps of extents, checked when popped; each holds an extent at most once
         self._partial: list[int] = []
         self._in_whole = bytearray(extents)
         self._in_partial = bytearray(extents)
         self._leases: dict[int, int] = {}
         frames.register(self)
 
-    # -- asking ---------------------------------------------------------------------------------------------------
+    # -- asking ------------------------------------------------------------------------------------
 
     def available(self) -> int:
         """Pages that `alloc` could still hand out, frames of others that are empty included."""
@@ -86,7 +97,7 @@ class PageAllocator:
         """Owned frames none of whose pages is in use."""
         return sum(not used for used in self._used.values())
 
-    # -- taking and giving back -----------------------------------------------------------------------------------
+    # -- taking and giving back --------------------------------------------------------------------
 
     def alloc(self, count: int, after: int | None = None) -> Ids:
         """Take `count` pages, each with one reference and open.
@@ -96,7 +107,8 @@ class PageAllocator:
             after: a page the new ones should follow (the last of the sequence that grows).
 
         Returns:
-            Page ids, int32 `[count]`: `after`'s successors first, then runs as long as free memory allows.
+            Page ids, int32 `[count]`: `after`'s successors first, then runs as long as free memory
+            allows.
 
         Raises:
             OutOfPagesError: fewer than `count` are available; nothing changed.
@@ -127,7 +139,9 @@ class PageAllocator:
         np.add.at(self.refs, ids, 1)
 
     def release(self, ids: Ids) -> None:
-        """Drop one reference for each occurrence of a page in `ids`; pages nobody holds any more become free."""
+        """Drop one reference for each occurrence of a page in `ids`; pages nobody holds any more
+        become free.
+        """
         if not ids.size:
             return
         np.subtract.at(self.refs, ids, 1)
@@ -138,7 +152,9 @@ class PageAllocator:
             self.states[dead] = FREE
             self.generations[dead] += 1
             if self._leases:
-                dead = np.array([page for page in dead.tolist() if page not in self._leases], np.int32)
+                dead = np.array(
+                    [page for page in dead.tolist() if page not in self._leases], np.int32
+                )
             self._free(dead)
 
     def surrender_frame(self) -> int | None:
@@ -154,7 +170,7 @@ class PageAllocator:
             self._on_surrender(frame)
         return frame
 
-    # -- copies in flight -----------------------------------------------------------------------------------------
+    # -- copies in flight --------------------------------------------------------------------------
 
     def lease(self, ids: Ids) -> Lease:
         """Keep these pages from being reused until `end_lease`, whoever releases them meanwhile."""
@@ -164,7 +180,9 @@ class PageAllocator:
         return Lease(ids.copy(), self.generations[ids])
 
     def end_lease(self, lease: Lease) -> bool:
-        """End a lease, once. True if every page is still the one that was leased (same generation)."""
+        """End a lease, once. True if every page is still the one that was leased (same
+        generation).
+        """
         current = bool((self.generations[lease.ids] == lease.generations).all())
         idle = []
         for page in lease.ids.tolist():
@@ -176,7 +194,7 @@ class PageAllocator:
         self._free(np.array(sorted(idle), np.int32))
         return current
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _extent_of(self, page: int) -> tuple[int, int]:
         frame, place = divmod(page, self.pages_per_frame)
@@ -272,25 +290,39 @@ class PageAllocator:
             first = self._first_page(extent)
             for bit in range(mask.bit_length()):
                 free[first + bit] = mask >> bit & 1
-            queued = self._in_whole[extent] if mask == self._full_mask(extent) else self._in_partial[extent]
+            queued = (
+                self._in_whole[extent]
+                if mask == self._full_mask(extent)
+                else self._in_partial[extent]
+            )
             if mask and not queued:
-                raise IntegrityError(f"extent {extent} has free pages (mask {mask:b}) and is in no queue")
+                raise IntegrityError(
+                    f"extent {extent} has free pages (mask {mask:b}) and is in no queue"
+                )
         if int(free.sum()) != self.free_pages:
-            raise IntegrityError(f"{int(free.sum())} pages are marked free, the count says {self.free_pages}")
+            raise IntegrityError(
+                f"{int(free.sum())} pages are marked free, the count says {self.free_pages}"
+            )
         owned = np.zeros(self.capacity, bool)
         for frame, used in self._used.items():
             pages = slice(frame * self.pages_per_frame, (frame + 1) * self.pages_per_frame)
             owned[pages] = True
             if int((~free[pages]).sum()) != used:
-                raise IntegrityError(f"frame {frame}: {int((~free[pages]).sum())} pages in use, count says {used}")
+                raise IntegrityError(
+                    f"frame {frame}: {int((~free[pages]).sum())} pages in use, count says {used}"
+                )
         leased = np.zeros(self.capacity, bool)
         leased[list(self._leases)] = True
         wrong = np.flatnonzero(free != (owned & (self.refs == 0) & ~leased))
         if wrong.size:
             page = int(wrong[0])
             raise IntegrityError(
-                f"page {page}: marked {'free' if free[page] else 'in use'} with {self.refs[page]} references, "
-                f"{self._leases.get(page, 0)} leases, frame {'owned' if owned[page] else 'not owned'}"
+                f"page {page}: marked {'free' if free[page] else 'in use'} with {self.refs[page]} "
+                "references, "
+                f"{self._leases.get(page, 0)} leases, frame "
+                f"{'owned' if owned[page] else 'not owned'}"
             )
         if bool(((self.refs > 0) != (self.states != FREE)).any()):
-            raise IntegrityError("a page has references and the state free, or none and another state")
+            raise IntegrityError(
+                "a page has references and the state free, or none and another state"
+            )

@@ -34,7 +34,8 @@ def copy_pages(page_class: PageClass, src: Ids, dst: Ids, *, backend: Backend) -
 def clear_pages(page_class: PageClass, ids: Ids) -> None:
     """Zero pages.
 
-    The CPU path masks the slots past a sequence's end by adding -inf to their scores, which a NaN left there by
+    The CPU path masks the slots past a sequence's end by adding -inf to their scores, which a NaN
+    left there by
     somebody else would survive: a page that starts out partly filled starts out clean.
     """
     whole = page_class.geometry.layout == "page-major"
@@ -45,7 +46,9 @@ def clear_pages(page_class: PageClass, ids: Ids) -> None:
 
 
 def page_checksums(page_class: PageClass, ids: Ids, *, backend: Backend) -> Tensor:
-    """Checksums of the slices of pages, int64 `[n, layers]`, K and V of a layer summed as one slice."""
+    """Checksums of the slices of pages, int64 `[n, layers]`, K and V of a layer summed as one
+    slice.
+    """
     geometry = page_class.geometry
     words = page_class.flat.view(torch.int32)
     size = words.numel() * 4
@@ -70,7 +73,9 @@ def seal_pages(page_class: PageClass, ids: Ids, *, backend: Backend) -> None:
 
 
 def verify_pages(page_class: PageClass, ids: Ids, *, backend: Backend) -> None:
-    """Raise `IntegrityError` naming the first sealed page and layer whose bytes are not what was sealed."""
+    """Raise `IntegrityError` naming the first sealed page and layer whose bytes are not what was
+    sealed.
+    """
     if page_class.checksums is None or not ids.size:
         return
     places = torch.from_numpy(ids.astype("int64")).to(page_class.flat.device)
@@ -80,6 +85,7 @@ def verify_pages(page_class: PageClass, ids: Ids, *, backend: Backend) -> None:
     if len(wrong):
         row, layer = wrong[0].tolist()
         raise IntegrityError(
-            f"page {int(ids[row])}, layer {layer} of its group: the bytes sum to {int(found[row, layer])}, "
+            f"page {int(ids[row])}, layer {layer} of its group: the bytes sum to "
+            f"{int(found[row, layer])}, "
             f"sealed as {int(expected[row, layer])}; {len(wrong)} slices are wrong"
         )

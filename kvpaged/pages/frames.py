@@ -1,8 +1,10 @@
-"""Frames: the equal pieces a pool's budget is dealt out in, so that unlike page sizes share one budget.
+"""Frames: the equal pieces a pool's budget is dealt out in, so that unlike page sizes share one
+budget.
 
     pool     | frame 0   | frame 1   | frame 2   | frame 3   |
     owner      class A     class B     (free)      class A
-    cut into   a a a a a   b b         ...         a a a a a      the rest of a frame is rounding waste
+    cut into   a a a a a   b b         ...         a a a a a      the rest of a frame is rounding
+    waste
 
 One class alone gets one frame of all its pages: nothing is rounded but the last page.
 """
@@ -16,7 +18,9 @@ from kvpaged.config import format_bytes
 from kvpaged.errors import ConfigError
 
 MAX_WASTE = 0.03
-"""Share of the budget that cutting frames into pages may lose, where the budget has room to choose."""
+"""Share of the budget that cutting frames into pages may lose, where the budget has room to
+choose.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,8 @@ class FramePlan:
 
 
 def plan_frames(budget: int, page_bytes: Sequence[int], *, unit: int = 1) -> FramePlan:
-    """Cut `budget` bytes into frames that waste the least for pages of these sizes (bytes), pure arithmetic.
+    """Cut `budget` bytes into frames that waste the least for pages of these sizes (bytes), pure
+    arithmetic.
 
     Args:
         budget: bytes to cut; never exceeded.
@@ -47,7 +52,8 @@ def plan_frames(budget: int, page_bytes: Sequence[int], *, unit: int = 1) -> Fra
     """
     if budget < sum(page_bytes):
         raise ConfigError(
-            f"a pool of {format_bytes(budget)} ({budget} bytes) is smaller than one page of each class "
+            f"a pool of {format_bytes(budget)} ({budget} bytes) is smaller than one page of each "
+            "class "
             f"({' + '.join(map(str, page_bytes))} bytes)"
         )
     if len(page_bytes) == 1:
@@ -73,7 +79,9 @@ class FrameOwner(Protocol):
     """A class of pages that can hand back a frame none of whose pages is in use."""
 
     def surrender_frame(self) -> int | None:
-        """Give up one empty frame and forget its pages, or `None` when every frame holds a page in use."""
+        """Give up one empty frame and forget its pages, or `None` when every frame holds a page in
+        use.
+        """
 
     def empty_frames(self) -> int:
         """How many frames `surrender_frame` could give up."""
@@ -82,8 +90,8 @@ class FrameOwner(Protocol):
 class FrameBudget:
     """The frames nobody owns yet, and who might give one back.
 
-    Not thread-safe: the cache's lock is held around every call. Invariant: every frame is in `_free` or owned by
-    exactly one owner.
+    Not thread-safe: the cache's lock is held around every call. Invariant: every frame is in
+    `_free` or owned by exactly one owner.
     """
 
     def __init__(self, frames: int) -> None:

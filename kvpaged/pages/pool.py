@@ -15,7 +15,9 @@ from kvpaged.pages.allocator import Ids, PageAllocator
 from kvpaged.pages.frames import FrameBudget, FramePlan, plan_frames
 
 EXTENT_TOKENS = 256
-"""Token slots a new run reserves room for, softly: long enough for one attention part, short enough to stay dense."""
+"""Token slots a new run reserves room for, softly: long enough for one attention part, short enough
+to stay dense.
+"""
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -37,7 +39,8 @@ class PageClass:
         geometry: the page.
         allocator: who holds which page.
         flat: the storage as one vector of the geometry's dtype; layer views are cut from it.
-        checksums: int64 `[pages, layers]`, a row valid while its page is sealed; `None` when not kept.
+        checksums: int64 `[pages, layers]`, a row valid while its page is sealed; `None` when not
+            kept.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class PageClass:
         self._per_frame = allocator.pages_per_frame
         self._storage_bytes = storage.numel()
         shape = (allocator.capacity, geometry.layers)
-        self.checksums = torch.zeros(shape, dtype=torch.int64, device=storage.device) if checksums else None
+        self.checksums = (
+            torch.zeros(shape, dtype=torch.int64, device=storage.device) if checksums else None
+        )
         self.layers = tuple(self._layer_pages(layer) for layer in range(geometry.layers))
 
     def view(self, layer: int, kind: Kind) -> View:
@@ -74,8 +79,12 @@ class PageClass:
         if self.geometry.layout == "layer-major":
             return ids
         frame, place = np.divmod(ids, self._per_frame)
-        units = frame * (self._plan.frame_bytes // UNIT_BYTES) + place * self.geometry.entries_per_page()
-        return units.astype(np.int32)
+        units = (
+            frame * (self._plan.frame_bytes // UNIT_BYTES)
+            + place * self.geometry.entries_per_page()
+        )
+        entries: Ids = units.astype(np.int32)
+        return entries
 
     def entry_tensor(self, ids: Ids) -> torch.Tensor:
         """The same on the device, int64, for indexing."""
@@ -89,25 +98,32 @@ class PageClass:
 class PagePool:
     """One byte budget on one device, cut into frames, dealt out to classes of pages.
 
-    Page-major classes share one allocation. Layer-major ones have storage of their own, as large as the budget but
-    committed by the system only where it was touched; a frame that changes its class is handed back to the system there,
-    so the bytes in use stay within the budget either way.
+    Page-major classes share one allocation. Layer-major ones have storage of their own, as large as
+    the budget but committed by the system only where it was touched; a frame that changes its class
+    is handed back to the system there, so the bytes in use stay within the budget either way.
 
     Not thread-safe: the cache's lock is held around every call that takes or gives back pages.
     """
 
     def __init__(
-        self, geometries: Sequence[PageGeometry], *, memory: int, device: torch.device, checksums: bool = True
+        self,
+        geometries: Sequence[PageGeometry],
+        *,
+        memory: int,
+        device: torch.device,
+        checksums: bool = True,
     ) -> None:
         """
         Args:
             geometries: one for each class; all of the same layout.
             memory: bytes; never exceeded by pages in use.
             device: where the pages live.
-            checksums: keep a checksum a layer of every sealed page (8 bytes each, outside the budget).
+            checksums: keep a checksum a layer of every sealed page (8 bytes each, outside the
+                budget).
 
         Raises:
-            ConfigError: the budget is more than the device has free, or less than a page of every class; mixed layouts.
+            ConfigError: the budget is more than the device has free, or less than a page of every
+                class; mixed layouts.
         """
         layouts = {geometry.layout for geometry in geometries}
         if len(layouts) != 1:
@@ -115,7 +131,8 @@ class PagePool:
         free = available_bytes(device)
         if free is not None and memory > free:
             raise ConfigError(
-                f"a pool of {format_bytes(memory)} was asked for and {device} has {format_bytes(free)} free"
+                f"a pool of {format_bytes(memory)} was asked for and {device} has "
+                f"{format_bytes(free)} free"
             )
         self.layout = layouts.pop()
         self.device = device
@@ -142,7 +159,9 @@ class PagePool:
             frames=self.frames,
             pages_per_frame=per_frame,
             extent=max(1, EXTENT_TOKENS // geometry.page_size),
-            on_surrender=None if system is None else lambda frame: self._decommit(system, geometry, per_frame, frame),
+            on_surrender=None
+            if system is None
+            else lambda frame: self._decommit(system, geometry, per_frame, frame),
         )
         return PageClass(geometry, allocator, storage, self.plan, checksums=checksums)
 
@@ -154,8 +173,12 @@ class PagePool:
         self._maps.append(system)
         return torch.frombuffer(system, dtype=torch.uint8)
 
-    def _decommit(self, system: mmap.mmap, geometry: PageGeometry, per_frame: int, frame: int) -> None:
-        """Hand the touched memory of a layer-major frame back to the system (whole system pages only)."""
+    def _decommit(
+        self, system: mmap.mmap, geometry: PageGeometry, per_frame: int, frame: int
+    ) -> None:
+        """Hand the touched memory of a layer-major frame back to the system (whole system pages
+        only).
+        """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         pages = per_frame * self.plan.frames
@@ -164,7 +187,9 @@ class PagePool:
             for layer in range(geometry.layers):
                 view = geometry.view(layer, kind, pages=pages, storage_bytes=len(system))
                 for head in range(geometry.kv_heads):
-                    first = (view.offset + head * view.stride[1]) * geometry.itemsize + frame * per_frame * row
+                    first = (
+                        view.offset + head * view.stride[1]
+                    ) * geometry.itemsize + frame * per_frame * row
                     start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
                     end = (first + per_frame * row) // mmap.PAGESIZE * mmap.PAGESIZE
                     if end > start:

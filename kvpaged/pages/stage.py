@@ -11,8 +11,9 @@ from torch import Tensor
 class Stage:
     """Sends int32 arrays to a device in one copy.
 
-    On a GPU two pinned buffers take turns; one is written again only when the copy out of it has ended, so the host
-    runs ahead of the device by at most one step here. Used by one thread at a time (its batch's).
+    On a GPU two pinned buffers take turns; one is written again only when the copy out of it has
+    ended, so the host runs ahead of the device by at most one step here. Used by one thread at a
+    time (its batch's).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +29,9 @@ class Stage:
         if not sum(sizes):
             return [torch.empty(0, dtype=torch.int32, device=self.device) for _ in arrays]
         self.transfers += 1
-        joined = np.concatenate([array.reshape(-1) for array in arrays]).astype(np.int32, copy=False)
+        joined = np.concatenate([array.reshape(-1) for array in arrays]).astype(
+            np.int32, copy=False
+        )
         if self.device.type == "cuda":
             sent = self._send_pinned(joined)
         else:

@@ -17,13 +17,15 @@ class Change(NamedTuple):
 
 
 class BlockTable:
-    """Logical page -> physical page for the rows of a batch; the device copy is brought up to date incrementally.
+    """Logical page -> physical page for the rows of a batch; the device copy is brought up to date
+    incrementally.
 
-    Row `r` holds logical pages `first[r]` to `count[r]` (exclusive); those before `first` have left the window and were
-    given back. `pages[r, i]` is a page id, `entries` the device's int32 `[rows, width]` of block-table entries.
+    Row `r` holds logical pages `first[r]` to `count[r]` (exclusive); those before `first` have left
+    the window and were given back. `pages[r, i]` is a page id, `entries` the device's int32 `[rows,
+    width]` of block-table entries.
 
-    Invariant: after the changes of `take_changes` are written to `entries`, it equals the entries of `pages` wherever a
-    row holds a page.
+    Invariant: after the changes of `take_changes` are written to `entries`, it equals the entries
+    of `pages` wherever a row holds a page.
     """
 
     def __init__(self, rows: int, *, device: torch.device, width: int = 8) -> None:
@@ -75,7 +77,9 @@ class BlockTable:
         return gone
 
     def drop_first(self, row: int, first: int) -> Ids:
-        """Forget a row's logical pages before `first` (they have left the window); returns their ids."""
+        """Forget a row's logical pages before `first` (they have left the window); returns their
+        ids.
+        """
         gone = self.pages[row, self.first[row] : first].copy()
         self.first[row] = max(first, int(self.first[row]))
         return gone
@@ -85,7 +89,8 @@ class BlockTable:
 
         Args:
             rows: indices into the present rows.
-            entries_of: int32, the entries of `pages[rows]`, same shape: what the device has to hold.
+            entries_of: int32, the entries of `pages[rows]`, same shape: what the device has to
+                hold.
         """
         before, old = self.pages, self.entries
         limit = len(rows) * before.shape[1]
@@ -104,12 +109,16 @@ class BlockTable:
         self._note(changed, entries_of.reshape(-1)[changed])
 
     def take_changes(self) -> Change | None:
-        """What has to be written to `entries` since the last call, and forget it; `None`: nothing."""
+        """What has to be written to `entries` since the last call, and forget it; `None`:
+        nothing.
+        """
         if not self._places:
             return None
         places = np.concatenate(self._places)
         values = np.concatenate(self._values)
-        if len(self._places) > 1:  # the last value of a place counts: the device writes in any order
+        if (
+            len(self._places) > 1
+        ):  # the last value of a place counts: the device writes in any order
             _, last = np.unique(places[::-1], return_index=True)
             chosen = len(places) - 1 - last
             places, values = places[chosen], values[chosen]

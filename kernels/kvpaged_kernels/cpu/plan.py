@@ -10,6 +10,7 @@ Cells that nobody asked about are holes: computed, and dropped. Tokens a row doe
 its cells (past its end, before its window) are masked.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ MAX_GAP = 8
 Ints = npt.NDArray[np.int64]
 
 
-class Grid(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Grid:
     """Cells at entries `start + i * step`, `i < count`, each of `pages` adjacent pages.
 
     - `cells`: int64, the cells that are parts; None: all of them.
@@ -48,7 +50,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """The calls of one decode step. `direct`: the one grid is the rows in order, nothing to merge."""
+    """The calls of one decode step. `direct`: one grid, the rows in order, nothing to merge."""
 
     rows: int
     grids: tuple[Grid, ...]
@@ -64,7 +66,7 @@ class Run(NamedTuple):
 
 
 class RowSpan(NamedTuple):
-    """Queries `[q_first, q_last)` of the step are the last positions of a row of `length` tokens."""
+    """Queries `[q_first, q_last)` of the step: the last positions of a row of `length` tokens."""
 
     q_first: int
     q_last: int
@@ -223,7 +225,7 @@ def plan_spans(
                 min((first + b) * page_size, length),
                 int(entry[a]) * page_size,
             )
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in itertools.pairwise(bounds)
             if b > a
         )
         spans.append(RowSpan(q_first, q_last, length, runs))

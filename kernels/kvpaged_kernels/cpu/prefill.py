@@ -10,7 +10,7 @@ WINDOW_BLOCK = 256
 """Queries of one masked call where a window cuts into the history."""
 
 BLIND = -1e30
-"""Log-sum-exp of a part a query sees nothing of: finite, so that merging two such parts is not NaN."""
+"""Log-sum-exp of a part a query sees nothing of; finite: merging two such parts is not NaN."""
 
 
 def _tokens(pages: Tensor, run: Run, first: int, last: int) -> Tensor:
@@ -105,7 +105,8 @@ def _causal(
                     torch.cat((lse[:, :, :skip], merged[1]), dim=2),
                 )
             out, lse = merged
-    assert out is not None and lse is not None
+    assert out is not None
+    assert lse is not None
     return out, lse
 
 
