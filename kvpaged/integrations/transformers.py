@@ -376,7 +376,8 @@ class SessionCache(Cache, ServedCache):
 
 
 def _to_host(tensor: Tensor) -> npt.NDArray[np.int64]:
-    return np.asarray(tensor.detach().to("cpu", torch.int64))
+    host: npt.NDArray[np.int64] = tensor.detach().to("cpu", torch.int64).numpy()
+    return host
 
 
 def _check_prompts(input_ids: Tensor, mask: Tensor | None) -> None:

@@ -231,16 +231,18 @@ class PageAllocator:
                 return self._continue_run(self._first_page(extent), count, runs)
             heapq.heappop(self._whole)
             self._in_whole[extent] = 0
-        if (frame := self._frames.take(self)) is not None:
-            self._adopt(frame)
-            return 0
-        while True:
+        # Leftovers before another frame: a frame of one class is what another class may lack.
+        while self._partial:
             extent = self._partial[0]
             if mask := self._masks[extent]:
                 first = (mask & -mask).bit_length() - 1
                 return self._continue_run(self._first_page(extent) + first, count, runs)
             heapq.heappop(self._partial)
             self._in_partial[extent] = 0
+        frame = self._frames.take(self)
+        assert frame is not None, "alloc has checked that this much is available"
+        self._adopt(frame)
+        return 0
 
     def _adopt(self, frame: int) -> None:
         self._used[frame] = 0

@@ -1,0 +1,436 @@
+"""A loop of one's own against dense attention in fp64: every backend, both layouts, any history."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvpaged import LayerGroup, PagedKVCache, PageGeometry
+from kvpaged.errors import ConfigError, IntegrityError, OutOfPagesError, UsageError
+
+LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 6, 2, 64
+
+
+def geometry(page_size: int = 16) -> PageGeometry:
+    return PageGeometry(
+        layers=LAYERS, kv_heads=KV_HEADS, head_dim=DIM, page_size=page_size, dtype=torch.float32
+    )
+
+
+def make(backend: str = "cpu", layout: str | None = None, **options) -> PagedKVCache:
+    memory = options.pop("memory", "8MiB")
+    return PagedKVCache(geometry(), memory, backend=backend, layout=layout, **options)
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Causal attention of the last `len(q)` positions, in fp64."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+    scores = q.double().transpose(0, 1) @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    token = torch.arange(k.shape[1])
+    position = token[-q.shape[0] :, None]
+    hidden = token > position
+    if window is not None:
+        hidden |= token <= position - window
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+class Oracle:
+    """What a batch's rows should hold, as dense tensors, fed the same keys and values."""
+
+    def __init__(self, cache: PagedKVCache, batch, seed: int = 0) -> None:
+        self.cache, self.batch = cache, batch
+        self.random = torch.Generator().manual_seed(seed)
+        self.rows = [self._empty() for _ in range(batch.rows)]
+        self.windows = [cache.groups[cache.place_of(layer)[0]].window for layer in range(LAYERS)]
+
+    @staticmethod
+    def _empty():
+        nothing = torch.empty(0, KV_HEADS, DIM)
+        return [(nothing, nothing) for _ in range(LAYERS)]
+
+    def compute(self) -> None:
+        """Run all layers over the waiting tokens and compare each row's output."""
+        bounds = self.batch.cu_seqlens.tolist()
+        for layer in range(LAYERS):
+            q, k, v = (
+                torch.randn(bounds[-1], heads, DIM, generator=self.random)
+                for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
+            )
+            out = self.cache.attend(layer, q, k, v, self.batch)
+            for row, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+                held = self.rows[row][layer]
+                now = torch.cat((held[0], k[a:b])), torch.cat((held[1], v[a:b]))
+                self.rows[row][layer] = now
+                if b > a:
+                    expected = dense(q[a:b], *now, self.windows[layer])
+                    torch.testing.assert_close(out[a:b].double(), expected, rtol=0, atol=2e-5)
+
+    def fork(self, row: int) -> None:
+        self.batch.fork(row)
+        self.rows.append(list(self.rows[row]))
+
+    def rewind(self, row: int, to: int) -> None:
+        self.batch.rewind(row, to=to)
+        self.rows[row] = [(k[:to], v[:to]) for k, v in self.rows[row]]
+
+
+@pytest.mark.parametrize("layout", ["page-major", "layer-major"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_ragged_prompts_decode_forks_and_rewinds_equal_dense_attention(backend, layout):
+    with make(backend, layout) as cache:
+        batch = cache.batch([range(5), range(40), range(16), range(1)])
+        oracle = Oracle(cache, batch)
+        oracle.compute()
+        for _ in range(2 if backend == "triton" else 20):
+            batch.extend([1] * batch.rows)
+            oracle.compute()
+        batch.commit_computed()
+        oracle.fork(1)
+        for tokens in ([[1, 2, 3]] * 5, [[1] * 40, [], [2] * 3, [], [1] * 17], [[7]] * 5):
+            batch.extend(tokens)
+            oracle.compute()
+            cache.check_integrity()
+        batch.commit_computed()
+        oracle.rewind(0, 33)
+        batch.extend([1] * batch.rows)
+        oracle.compute()
+        batch.close()
+        cache.check_integrity()
+        assert cache.stats().used == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_a_window_is_exact_and_gives_pages_back(backend):
+    groups = [
+        LayerGroup(
+            geometry=PageGeometry(
+                layers=1, kv_heads=KV_HEADS, head_dim=DIM, page_size=16, dtype=torch.float32
+            ),
+            layers=(layer,),
+            window=window,
+        )
+        for layer, window in enumerate((24, None))
+    ]
+    with PagedKVCache(groups, "8MiB", backend=backend) as cache:
+        batch = cache.batch([range(100), range(3)])
+        oracle = Oracle(cache, batch)
+        oracle.compute()
+        for _ in range(3 if backend == "triton" else 40):
+            batch.extend([1, 2])
+            oracle.compute()
+            cache.check_integrity()
+        batch.commit_computed()
+        windowed, whole = (len(batch.page_map(group)[0]) for group in range(2))
+        assert windowed <= -(-24 // 16) + 2, "the window, the page it begins in, one to rewind"
+        assert whole == -(-int(batch.lengths[0]) // 16)
+        oracle.rewind(0, int(batch.lengths[0]) - 10)
+        batch.extend([[1] * 5, [1]])
+        oracle.compute()
+        batch.commit_computed()
+        with pytest.raises(UsageError, match="cannot rewind to 20: a window of 24"):
+            batch.rewind(0, to=20)
+
+
+def test_one_transfer_a_step_and_only_changed_table_entries():
+    with make() as cache:
+        batch = cache.batch([range(30)] * 8)
+        oracle = Oracle(cache, batch)
+        oracle.compute()
+        for step in range(5):
+            assert batch.transfers() == step + 1
+            batch.extend([1] * 8)
+            oracle.compute()
+
+
+def test_out_of_pages_changes_nothing_and_other_batches_go_on():
+    with make(memory=geometry().page_bytes * 8) as cache:
+        first = cache.batch([range(20)])
+        one = Oracle(cache, first, 1)
+        one.compute()
+        second = cache.batch([range(60)])
+        two = Oracle(cache, second, 2)
+        two.compute()
+        second.commit_computed()
+        with pytest.raises(OutOfPagesError, match="40 new tokens in 1 sequences") as caught:
+            second.extend([[1] * 40])
+        assert (caught.value.needed, caught.value.available) == (3, 2)
+        with pytest.raises(OutOfPagesError):
+            cache.batch([range(16), range(40)])
+        cache.check_integrity()
+        second.extend([[1] * 20])
+        two.compute()
+        first.extend([[1] * 12])
+        one.compute()
+        second.close()
+        first.extend([[1] * 60])
+        one.compute()
+        cache.check_integrity()
+
+
+def test_an_unfinished_step_is_forgotten_by_a_rewind():
+    with make() as cache:
+        batch = cache.batch([range(10)])
+        oracle = Oracle(cache, batch)
+        oracle.compute()
+        batch.extend([[1] * 30])
+        cache.attend(0, *torch.randn(3, 30, KV_HEADS, DIM).unbind(), batch)
+        with pytest.raises(UsageError, match=r"layers \[1\] have not attended"):
+            batch.extend([[1]])
+        oracle.rewind(0, 10)
+        cache.check_integrity()
+        assert len(batch.page_map()[0]) == 1
+        batch.extend([[1] * 7])
+        oracle.compute()
+
+
+def test_forks_share_pages_until_they_write():
+    with make() as cache:
+        batch = cache.batch([range(40)])
+        oracle = Oracle(cache, batch)
+        oracle.compute()
+        for _ in range(3):
+            batch.commit_computed()
+            oracle.fork(0)
+        assert batch.pages() == 3
+        batch.extend([1, 2, 3, 4])
+        oracle.compute()
+        batch.commit_computed()
+        maps = batch.page_map()
+        assert batch.pages() == 2 + 4, "two full pages shared, the last one copied for three"
+        assert all((m[:2] == maps[0][:2]).all() for m in maps)
+        cache.check_integrity()
+
+
+def test_sealed_bytes_are_verified():
+    with make() as cache:
+        batch = cache.batch([range(40)])
+        Oracle(cache, batch).compute()
+        batch.commit_computed()
+        assert cache.stats().groups[0].sealed_pages == 2
+        cache.check_integrity()
+        page = int(batch.page_map()[0][1])
+        cache.classes[0].layers[1].k_pages[page, 1, 5, 3] += 1
+        with pytest.raises(IntegrityError, match=f"page {page}, layer 1 .* 1 slices are wrong"):
+            cache.check_integrity()
+        cache.check_integrity(deep=False)
+
+
+def test_a_page_is_the_same_bytes_for_every_backend_and_layout():
+    sums = []
+    for backend in ("cpu", "triton", "reference"):
+        for layout in ("page-major", "layer-major"):
+            with make(backend, layout) as cache:
+                batch = cache.batch([range(33)])
+                Oracle(cache, batch, seed=5).compute()
+                batch.commit_computed()
+                kept = cache.classes[0].checksums
+                assert kept is not None
+                sums.append(kept[batch.page_map()[0][:2].tolist()])
+    assert all(torch.equal(each, sums[0]) for each in sums)
+    assert len(set(sums[0].flatten().tolist())) == 4
+
+
+def test_what_a_nan_left_in_a_page_never_reaches_its_next_holder():
+    with make(memory=geometry().page_bytes * 3) as cache:
+        batch = cache.batch([range(48)])
+        for layer in range(LAYERS):
+            cache.attend(layer, *torch.full((3, 48, KV_HEADS, DIM), torch.nan).unbind(), batch)
+        batch.close()
+        batch = cache.batch([range(3), range(2), range(7)])
+        oracle = Oracle(cache, batch)
+        oracle.compute()
+        for _ in range(3):
+            batch.extend([1, 1, 1])
+            oracle.compute()
+
+
+def test_forgotten_batches_give_their_pages_back():
+    cache = make()
+    batch = cache.batch([range(40)])
+    used = cache.stats().used
+    assert used == 3 * geometry().page_bytes
+    del batch
+    gc.collect()
+    assert cache.stats().used == 0
+    assert cache.stats().batches == 0
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.batch([]), "at least one sequence"),
+        (lambda c: c.batch([[1.5]]), "flat sequence of ints"),
+        (lambda c: c.batch([[-1]]), "not negative, got -1"),
+        (lambda c: c.batch([[1], [1, 2]]).extend([1]), r"layers \[0, 1\] have not attended"),
+        (lambda c: c.attend(2, *(torch.zeros(1, 2, 64),) * 3, c.batch([[1]])), "layer 2 is not"),
+        (lambda c: c.session(torch.zeros(1, 1, dtype=torch.int64)), "for_model"),
+        (lambda c: c.batch([[1]]).attend(0, torch.zeros(1, 2, 64), scale=1), "before its keys"),
+        (lambda c: c.batch([[1]]).rewind(3, to=0), "row 3 is not in 0..0"),
+    ],
+)
+def test_misuse_is_named(call, message):
+    cache = make()
+    with pytest.raises(UsageError, match=message):
+        call(cache)
+    gc.collect()
+    cache.check_integrity()
+    assert cache.stats().used == 0
+
+
+def test_gradients_are_refused():
+    with make() as cache:
+        batch = cache.batch([[1]])
+        k = torch.zeros(1, KV_HEADS, DIM, requires_grad=True)
+        with pytest.raises(UsageError, match="gradients"):
+            cache.attend(0, k, k, k, batch)
+        with torch.no_grad():
+            cache.attend(0, k, k, k, batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "1KiB"}, "smaller than one page"),
+        ({"memory": "100TiB"}, r"100.0 TiB was asked for and cpu has .* free"),
+        ({"memory": "much"}, "'much' is not a size"),
+        ({"memory": 0}, "must be positive"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"layout": "rows"}, "layout must be"),
+    ],
+)
+def test_impossible_options_are_named_before_anything_is_allocated(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)
+
+
+def test_after_close_everything_says_so():
+    cache = make()
+    batch = cache.batch([[1, 2]])
+    cache.close()
+    cache.close()
+    with pytest.raises(UsageError, match="the cache is closed"):
+        cache.batch([[1]])
+    with pytest.raises(UsageError, match="the cache is closed"):
+        cache.attend(0, *(torch.zeros(2, 2, 64),) * 3, batch)
+    batch.close()
+    with pytest.raises(UsageError, match="closed"):
+        batch.extend([1])
+
+
+def test_threads_with_batches_of_their_own_share_one_cache():
+    failures: list[BaseException] = []
+    with make(memory="16MiB") as cache:
+
+        def work(seed: int) -> None:
+            try:
+                for turn in range(5):
+                    batch = cache.batch([range(10 + seed), range(30 + turn)])
+                    oracle = Oracle(cache, batch, seed)
+                    oracle.compute()
+                    for _ in range(10):
+                        batch.extend([1, 2])
+                        oracle.compute()
+                    batch.close()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures[0]
+        cache.check_integrity()
+        assert cache.stats().used == 0
+
+
+class Histories(RuleBasedStateMachine):
+    """Any order of steps, forks, rewinds and closes, against dense tensors; books after each."""
+
+    @initialize(layout=st.sampled_from(["page-major", "layer-major"]))
+    def start(self, layout: str) -> None:
+        self.cache = make("cpu", layout, memory=geometry().page_bytes * 24)
+        self.oracles: list[Oracle] = []
+
+    @rule(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3))
+    def open_batch(self, lengths: list[int]) -> None:
+        try:
+            batch = self.cache.batch([range(n) for n in lengths])
+        except OutOfPagesError:
+            return
+        oracle = Oracle(self.cache, batch, len(self.oracles))
+        oracle.compute()
+        batch.commit_computed()
+        self.oracles.append(oracle)
+
+    @precondition(lambda self: self.oracles)
+    @rule(pick=st.integers(0, 9), counts=st.lists(st.integers(0, 20), min_size=4, max_size=4))
+    def step(self, pick: int, counts: list[int]) -> None:
+        oracle = self.oracles[pick % len(self.oracles)]
+        rows = [[1] * counts[row % 4] for row in range(oracle.batch.rows)]
+        before = [m.tolist() for m in oracle.batch.page_map()]
+        try:
+            oracle.batch.extend(rows)
+        except OutOfPagesError:
+            assert [m.tolist() for m in oracle.batch.page_map()] == before
+            return
+        oracle.compute()
+        oracle.batch.commit_computed()
+
+    @precondition(lambda self: self.oracles)
+    @rule(pick=st.integers(0, 9), row=st.integers(0, 9))
+    def fork(self, pick: int, row: int) -> None:
+        oracle = self.oracles[pick % len(self.oracles)]
+        if oracle.batch.rows < 5:
+            oracle.fork(row % oracle.batch.rows)
+
+    @precondition(lambda self: self.oracles)
+    @rule(pick=st.integers(0, 9), row=st.integers(0, 9), share=st.floats(0, 1))
+    def rewind(self, pick: int, row: int, share: float) -> None:
+        oracle = self.oracles[pick % len(self.oracles)]
+        row %= oracle.batch.rows
+        oracle.rewind(row, int(oracle.batch.lengths[row] * share))
+
+    @precondition(lambda self: self.oracles)
+    @rule(pick=st.integers(0, 9))
+    def close(self, pick: int) -> None:
+        self.oracles.pop(pick % len(self.oracles)).batch.close()
+
+    @invariant()
+    def books_add_up(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_integrity()
+        rows = sum(oracle.batch.rows for oracle in self.oracles)
+        held = [m for oracle in self.oracles for m in oracle.batch.page_map()]
+        used = {int(page) for pages in held for page in pages}
+        assert len(held) == rows
+        assert self.cache.stats().used == len(used) * geometry().page_bytes
+
+    def teardown(self) -> None:
+        for oracle in getattr(self, "oracles", []):
+            for row, layers in enumerate(oracle.rows):
+                ids = np.asarray(oracle.batch.page_map()[row])
+                for layer, (k, v) in enumerate(layers):
+                    pages = self.cache.classes[0].layers[layer]
+                    entries = self.cache.classes[0].entry_tensor(ids)
+                    for stored, expected in ((pages.k_pages, k), (pages.v_pages, v)):
+                        assert stored is not None
+                        flat = stored[entries].permute(0, 2, 1, 3).flatten(0, 1)
+                        assert torch.equal(flat[: len(expected)], expected)
+
+
+Histories.TestCase.settings = settings(
+    max_examples=20,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestHistories = Histories.TestCase
