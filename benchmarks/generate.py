@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,8 @@ class Run:
     Attributes:
         total_s: from the call to the last token of the last sequence.
         first_s: until a sequence has its first token, the median over sequences.
-        decode_s: from the first token of the first sequence to the last token of the last.
+        decode_s: from when every sequence has its first token to the last token of the last.
+        decode_tokens: generated in `decode_s`.
         kv_bytes: held for K and V at the end.
         tokens: [batch, new] generated.
     """
@@ -81,6 +82,7 @@ class Run:
     total_s: float
     first_s: float
     decode_s: float
+    decode_tokens: int
     kv_bytes: int
     tokens: torch.Tensor
 
@@ -118,12 +120,13 @@ def generate_with(
     )
     end = common.clock()
     first = ticks.times[1]
-    return Run(end - start, first - start, end - first, 0, out[:, ids.shape[1] :])
+    tokens = out[:, ids.shape[1] :]
+    return Run(end - start, first - start, end - first, tokens[:, 1:].numel(), 0, tokens)
 
 
 def with_bytes(run: Run, kv_bytes: int) -> Run:
     """`run` with its memory, which is read after the clock has stopped."""
-    return Run(run.total_s, run.first_s, run.decode_s, kv_bytes, run.tokens)
+    return replace(run, kv_bytes=kv_bytes)
 
 
 def run_dynamic(model: "PreTrainedModel", ids: torch.Tensor, new: int) -> Run:
@@ -184,9 +187,18 @@ def run_continuous(model: "PreTrainedModel", ids: torch.Tensor, new: int) -> Run
         results = collect_results(manager, batch)
         end = common.clock()
         kv_bytes = manager.batch_processor.cache.cache_tensor.nbytes
-    firsts = [result.timestamps[0] for result in results.values()]
-    tokens = torch.tensor([results[request].generated_tokens for request in order])
-    return Run(end - start, statistics.median(firsts) - start, end - min(firsts), kv_bytes, tokens)
+    times = [result.timestamps for result in results.values()]
+    firsts = [ticks[0] for ticks in times]
+    # Prompts are taken in chunks, so early sequences already generate while late ones wait.
+    all_started = max(firsts)
+    return Run(
+        total_s=end - start,
+        first_s=statistics.median(firsts) - start,
+        decode_s=end - all_started,
+        decode_tokens=sum(tick > all_started for ticks in times for tick in ticks),
+        kv_bytes=kv_bytes,
+        tokens=torch.tensor([results[request].generated_tokens for request in order]),
+    )
 
 
 def collect_results(manager: Any, count: int) -> dict[str, Any]:
@@ -309,7 +321,7 @@ def point_document(
     systems: dict[str, Any] = {}
     for name, measured in runs.items():
         rates = [point.batch * point.new / run.total_s for run in measured]
-        decode = [point.batch * (point.new - 1) / run.decode_s for run in measured]
+        decode = [run.decode_tokens / run.decode_s for run in measured]
         systems[name] = {
             "tokens_s": common.summary(rates),
             "decode_tokens_s": common.summary(decode),
@@ -343,7 +355,8 @@ def ratios(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, float]:
     return {
         "tokens_s": common.paired_ratio([r.total_s for r in theirs], [r.total_s for r in ours]),
         "decode_tokens_s": common.paired_ratio(
-            [r.decode_s for r in theirs], [r.decode_s for r in ours]
+            [r.decode_tokens / r.decode_s for r in ours],
+            [r.decode_tokens / r.decode_s for r in theirs],
         ),
         "first_token": common.paired_ratio([r.first_s for r in theirs], [r.first_s for r in ours]),
     }
@@ -441,7 +454,8 @@ def plot(document: Mapping[str, Any], file: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(
         f"SmolLM2-135M, bf16, greedy; {common.describe(document['environment'])}", fontsize=9
     )

@@ -14,7 +14,12 @@ EXAMPLES = common.ROOT / "examples"
 EXPECTED = {
     "demo.py": (
         ["--new-tokens", "12", "--questions", "1"],
-        [r"1/1 .*France", r"Paris", r"\[DynamicCache: the same", r"tokens/s +[\d.]+ +[\d.]+"],
+        [
+            r"1/1 .*France",
+            r"Paris",
+            r"\[DynamicCache: the same 12 tokens\]",
+            r"tokens/s +[\d.]+ +[\d.]+",
+        ],
     ),
     "hf_generate.py": ([], [r"Paris", r"\d+ pages, [\d,]+ bytes of K and V"]),
 }
