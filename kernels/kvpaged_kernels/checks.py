@@ -163,6 +163,11 @@ def _check_attention(
         f"q and pages must have one dtype, got {q.dtype} and {k_pages.dtype}",
     )
     require(
+        max(q.stride(0), q.shape[1] * v_pages.shape[3]) < 2**23,
+        f"a token of q may extend over at most 2**23 elements (kernels keep a block's offsets in "
+        f"int32), got stride {q.stride(0)} and {q.shape[1]} heads of {v_pages.shape[3]}",
+    )
+    require(
         q.shape[2] == k_pages.shape[3],
         f"q has dimension {q.shape[2]}, k_pages {k_pages.shape[3]}",
     )

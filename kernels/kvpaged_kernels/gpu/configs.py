@@ -21,21 +21,30 @@ class Blocks(NamedTuple):
 
 
 # (bytes of an element, padded head dimension) -> blocks; `m` of decode follows the GQA group.
+# fp32 goes through scalar units: pipelined, its operands would spill over a kilobyte a thread.
 _DECODE = {
     (2, 64): Blocks(16, 64, 4, 4),
     (2, 128): Blocks(16, 64, 4, 4),
-    (2, 256): Blocks(16, 32, 4, 4),
-    (4, 64): Blocks(16, 32, 4, 2),
-    (4, 128): Blocks(16, 32, 4, 2),
-    (4, 256): Blocks(16, 16, 4, 2),
+    (2, 256): Blocks(16, 32, 8, 4),
+    (4, 64): Blocks(16, 32, 8, 1),
+    (4, 128): Blocks(16, 32, 8, 1),
+    (4, 256): Blocks(16, 16, 8, 1),
 }
 _PREFILL = {
-    (2, 64): Blocks(128, 64, 4, 3),
+    (2, 64): Blocks(128, 64, 8, 3),
+    (2, 128): Blocks(64, 32, 4, 3),
+    (2, 256): Blocks(64, 32, 8, 3),
+    (4, 64): Blocks(32, 32, 8, 1),
+    (4, 128): Blocks(32, 32, 8, 1),
+    (4, 256): Blocks(16, 32, 8, 1),
+}
+# Devices whose wide multiplications (wgmma, tcgen05) read K and V from shared memory and not from
+# registers take larger tiles. They are the ones with this much shared memory.
+_WIDE_SHARED_MEMORY = 200 * 1024
+_PREFILL_WIDE = {
+    (2, 64): Blocks(128, 128, 8, 3),
     (2, 128): Blocks(128, 64, 8, 3),
-    (2, 256): Blocks(64, 32, 4, 3),
-    (4, 64): Blocks(64, 32, 8, 2),
-    (4, 128): Blocks(64, 32, 8, 2),
-    (4, 256): Blocks(64, 16, 8, 2),
+    (2, 256): Blocks(128, 32, 8, 2),
 }
 
 
@@ -45,23 +54,31 @@ def padded(dim: int) -> int:
 
 
 def _fit(blocks: Blocks, element: int, k_dim: int, v_dim: int, shared_memory: int) -> Blocks:
-    """`blocks` with as many stages as leave room for the queries and the probabilities."""
+    """`blocks` with the stages that fit: n stages keep n - 1 tiles of K and V in shared memory.
+
+    The queries and the probabilities take room too. (Hopper's and Blackwell's wide multiplications
+    keep one tile more; there the limit is far.)
+    """
     fixed = blocks.m * (padded(k_dim) + blocks.n) * element
-    stage = blocks.n * (padded(k_dim) + padded(v_dim)) * element
-    stages = (shared_memory - fixed) // stage
-    return blocks._replace(num_stages=max(1, min(blocks.num_stages, stages)))
+    tile = blocks.n * (padded(k_dim) + padded(v_dim)) * element
+    tiles = max(0, shared_memory - fixed) // tile
+    return blocks._replace(num_stages=max(1, min(blocks.num_stages, tiles + 1)))
 
 
 def decode_blocks(element: int, k_dim: int, v_dim: int, group: int, shared_memory: int) -> Blocks:
     """Blocks of `paged_decode` for elements of `element` bytes and a GQA group of `group`."""
     blocks = _DECODE[element, max(64, padded(max(k_dim, v_dim)))]
     rows = min(64, padded(group))
-    return _fit(blocks._replace(m=rows), element, k_dim, v_dim, shared_memory)
+    warps = max(blocks.num_warps, 8 if rows > 32 else 4)
+    return _fit(blocks._replace(m=rows, num_warps=warps), element, k_dim, v_dim, shared_memory)
 
 
 def prefill_blocks(element: int, k_dim: int, v_dim: int, shared_memory: int) -> Blocks:
     """Blocks of `paged_prefill` for elements of `element` bytes."""
-    blocks = _PREFILL[element, max(64, padded(max(k_dim, v_dim)))]
+    key = element, max(64, padded(max(k_dim, v_dim)))
+    blocks = _PREFILL[key]
+    if shared_memory >= _WIDE_SHARED_MEMORY:
+        blocks = _PREFILL_WIDE.get(key, blocks)
     return _fit(blocks, element, k_dim, v_dim, shared_memory)
 
 
@@ -85,3 +102,66 @@ def split_count(
     wanted = -(-2 * multiprocessors // max(1, programs))
     possible = tokens // min_split_tokens(page_size)
     return max(1, min(wanted, possible, MAX_SPLITS))
+
+
+class Shipped(NamedTuple):
+    """A specialisation that is compiled ahead of time for every target, at most 60 in all.
+
+    `options` names what is on, of window, softcap, sinks and, for decode, split. `v_dim` 0 is a
+    group without V. Blocks, warps and stages are those the launcher chooses for it.
+    """
+
+    kernel: str
+    dtype: str
+    k_dim: int = 128
+    v_dim: int = 128
+    page_size: int = 64
+    kv_heads: int = 8
+    group: int = 4
+    options: tuple[str, ...] = ()
+
+
+SHIPPED = (
+    Shipped("append", "bfloat16"),
+    Shipped("append", "float32", 64, 64, 16, 3),
+    Shipped("append", "bfloat16", 64, 0, 64, 1),
+    Shipped("copy", "int64"),
+    Shipped("copy", "int8"),
+    Shipped("checksum", "int32", 128, 128, 64),
+    Shipped("merge", "bfloat16", 128, 128),
+    Shipped("merge", "float32", 256, 256, 64, 4, 4, ("window", "sinks")),
+    # Plain models, by head dimension, element and page size.
+    Shipped("decode", "bfloat16", 128, 128, 64, 8, 4, ("split",)),
+    Shipped("decode", "bfloat16", 128, 128, 16, 8, 4, ("split",)),
+    Shipped("decode", "bfloat16", 128, 128, 128, 8, 16, ("split",)),
+    Shipped("decode", "bfloat16", 128, 128, 256, 1, 48),
+    Shipped("decode", "bfloat16", 64, 64, 64, 3, 3, ("split",)),
+    Shipped("decode", "bfloat16", 64, 64, 16, 3, 3),
+    Shipped("decode", "bfloat16", 80, 80, 64, 32, 1),
+    Shipped("decode", "bfloat16", 96, 96, 64, 32, 1),
+    Shipped("decode", "bfloat16", 192, 128, 64, 16, 1),
+    Shipped("decode", "bfloat16", 256, 256, 64, 1, 4, ("split",)),
+    Shipped("decode", "float16", 128, 128, 64, 8, 4, ("split",)),
+    Shipped("decode", "float32", 64, 64, 64, 3, 3),
+    Shipped("decode", "float32", 128, 128, 64, 8, 4, ("split",)),
+    Shipped("decode", "float32", 256, 256, 64, 1, 4),
+    # Models with options: Mistral, Gemma 2 (window and full layers), Gemma 3, GPT-OSS.
+    Shipped("decode", "bfloat16", 128, 128, 64, 8, 4, ("window",)),
+    Shipped("decode", "bfloat16", 256, 256, 64, 4, 2, ("window", "softcap")),
+    Shipped("decode", "bfloat16", 64, 64, 64, 8, 8, ("window", "sinks")),
+    Shipped("prefill", "bfloat16", 128, 128, 64, 8, 4),
+    Shipped("prefill", "bfloat16", 128, 128, 16, 8, 4),
+    Shipped("prefill", "bfloat16", 64, 64, 64, 3, 3),
+    Shipped("prefill", "bfloat16", 80, 80, 64, 32, 1),
+    Shipped("prefill", "bfloat16", 96, 96, 64, 32, 1),
+    Shipped("prefill", "bfloat16", 192, 128, 64, 16, 1),
+    Shipped("prefill", "bfloat16", 256, 256, 64, 1, 4),
+    Shipped("prefill", "float16", 128, 128, 64, 8, 4),
+    Shipped("prefill", "float32", 64, 64, 64, 3, 3),
+    Shipped("prefill", "float32", 128, 128, 64, 8, 4),
+    Shipped("prefill", "float32", 256, 256, 64, 1, 4),
+    Shipped("prefill", "bfloat16", 128, 128, 64, 8, 4, ("window",)),
+    Shipped("prefill", "bfloat16", 256, 256, 64, 4, 2, ("window", "softcap")),
+    Shipped("prefill", "bfloat16", 64, 64, 64, 8, 8, ("window", "sinks")),
+)
+"""What is compiled ahead of time; the first of each kernel stands for it in the test suite."""

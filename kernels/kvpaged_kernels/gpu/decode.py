@@ -90,8 +90,9 @@ def _decode(
     begin, share = _split_tokens(length, window, splits, PAGE_SIZE, BLOCK_N, MIN_TOKENS, HAS_WINDOW)
     start = begin + split * share
     end = tl.minimum(start + share, length)
-    if IS_SPLIT and start >= length:
-        return
+    if IS_SPLIT:  # noqa: SIM102 - decided at compile time, the inner one at run time
+        if start >= length:
+            return
 
     dim = tl.arange(0, BLOCK_K)
     head = kv_head * GROUP + member
@@ -161,14 +162,15 @@ def _merge(
     dim = tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)
     for first in range(0, live, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        lse = tl.load(part_lse + place * splits + split, mask=split < live, other=-float("inf"))
+        some = first + tl.arange(0, CHUNK)
+        part = place * splits + some
+        weight = tl.exp2(tl.load(part_lse + part, mask=some < live, other=-float("inf")) - m)
         values = tl.load(
-            parts + (place * splits + split)[:, None] * V_DIM + dim[None, :],
-            mask=(split < live)[:, None] & (dim < V_DIM)[None, :],
+            parts + part[:, None] * V_DIM + dim[None, :],
+            mask=(some < live)[:, None] & (dim < V_DIM)[None, :],
             other=0.0,
         )
-        acc += tl.sum(values * tl.exp2(lse - m)[:, None], 0)
+        acc += tl.sum(values * weight[:, None], 0)
     acc /= tl.where(total > 0, total, 1.0)
     tl.store(out + place * V_DIM + dim, acc.to(out.dtype.element_ty), mask=dim < V_DIM)
 

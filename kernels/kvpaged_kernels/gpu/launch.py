@@ -63,13 +63,20 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside the arguments; fusion is Triton's default, named."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
     def run(self, device: torch.device) -> None:
         """Launch on `device`'s current stream."""
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
-            self.kernel[self.grid](
-                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def attention_arguments(

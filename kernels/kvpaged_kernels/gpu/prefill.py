@@ -59,15 +59,18 @@ def _prefill(
         return
 
     length = tl.load(seq_lens + row)
+    # int64 for where the block begins, int32 within it: the rows' offsets live through the loop.
+    first = block * BLOCK_M // GROUP
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = packed < queries * GROUP
-    index = packed // GROUP
-    head = kv_head * GROUP + packed % GROUP
-    position = length - queries + index
-    token = (first_query + index).to(tl.int64)
+    index = packed // GROUP - first
+    member = packed % GROUP
+    position = length - queries + first + index
+    token = (first_query + first).to(tl.int64)
     dim = tl.arange(0, BLOCK_K)
+    q += token * stride_q_token + kv_head * GROUP * stride_q_head
     query = tl.load(
-        q + (token * stride_q_token + head * stride_q_head)[:, None] + dim[None, :],
+        q + (index * stride_q_token + member * stride_q_head)[:, None] + dim[None, :],
         mask=mask[:, None] & (dim < K_DIM)[None, :],
         other=0.0,
     )
@@ -75,7 +78,7 @@ def _prefill(
     v_pages += kv_head * stride_v_head
     table = block_table + row * stride_table_row
 
-    low = length - queries + block * BLOCK_M // GROUP
+    low = length - queries + first
     high = tl.minimum(length - queries + (block * BLOCK_M + BLOCK_M - 1) // GROUP, length - 1)
     start = 0
     if HAS_WINDOW:
@@ -88,12 +91,13 @@ def _prefill(
     )  # fmt: skip
 
     if sinks is not None:
-        m, total, alpha = add_sinks(m, total, sinks, head, mask)
+        m, total, alpha = add_sinks(m, total, sinks, kv_head * GROUP + member, mask)
         acc *= alpha[:, None]
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     dim = tl.arange(0, BLOCK_V)
+    out += (token * q_heads + kv_head * GROUP) * V_DIM
     tl.store(
-        out + ((token * q_heads + head) * V_DIM)[:, None] + dim[None, :],
+        out + ((index * q_heads + member) * V_DIM)[:, None] + dim[None, :],
         acc.to(out.dtype.element_ty),
         mask=mask[:, None] & (dim < V_DIM)[None, :],
     )

@@ -26,26 +26,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def find_tokens(
-    table, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
-):
-    """Entry (int64) and slot (int32) of the tokens `start .. start + BLOCK_N`.
+def load_entries(table, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Entries of the tokens `start .. start + BLOCK_N`; from `end` on nothing is read.
 
-    `start` is a multiple of min(PAGE_SIZE, BLOCK_N). A tile inside one page has one scalar entry;
-    a tile over several pages has one entry a token. `MASKED`: tokens from `end` on may lack a page.
+    `start` is a multiple of min(PAGE_SIZE, BLOCK_N). A tile inside one page has one scalar entry,
+    a tile over several pages has one entry a token.
     """
-    offsets = tl.arange(0, BLOCK_N)
-    if BLOCK_N <= PAGE_SIZE:
-        entry = tl.load(table + start // PAGE_SIZE).to(tl.int64)
-        slot = start % PAGE_SIZE + offsets
-    else:
-        token = start + offsets
-        if MASKED:
-            entry = tl.load(table + token // PAGE_SIZE, mask=token < end, other=0).to(tl.int64)
-        else:
-            entry = tl.load(table + token // PAGE_SIZE).to(tl.int64)
-        slot = token % PAGE_SIZE
-    return entry, slot
+    token = start
+    if BLOCK_N > PAGE_SIZE:
+        token = start + tl.arange(0, BLOCK_N)
+    return tl.load(table + token // PAGE_SIZE, mask=token < end, other=0)
 
 
 @triton.jit
@@ -95,7 +85,7 @@ def attend_tile(
     q,
     k_pages,
     v_pages,
-    table,
+    entry,
     start,
     position,
     end,
@@ -123,7 +113,11 @@ def attend_tile(
     """
     token = start + tl.arange(0, BLOCK_N)
     valid = token < end
-    entry, slot = find_tokens(table, start, end, PAGE_SIZE, BLOCK_N, MASKED)
+    # A tile inside one page starts at any slot of it; a tile over several starts at slot 0.
+    slot = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+    if BLOCK_N > PAGE_SIZE:
+        slot = tl.arange(0, BLOCK_N) % PAGE_SIZE
+    entry = entry.to(tl.int64)
     k = load_tokens(
         k_pages, entry, slot, stride_k_entry, stride_k_slot, valid, K_DIM, BLOCK_K, MASKED
     )
@@ -188,28 +182,37 @@ def attend(
     m = tl.full([q.shape[0]], LOWEST, tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros([q.shape[0], BLOCK_V], tl.float32)
+    # Entries are loaded a tile ahead: a load whose address waits for another load in the same turn
+    # of the loop would take pipeline stages from K and V.
+    entry = load_entries(table, start, end, PAGE_SIZE, BLOCK_N)
     if HAS_WINDOW:
         for token in tl.range(start, edge, BLOCK_N, num_stages=1):
+            following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
             acc, m, total = attend_tile(
-                acc, m, total, q, k_pages, v_pages, table, token, position, end,
+                acc, m, total, q, k_pages, v_pages, entry, token, position, end,
                 stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
                 window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
                 HAS_WINDOW, HAS_SOFTCAP, True,
             )  # fmt: skip
+            entry = following
     for token in range(edge, whole, BLOCK_N):
+        following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         acc, m, total = attend_tile(
-            acc, m, total, q, k_pages, v_pages, table, token, position, end,
+            acc, m, total, q, k_pages, v_pages, entry, token, position, end,
             stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
             window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
             HAS_WINDOW, HAS_SOFTCAP, False,
         )  # fmt: skip
+        entry = following
     for token in tl.range(whole, end, BLOCK_N, num_stages=1):
+        following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         acc, m, total = attend_tile(
-            acc, m, total, q, k_pages, v_pages, table, token, position, end,
+            acc, m, total, q, k_pages, v_pages, entry, token, position, end,
             stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
             window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
             HAS_WINDOW, HAS_SOFTCAP, True,
         )  # fmt: skip
+        entry = following
     return acc, m, total
 
 
