@@ -1,0 +1,89 @@
+"""Tokens/s of unmodified `generate()` over our pages and over DynamicCache, with random weights.
+
+The model has the shape of a Llama of 1.2 billion parameters; nothing is downloaded, and the tokens
+are the same for both but where bf16 rounding makes them part ways.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from benchmarks import common, generate
+from benchmarks.generate import Point, Run
+from benchmarks.gpu_common import Record, Setting, ceilings
+from kvpaged import PagedKVCache
+
+POINTS = (Point(1, 512, 128), Point(8, 512, 128), Point(32, 512, 128), Point(8, 4096, 64))
+QUICK_POINTS = (Point(2, 20, 3),)
+
+
+def make_model(setting: Setting) -> Any:
+    """The same random weights at each call, in bf16 (fp32 at the tiny size)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512 if setting.quick else 32_000,
+        hidden_size=64 if setting.quick else 2048,
+        intermediate_size=128 if setting.quick else 8192,
+        num_hidden_layers=2 if setting.quick else 16,
+        num_attention_heads=4 if setting.quick else 32,
+        num_key_value_heads=2 if setting.quick else 8,
+        head_dim=16 if setting.quick else 64,
+        max_position_embeddings=8192,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = LlamaForCausalLM(config)
+    dtype = torch.float32 if setting.quick else torch.bfloat16
+    model = model.to(dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def limit(point: Point, weights: int, token_bytes: int, copy_gb_s: float) -> float:
+    """Tokens/s of a decode that only reads weights and, at the middle of the run, K and V."""
+    held = point.batch * (point.prompt + point.new // 2) * token_bytes
+    return point.batch * copy_gb_s * 1e9 / (weights + held)
+
+
+def run(record: Record, setting: Setting) -> dict[str, Any]:
+    """One row a point."""
+    limits = ceilings(setting)
+    record.document["ceilings"] = limits
+    plain, prepared = make_model(setting), make_model(setting)
+    config = plain.config
+    weights = sum(x.nbytes for x in plain.parameters()) - plain.get_input_embeddings().weight.nbytes
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * plain.dtype.itemsize
+    token_bytes = config.num_hidden_layers * per_layer
+    memory = "4MiB" if setting.quick else "4GiB"
+    with PagedKVCache.for_model(
+        prepared, memory=memory, page_size=generate.PAGE_SIZE, backend="triton"
+    ) as cache:
+        systems = {
+            "paged": functools.partial(generate.run_paged, cache, prepared),
+            "dynamic": functools.partial(generate.run_dynamic, plain),
+        }
+        for point in QUICK_POINTS if setting.quick else POINTS:
+            if record.late():
+                continue
+            ids = generate.prompts_of(point, config.vocab_size).to(setting.device)
+            for system in systems.values():
+                system(ids, 2)
+            cases = {
+                name: functools.partial(system, ids, point.new) for name, system in systems.items()
+            }
+            runs: dict[str, list[Run]] = common.alternate(cases, 1 if setting.quick else 5)
+            top = limit(point, weights, token_bytes, limits["copy_gb_s"])
+            row = generate.point_document(point, runs, top, token_bytes)
+            rate = row["systems"]["paged"]["decode_tokens_s"]["median"]
+            record.add(
+                row,
+                f"{point}: decode {rate:.1f} tokens/s "
+                f"({row['systems']['paged']['decode_of_ceiling']:.0%} of reading the weights and "
+                f"K and V), {row['paged_over']['dynamic']['tokens_s']:.2f}x DynamicCache",
+            )
+    return record.finish(weight_bytes=weights)

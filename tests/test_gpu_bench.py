@@ -1,0 +1,184 @@
+"""The logic of `make gpu`, tiny, under the interpreter: what it writes, what it calls wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import common, gpu, gpu_attention, gpu_common, gpu_correctness, gpu_report
+from benchmarks.gpu_common import Record, Setting
+from benchmarks.gpu_correctness import KERNELS
+from benchmarks.gpu_peers import PEERS
+
+CPU = torch.device("cpu")
+FIELDS = {
+    "report": {"copy_gb_s", "matrix_tflop_s"},
+    "correctness": {"kernel", "dtype", "head_dim", "page_size", "layout", "options", "error",
+                    "bound", "passed", "raised"},
+    "attention": {"phase", "batch", "length", "seconds", "of_ceiling", "over_peers", "difference",
+                  "skipped"},
+    "layout": {"page_size", "pool_bytes", "seconds", "of_ceiling", "page_major_over_layer_major"},
+    "end_to_end": {"batch", "prompt_tokens", "new_tokens", "systems", "paged_over"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The documents of a quick run of all parts, each of which ran in a process of its own."""
+    folder = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--out", str(folder)],
+        check=False, cwd=common.ROOT, capture_output=True, text=True,
+        env={**common.tree_env(), "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert list(document["parts"]) == list(gpu.PARTS)
+    for name, part in document["parts"].items():
+        assert part == {**json.loads((folder / f"{name}.json").read_text()), "ended": part["ended"]}
+    return document["parts"]
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_each_part_writes_its_rows(parts, name):
+    part = parts[name]
+    assert part["complete"]
+    assert part["left_out"] == 0
+    assert part["ended"] == "exit status 0"
+    assert {"torch", "triton", "transformers", "kvpaged", "driver", "commit", "multiprocessors"} < (
+        set(part["environment"])
+    )
+    for row in part["rows"]:
+        assert set(row) >= FIELDS[name]
+
+
+def test_every_kernel_was_right_in_both_layouts(parts):
+    rows = parts["correctness"]["rows"]
+    found = {(row["kernel"], row["layout"]) for row in rows}
+    assert found == {(kernel, layout) for kernel in KERNELS for layout in gpu_correctness.LAYOUTS}
+    assert all(row["passed"] and row["error"] <= row["bound"] for row in rows)
+    assert parts["correctness"]["counts"] == {"passed": len(rows), "failed": 0}
+
+
+def test_peers_did_the_same_work_and_the_missing_ones_say_why(parts):
+    rows = parts["attention"]["rows"]
+    assert [row["phase"] for row in rows] == ["decode", "prefill"]
+    for row in rows:
+        assert row["difference"]["sdpa"] < 4e-3  # a few roundings of fp16 at 1
+        assert row["over_peers"]["paged-16"]["sdpa"] > 0
+        assert set(row["seconds"]) | set(row["skipped"]) == {"paged-16", *PEERS}
+        assert "CUDA" in row["skipped"]["flex"]
+
+
+def test_generate_had_the_tokens_of_dynamic_cache(parts):
+    # fp32 at this size, so rounding makes no difference.
+    (row,) = parts["end_to_end"]["rows"]
+    assert row["systems"]["paged"]["tokens_as_dynamic"] == 1.0
+
+
+def damaged(name):
+    """The kernel `name` with one element of its result, or of what it writes, changed."""
+    kernel = KERNELS[name]
+
+    def returns(*arguments, **options):
+        out = kernel(*arguments, **options).clone()
+        out.view(-1)[-1] += 1
+        return out
+
+    def writes(*arguments, **options):
+        kernel(*arguments, **options)
+        pages = arguments[2] if name == "append" else arguments[0]
+        pages.select(0, 0).view(-1)[0] += 1
+
+    return writes if name in ("append", "copy_pages") else returns
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_damaged_result_fails_its_rows_and_the_part(name, tmp_path):
+    setting = Setting(device=CPU, quick=True, out=tmp_path)
+    record = Record(part="correctness", folder=tmp_path)
+    part = gpu_correctness.run(record, setting, {**KERNELS, name: damaged(name)})
+    assert {row["kernel"] for row in part["rows"] if not row["passed"]} == {name}
+    assert part["counts"] == {"passed": 8, "failed": 2}
+    assert part["complete"]
+    assert not gpu.is_good(part)
+
+
+def test_what_is_not_a_number_is_wrong():
+    exact = torch.ones(3, dtype=torch.float64)
+    got = torch.tensor([1.0, torch.nan, 1.0])
+    verdict = gpu_correctness.judge(got, exact, exact.float())
+    assert verdict.error is None
+    assert verdict.bound == pytest.approx(2**-22)
+    assert not verdict.passed
+
+
+def test_a_kernel_that_raises_fails_its_row_only(tmp_path):
+    def broken(*arguments, **options):
+        raise RuntimeError("no such luck")
+
+    record = Record(part="correctness", folder=tmp_path)
+    setting = Setting(device=CPU, quick=True, out=tmp_path)
+    part = gpu_correctness.run(record, setting, {**KERNELS, "checksum": broken})
+    raised = [row["raised"] for row in part["rows"] if not row["passed"]]
+    assert raised == ["RuntimeError: no such luck"] * 2
+    assert len(part["rows"]) == 10
+    assert not part["device_lost"]
+
+
+def test_a_run_cut_off_leaves_its_rows(tmp_path):
+    record = Record(part="layout", folder=tmp_path)
+    record.add({"a": 1}, "a row")
+    document = json.loads((tmp_path / "layout.json").read_text())
+    assert document["rows"] == [{"a": 1}]
+    assert not document["complete"]
+
+
+def test_a_late_part_says_what_it_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_common, "SOFT_LIMIT_S", 0.0)
+    record = Record(part="correctness", folder=tmp_path)
+    part = gpu_correctness.run(record, Setting(device=CPU, quick=True, out=tmp_path))
+    assert (part["rows"], part["left_out"], part["complete"]) == ([], 10, False)
+    assert not gpu.is_good(part)
+
+
+def test_a_part_that_dies_fails_the_run():
+    row = {"copy_gb_s": 1.0}
+    part = {"part": "report", "complete": True, "rows": [row], "ended": "exit status 0"}
+    assert gpu.is_good(part)
+    assert not gpu.is_good({**part, "ended": "exit status -11"})
+    assert not gpu.is_good({**part, "rows": []})
+
+
+def test_the_grid_has_every_shape_and_option():
+    cases = list(gpu_correctness.cases(quick=False))
+    assert len(cases) == len(set(cases)) == 5 * 3 * 5 * 3 * 2 + 2 * 3 * 2 * 4
+    for kernel in KERNELS:
+        mine = [case for case in cases if case.kernel == kernel]
+        shapes = {(case.dtype, case.dim, case.page_size, case.layout) for case in mine}
+        assert len(shapes) == 3 * 5 * 3 * 2
+        assert all({0, 1} <= set(case.lengths) for case in mine)
+    options = {case.options for case in cases if case.kernel == "paged_decode"}
+    assert options == set(gpu_correctness.OPTIONS)
+
+
+def test_operations_are_those_under_the_diagonal():
+    point = gpu_attention.Point("prefill", 2, 3, 4, 2, 64, (16,))
+    assert point.operations == 2 * 4 * (1 + 2 + 3) * 64 * 2 * 2
+    assert point.kv_bytes == 2 * 3 * 2 * 64 * 2 * 2
+
+
+def test_a_machine_without_the_driver_tool_has_no_driver(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert gpu_report.driver_version() is None
+
+
+def test_without_a_gpu_it_says_what_to_run_instead(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "no CUDA device here" in capsys.readouterr().err
