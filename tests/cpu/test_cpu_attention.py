@@ -178,7 +178,7 @@ def test_rows_that_are_runs_at_equal_distances_take_one_call_and_no_merge():
     assert made.direct
     assert len(made.grids) == 1
     grid = made.grids[0]
-    assert (grid.start, grid.step, grid.count, grid.pages) == (0, 8, 3, 3)
+    assert (grid.start, grid.step, grid.count, grid.tokens) == (0, 8, 3, 192)
     assert grid.rows is None
     assert grid.bias is not None
 

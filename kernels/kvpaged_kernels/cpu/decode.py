@@ -9,9 +9,9 @@ from kvpaged_kernels.cpu.plan import DecodePlan, Grid
 def _cells(pages: Tensor, grid: Grid) -> Tensor:
     """The tokens of a grid's cells, `[count, kv_heads, tokens, dim]`, as a view."""
     stride_entry, stride_head, stride_slot, _ = pages.stride()
-    _, heads, page_size, dim = pages.shape
+    _, heads, _, dim = pages.shape
     return pages.as_strided(
-        (grid.count, heads, grid.pages * page_size, dim),
+        (grid.count, heads, grid.tokens, dim),
         (grid.step * stride_entry, stride_head, stride_slot, 1),
         pages.storage_offset() + grid.start * stride_entry,
     )

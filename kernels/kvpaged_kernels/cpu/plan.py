@@ -30,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Cells at entries `start + i * step`, `i < count`, each of `pages` adjacent pages.
+    """Cells at entries `start + i * step`, `i < count`, each the first `tokens` slots from there.
 
     - `cells`: int64, the cells that are parts; None: all of them.
     - `owners`: int64, the row of each part; `rows`: the row each cell's query comes from (holes:
@@ -41,7 +41,7 @@ class Grid:
     start: int
     step: int
     count: int
-    pages: int
+    tokens: int
     cells: Tensor | None
     owners: Tensor
     rows: Tensor | None
@@ -169,10 +169,10 @@ class _GridMaker:
         """One grid over parts at ascending entries."""
         cell = (entry - entry[0]) // stride
         count = int(cell[-1]) + 1
-        tokens = pages * self.page_size
         start = page * self.page_size
         low = np.maximum(self.seen[row] - start, 0)
-        high = np.minimum(self.lengths[row] - start, tokens)
+        high = np.minimum(self.lengths[row] - start, pages * self.page_size)
+        tokens = int(high.max())
         bias = None
         if (low > 0).any() or (high < tokens).any():
             slot = np.arange(tokens)
@@ -187,7 +187,7 @@ class _GridMaker:
             start=int(entry[0]),
             step=stride,
             count=count,
-            pages=pages,
+            tokens=tokens,
             cells=None if count == len(cell) else torch.from_numpy(cell),
             owners=torch.from_numpy(row),
             rows=None if in_order else torch.from_numpy(rows),
