@@ -46,7 +46,7 @@ demo: $(READY)  ## a real model answers through the paged cache and through Dyna
 	@$(RUN) examples/demo.py
 
 test: $(READY)  ## the test suite (CPU; Triton's interpreter stands in for a GPU)
-	@$(RUN) -m kvpaged.testing.models smollm2
+	@$(RUN) -m kvpaged.testing.models smollm2 gemma3
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
 check: $(READY)  ## format, lint, types

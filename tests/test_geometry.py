@@ -1,14 +1,22 @@
 """Pages as arithmetic: both layouts, offsets beyond 2**31, and the same words in the same order."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from kvpaged.errors import ConfigError
-from kvpaged.geometry import UNIT_BYTES, LayerGroup, PageGeometry
+from kvpaged.geometry import UNIT_BYTES, Kind, LayerGroup, PageGeometry
 
 
-def geometry(**changes) -> PageGeometry:
-    base = {"layers": 3, "kv_heads": 2, "head_dim": 80, "page_size": 16, "dtype": torch.float16}
+def geometry(**changes: Any) -> PageGeometry:
+    base: dict[str, Any] = {
+        "layers": 3,
+        "kv_heads": 2,
+        "head_dim": 80,
+        "page_size": 16,
+        "dtype": torch.float16,
+    }
     return PageGeometry(**(base | changes))
 
 
@@ -63,7 +71,8 @@ def test_words_are_in_one_order_whatever_the_layout():
         storage = torch.zeros(size // 2, dtype=torch.float16)
         entry = 2 * shape.entries_per_page()
         words = []
-        for kind, value in zip(("k", "v"), values, strict=True):
+        kinds: tuple[Kind, Kind] = ("k", "v")
+        for kind, value in zip(kinds, values, strict=True):
             for layer in range(3):
                 view = shape.view(layer, kind, pages=pages, storage_bytes=size)
                 storage.as_strided(view.size, view.stride, view.offset)[entry] = value[layer]

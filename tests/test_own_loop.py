@@ -1,7 +1,9 @@
 """A loop of one's own against dense attention in fp64: every backend, both layouts, any history."""
 
 import gc
+import itertools
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +24,12 @@ def geometry(page_size: int = 16) -> PageGeometry:
     )
 
 
-def make(backend: str = "cpu", layout: str | None = None, **options) -> PagedKVCache:
+def make(backend: Any = "cpu", layout: Any = None, **options: Any) -> PagedKVCache:
     memory = options.pop("memory", "8MiB")
     return PagedKVCache(geometry(), memory, backend=backend, layout=layout, **options)
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> Any:
     """Causal attention of the last `len(q)` positions, in fp64."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
@@ -63,7 +65,7 @@ class Oracle:
                 for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
             )
             out = self.cache.attend(layer, q, k, v, self.batch)
-            for row, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for row, (a, b) in enumerate(itertools.pairwise(bounds)):
                 held = self.rows[row][layer]
                 now = torch.cat((held[0], k[a:b])), torch.cat((held[1], v[a:b]))
                 self.rows[row][layer] = now
@@ -179,7 +181,8 @@ def test_an_unfinished_step_is_forgotten_by_a_rewind():
         oracle = Oracle(cache, batch)
         oracle.compute()
         batch.extend([[1] * 30])
-        cache.attend(0, *torch.randn(3, 30, KV_HEADS, DIM).unbind(), batch)
+        q, k, v = torch.randn(3, 30, KV_HEADS, DIM).unbind()
+        cache.attend(0, q, k, v, batch)
         with pytest.raises(UsageError, match=r"layers \[1\] have not attended"):
             batch.extend([[1]])
         oracle.rewind(0, 10)
@@ -240,7 +243,8 @@ def test_what_a_nan_left_in_a_page_never_reaches_its_next_holder():
     with make(memory=geometry().page_bytes * 3) as cache:
         batch = cache.batch([range(48)])
         for layer in range(LAYERS):
-            cache.attend(layer, *torch.full((3, 48, KV_HEADS, DIM), torch.nan).unbind(), batch)
+            nan = torch.full((48, KV_HEADS, DIM), torch.nan)
+            cache.attend(layer, nan, nan, nan, batch)
         batch.close()
         batch = cache.batch([range(3), range(2), range(7)])
         oracle = Oracle(cache, batch)

@@ -1,7 +1,7 @@
 """Hugging Face transformers: a session is a `transformers.Cache`, and attention reads its pages."""
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -376,8 +376,7 @@ class SessionCache(Cache, ServedCache):
 
 
 def _to_host(tensor: Tensor) -> npt.NDArray[np.int64]:
-    host: npt.NDArray[np.int64] = tensor.detach().to("cpu", torch.int64).numpy()
-    return host
+    return cast(npt.NDArray[np.int64], tensor.detach().to("cpu", torch.int64).numpy())
 
 
 def _check_prompts(input_ids: Tensor, mask: Tensor | None) -> None:

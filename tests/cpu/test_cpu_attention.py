@@ -1,5 +1,7 @@
 """The stock-torch paths against the eager oracles in fp64: any table, any shape, any option."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from kvpaged_kernels.reference.attention import paged_decode, paged_prefill
 
 
 def make_pages(
-    pages: int, layout: str, dtype: torch.dtype, *, page_size: int, kv_heads: int, dims: tuple
+    pages: int, layout: Any, dtype: torch.dtype, *, page_size: int, kv_heads: int, dims: tuple
 ) -> LayerPages:
     shape = PageGeometry(
         layers=2, kv_heads=kv_heads, head_dim=dims[0], v_dim=dims[1],
@@ -88,9 +90,7 @@ def test_decode_equals_the_oracle(data):
     torch.manual_seed(int(rng.integers(2**16)))
     width = -(-max([*lengths, 1]) // page_size)
     total = 2 * -(-(width * rows + 4) // 2)
-    pages = make_pages(
-        total, layout, dtype, page_size=page_size, kv_heads=kv_heads, dims=dims
-    )
+    pages = make_pages(total, layout, dtype, page_size=page_size, kv_heads=kv_heads, dims=dims)
     table = make_table(rng, lengths, pages, total, style)
     lens = torch.tensor(lengths, dtype=torch.int32)
     q = torch.randn(rows, kv_heads * group, dims[0]).to(dtype)
@@ -123,19 +123,18 @@ def test_prefill_equals_the_oracle(data):
     torch.manual_seed(int(rng.integers(2**16)))
     width = -(-max([*lengths, 1]) // page_size)
     total = 2 * -(-(width * rows + 4) // 2)
-    pages = make_pages(
-        total, layout, dtype, page_size=page_size, kv_heads=kv_heads, dims=dims
-    )
+    pages = make_pages(total, layout, dtype, page_size=page_size, kv_heads=kv_heads, dims=dims)
     table = make_table(rng, lengths, pages, total, style)
     lens = torch.tensor(lengths, dtype=torch.int32)
     cu_q = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
     q = torch.randn(sum(counts), kv_heads * group, dims[0]).to(dtype)
     sinks = torch.randn(kv_heads * group) if data.draw(st.booleans()) else None
     options = Options(dims[0] ** -0.5, window, softcap, sinks)
-    bounds = {"max_q": max(counts), "max_len": max(lengths)}
+    bounds: dict[str, Any] = {"max_q": max(counts), "max_len": max(lengths)}
     out = ops.prefill(pages, q, table, cu_q, lens, options, backend="cpu", **bounds)
+    k_pages, v_pages = in_fp64(pages)
     exact = paged_prefill(
-        q.double(), *in_fp64(pages), table, cu_q, lens, **bounds, **options._asdict()
+        q.double(), k_pages, v_pages, table, cu_q, lens, **bounds, **options._asdict()
     )
     assert out.shape == exact.shape
     bound(exact, exact.to(dtype), out)
@@ -166,8 +165,8 @@ def test_append_writes_exactly_the_slots_asked_for(layout, as_runs):
     assert not torch.equal(ours, before)
 
 
-def plan(table, lengths, **options) -> DecodePlan:
-    defaults = {"page_size": 64, "step": 1, "joined": True, "dtype": torch.float32}
+def plan(table, lengths, **options: Any) -> DecodePlan:
+    defaults: dict[str, Any] = {"page_size": 64, "step": 1, "joined": True, "dtype": torch.float32}
     return plan_decode(
         np.array(table, np.int32), np.array(lengths, np.int64), **(defaults | options)
     )

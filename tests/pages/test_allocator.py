@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpaged.errors import IntegrityError, OutOfPagesError
-from kvpaged.pages.allocator import FREE, OPEN, PageAllocator
+from kvpaged.pages.allocator import FREE, OPEN, Lease, PageAllocator
 from kvpaged.pages.frames import FrameBudget, plan_frames
 
 
@@ -98,7 +98,7 @@ def test_a_random_history_keeps_the_books(extent: int):
     rng = np.random.default_rng(extent)
     allocator = single(101, extent)
     held: list[np.ndarray] = []
-    leases = []
+    leases: list[Lease] = []
     for _ in range(600):
         action = rng.integers(5)
         if action <= 1:
