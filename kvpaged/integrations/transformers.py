@@ -1,7 +1,7 @@
 """Hugging Face transformers: a session is a `transformers.Cache`, and attention reads its pages."""
 
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -376,7 +376,8 @@ class SessionCache(Cache, ServedCache):
 
 
 def _to_host(tensor: Tensor) -> npt.NDArray[np.int64]:
-    return cast(npt.NDArray[np.int64], tensor.detach().to("cpu", torch.int64).numpy())
+    host: npt.NDArray[np.int64] = tensor.detach().to("cpu", torch.int64).numpy()
+    return host
 
 
 def _check_prompts(input_ids: Tensor, mask: Tensor | None) -> None:
@@ -409,4 +410,5 @@ def _left_pads(mask: Tensor | None, rows: int, columns: int) -> npt.NDArray[np.i
         raise UsageError(
             f"row {int(wrong[0])} is padded elsewhere than on the left: pad on the left"
         )
-    return pads.astype(np.int64)
+    counted: npt.NDArray[np.int64] = pads.astype(np.int64)
+    return counted
