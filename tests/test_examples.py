@@ -21,6 +21,10 @@ EXPECTED = {
             r"tokens/s +[\d.]+ +[\d.]+",
         ],
     ),
+    "plain_loop.py": (
+        [],
+        [r"\d+ pages, [\d,]+ bytes", r"the same tokens without a cache: True"],
+    ),
     "hf_generate.py": ([], [r"Paris", r"\d+ pages, [\d,]+ bytes of K and V"]),
 }
 
