@@ -42,7 +42,8 @@ class Layer(nn.Module):
         y = cache.attend(self.number, q, k, v, batch)
         x = x + self.out(y.flatten(1))
         gate, value = self.up(F.rms_norm(x, (WIDTH,))).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * value)
+        out: Tensor = x + self.down(F.silu(gate) * value)
+        return out
 
 
 class Model(nn.Module):
@@ -51,6 +52,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.layers = nn.ModuleList(Layer(i) for i in range(LAYERS))
 
     def forward(self, cache: PagedKVCache, batch: TokenBatch) -> Tensor:
@@ -59,7 +61,8 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x, cache, batch)
         last = F.rms_norm(x[batch.cu_seqlens[1:].long() - 1], (WIDTH,))
-        return (last @ self.embed.weight.T).argmax(-1)
+        best: Tensor = self.head(last).argmax(-1)
+        return best
 
 
 @torch.no_grad()
