@@ -123,12 +123,12 @@ class Batch:
         """Put the new tokens' K and V (`[tokens, kv_heads, width]`) of a model's layer into their
         pages.
         """
-        step = self._running()
-        group, place = self._cache.place_of(layer)
-        pages = self._cache.classes[group].layers[place]
-        window = self._cache.groups[group].window
-        backend = self._cache.backends[group]
-        write_layer(step, step.groups[group], pages, k, v, backend=backend, window=window)
+        step = self.step or self._running()
+        home = self._cache.home_of(layer)
+        write_layer(
+            step, step.groups[home.group], home.layers[home.place], k, v,
+            backend=home.backend, window=home.window,
+        )  # fmt: skip
         step.written.add(layer)
 
     def attend(
@@ -146,16 +146,15 @@ class Batch:
         Raises:
             UsageError: this layer's K and V were not written in this step.
         """
-        step = self._running()
+        step = self.step or self._running()
         if layer not in step.written:
             raise UsageError(
                 f"layer {layer} attends before its keys and values were written in this step"
             )
-        group, place = self._cache.place_of(layer)
-        pages = self._cache.classes[group].layers[place]
-        options = Options(scale, self._cache.groups[group].window, softcap, sinks)
-        backend = self._cache.backends[group]
-        out = attend_layer(step, step.groups[group], pages, q, options, backend=backend)
+        home = self._cache.home_of(layer)
+        options = Options(scale, home.window, softcap, sinks)
+        group = step.groups[home.group]
+        out = attend_layer(step, group, home.layers, home.place, q, options, backend=home.backend)
         step.attended.add(layer)
         return out
 

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from kvpaged.batch import Batch
 from kvpaged.config import Backend, CacheConfig, Layout, parse_bytes
 from kvpaged.errors import ConfigError, IntegrityError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
+from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED
 from kvpaged.pages.classops import verify_pages
 from kvpaged.pages.pool import PageClass, PagePool
@@ -23,6 +24,16 @@ from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from kvpaged.integrations.transformers import Preparation, SessionCache
+
+
+class Home(NamedTuple):
+    """Where a layer lives: its group, its place among the group's layers, and what serves them."""
+
+    group: int
+    place: int
+    layers: tuple[LayerPages, ...]
+    window: int | None
+    backend: Backend
 
 
 class PagedKVCache:
@@ -88,6 +99,13 @@ class PagedKVCache:
             raise ConfigError("a layer belongs to one group only")
         self.layers = tuple(sorted(self._places))
         self.pools = self._make_pools()
+        self._homes = {
+            layer: Home(
+                group=number, place=place, layers=self.classes[number].layers,
+                window=self.groups[number].window, backend=self.backends[number],
+            )
+            for layer, (number, place) in self._places.items()
+        }  # fmt: skip
         self.lock = threading.RLock()
         self.counters = Counters()
         self.closed = False
@@ -319,6 +337,7 @@ class PagedKVCache:
         self._release()
         with self.lock:
             self._garbage.clear()
+            self._homes = {}
             self.pools = ()
             self.classes = ()
 
@@ -332,8 +351,15 @@ class PagedKVCache:
 
     def place_of(self, layer: int) -> tuple[int, int]:
         """The group a model's layer belongs to and its place in the group's pages."""
+        home = self.home_of(layer)
+        return home.group, home.place
+
+    def home_of(self, layer: int) -> "Home":
+        """Where a model's layer lives."""
+        if self.closed:
+            raise UsageError("the cache is closed")
         try:
-            return self._places[layer]
+            return self._homes[layer]
         except KeyError:
             raise UsageError(f"layer {layer} is not cached; cached are {self.layers}") from None
 

@@ -8,7 +8,7 @@ have fake implementations and name what they mutate.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor
 from kvpaged.config import Backend
 from kvpaged.errors import ConfigError
 from kvpaged.geometry import View
-
-if TYPE_CHECKING:
-    from kvpaged_kernels.cpu.plan import DecodePlan, RowSpan
+from kvpaged_kernels.cpu import append as cpu_append
+from kvpaged_kernels.cpu import copy as cpu_copy
+from kvpaged_kernels.cpu import decode as cpu_decode
+from kvpaged_kernels.cpu import plan as cpu_plan
+from kvpaged_kernels.cpu import prefill as cpu_prefill
+from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
 
 class Options(NamedTuple):
@@ -128,7 +131,7 @@ def append(
     slots: Tensor,
     *,
     backend: Backend,
-    spans: "tuple[RowSpan, ...] | None" = None,
+    spans: SpanPlan | None = None,
 ) -> None:
     """Write the K and V of new tokens into their slots of `pages`.
 
@@ -143,9 +146,7 @@ def append(
     if torch.compiler.is_compiling():
         torch.ops.kvpaged.append(pages.flat, k, v, slots, pages.k_view, pages.v_view, backend)
     elif backend == "cpu":
-        from kvpaged_kernels.cpu.append import append as cpu_append
-
-        cpu_append(k, v, pages.k_pages, pages.v_pages, slots, spans)
+        cpu_append.append(k, v, pages.k_pages, pages.v_pages, slots, spans)
     else:
         _kernels(backend).append(k, v, pages.k_pages, pages.v_pages, slots)
 
@@ -159,7 +160,8 @@ def decode(
     *,
     max_len: int,
     backend: Backend,
-    plan: "DecodePlan | None" = None,
+    plan: DecodePlan | None = None,
+    cells: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one query token a sequence over its pages.
 
@@ -172,6 +174,7 @@ def decode(
         max_len: an upper bound of `lengths`, known on the host.
         backend: which implementation.
         plan: what `plan_decode` made of table, lengths and window (CPU only; made anew if absent).
+        cells: what `decode_cells` made of pages and plan (CPU only; optional).
 
     Returns:
         `[rows, q_heads, v_width]` of `q`'s dtype.
@@ -182,13 +185,11 @@ def decode(
             options.scale, options.window, options.softcap, options.sinks, backend,
         )  # fmt: skip
     if backend == "cpu":
-        from kvpaged_kernels.cpu.decode import paged_decode
-
         if plan is None:
             plan = plan_decode(pages, table, lengths, options.window)
-        return paged_decode(
+        return cpu_decode.paged_decode(
             q, pages.k_pages, _values(pages), plan,
-            scale=options.scale, softcap=options.softcap, sinks=options.sinks,
+            scale=options.scale, softcap=options.softcap, sinks=options.sinks, cells=cells,
         )  # fmt: skip
     return _kernels(backend).paged_decode(
         q, pages.k_pages, _values(pages), table, lengths, max_len=max_len, **options._asdict()
@@ -206,7 +207,7 @@ def prefill(
     max_q: int,
     max_len: int,
     backend: Backend,
-    spans: "tuple[RowSpan, ...] | None" = None,
+    spans: SpanPlan | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries over their paged history; the new tokens are in the pages.
 
@@ -228,11 +229,11 @@ def prefill(
             options.scale, options.window, options.softcap, options.sinks, backend,
         )  # fmt: skip
     if backend == "cpu":
-        from kvpaged_kernels.cpu.prefill import paged_prefill
-
         if spans is None:
             spans = plan_spans(pages, table, cu_q, lengths, options.window)
-        return paged_prefill(q, pages.k_pages, _values(pages), spans, **options._asdict())
+        return cpu_prefill.paged_prefill(
+            q, pages.k_pages, _values(pages), spans, **options._asdict()
+        )
     return _kernels(backend).paged_prefill(
         q, pages.k_pages, _values(pages), table, cu_q, lengths,
         max_q=max_q, max_len=max_len, **options._asdict(),
@@ -248,9 +249,7 @@ def copy_pages(pages: Tensor, src: Tensor, dst: Tensor, *, backend: Backend) -> 
         backend: which implementation.
     """
     if backend == "cpu":
-        from kvpaged_kernels.cpu.copy import copy_pages as cpu_copy
-
-        cpu_copy(pages, src, dst)
+        cpu_copy.copy_pages(pages, src, dst)
     else:
         _kernels(backend).copy_pages(pages, src, dst)
 
@@ -266,31 +265,30 @@ def checksum(words: Tensor, entries: Tensor, *, first_word: int, backend: Backen
         backend: which implementation.
     """
     if backend == "cpu":
-        from kvpaged_kernels.cpu.copy import checksum as cpu_checksum
-
-        return cpu_checksum(words, entries, first_word=first_word)
+        return cpu_copy.checksum(words, entries, first_word=first_word)
     return _kernels(backend).checksum(words, entries, first_word=first_word)
 
 
 def plan_decode(
     pages: LayerPages, table: Tensor, lengths: Tensor, window: int | None
-) -> "DecodePlan":
+) -> DecodePlan:
     """The CPU's calls for a decode step, from device tensors."""
-    from kvpaged_kernels.cpu.plan import plan_decode as plan
-
-    return plan(
+    return cpu_plan.plan_decode(
         table.numpy(), lengths.numpy().astype(np.int64), page_size=pages.page_size, step=pages.step,
         joined=pages.joined, dtype=pages.flat.dtype, window=window,
     )  # fmt: skip
 
 
+def decode_cells(pages: LayerPages, plan: DecodePlan) -> tuple[Tensor, Tensor]:
+    """The views that the one call of a direct plan reads in a layer (CPU)."""
+    return cpu_decode.cells_of(pages.k_pages, _values(pages), plan.grids[0])
+
+
 def plan_spans(
     pages: LayerPages, table: Tensor, cu_q: Tensor, lengths: Tensor, window: int | None
-) -> "tuple[RowSpan, ...]":
+) -> SpanPlan:
     """The CPU's runs for ragged queries, from device tensors."""
-    from kvpaged_kernels.cpu.plan import plan_spans as plan
-
-    return plan(
+    return cpu_plan.plan_spans(
         table.numpy(), lengths.numpy().astype(np.int64), cu_q.numpy().astype(np.int64),
         page_size=pages.page_size, step=pages.step, joined=pages.joined, window=window,
     )  # fmt: skip

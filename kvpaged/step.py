@@ -2,8 +2,8 @@
 it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,7 @@ from kvpaged.ops import LayerPages, Options
 from kvpaged.pages.pool import PageClass
 from kvpaged.pages.stage import Stage
 from kvpaged.pages.table import BlockTable
-
-if TYPE_CHECKING:
-    from kvpaged_kernels.cpu.plan import DecodePlan, RowSpan
+from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,7 +34,7 @@ class GroupStep:
         cu_q: int32 `[rows + 1]`, where each row's new tokens begin.
         slots: int64 `[tokens]`, where they go.
         max_len: the longest row.
-        decode_plan, spans: the CPU's calls, made when first needed and shared by the group's
+        decode_plan, cells, spans: the CPU's calls, made when first needed and shared by the group's
             layers.
     """
 
@@ -45,8 +43,9 @@ class GroupStep:
     cu_q: Tensor
     slots: Tensor
     max_len: int
-    decode_plan: "DecodePlan | None" = None
-    spans: "tuple[RowSpan, ...] | None" = None
+    decode_plan: DecodePlan | None = None
+    spans: SpanPlan | None = None
+    cells: list[tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(slots=True)
@@ -154,7 +153,8 @@ def write_layer(
 def attend_layer(
     step: Step,
     group: GroupStep,
-    pages: LayerPages,
+    layers: Sequence[LayerPages],
+    place: int,
     q: Tensor,
     options: Options,
     *,
@@ -163,12 +163,13 @@ def attend_layer(
     """Attention of a step's queries (`[tokens, q_heads, width]`) over what is in the pages by
     now.
     """
+    pages = layers[place]
     if step.decode:
         if backend == "cpu" and group.decode_plan is None:
-            group.decode_plan = ops.plan_decode(pages, group.table, group.lengths, options.window)
+            _plan_decode(group, layers, options.window)
         return ops.decode(
-            pages, q, group.table, group.lengths, options,
-            max_len=group.max_len, backend=backend, plan=group.decode_plan,
+            pages, q, group.table, group.lengths, options, max_len=group.max_len, backend=backend,
+            plan=group.decode_plan, cells=group.cells[place] if group.cells else None,
         )  # fmt: skip
     spans = _spans(group, pages, options.window) if backend == "cpu" else None
     return ops.prefill(
@@ -177,7 +178,19 @@ def attend_layer(
     )  # fmt: skip
 
 
-def _spans(group: GroupStep, pages: LayerPages, window: int | None) -> "tuple[RowSpan, ...]":
+def _plan_decode(group: GroupStep, layers: Sequence[LayerPages], window: int | None) -> None:
+    """Plan a decode step once for all layers of its group.
+
+    Views are cut for all layers at once: between two layers of a model the weights have passed
+    through the caches, and what takes a microsecond here takes five there.
+    """
+    plan = ops.plan_decode(layers[0], group.table, group.lengths, window)
+    group.decode_plan = plan
+    if plan.direct:
+        group.cells = [ops.decode_cells(pages, plan) for pages in layers]
+
+
+def _spans(group: GroupStep, pages: LayerPages, window: int | None) -> SpanPlan:
     if group.spans is None:
         group.spans = ops.plan_spans(pages, group.table, group.cu_q, group.lengths, window)
     return group.spans

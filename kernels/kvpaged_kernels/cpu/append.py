@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kvpaged_kernels.checks import check_append
-from kvpaged_kernels.cpu.plan import RowSpan
+from kvpaged_kernels.cpu.plan import RowSpan, SpanPlan
+from kvpaged_kernels.cpu.prefill import uniform_tokens
 
 
 def _joined(pages: Tensor) -> bool:
@@ -60,11 +61,11 @@ def append(
     k_pages: Tensor,
     v_pages: Tensor | None,
     slots: Tensor,
-    spans: tuple[RowSpan, ...] | None = None,
+    plan: SpanPlan | None = None,
 ) -> None:
     """Write the K and V of new tokens into their slots, as `reference.append.append` defines it.
 
-    `spans`: where each row's new tokens go, as runs; worth it from a few tokens a row on, and
+    `plan`: where each row's new tokens go, as runs; worth it from a few tokens a row on, and
     needed where a head's slots are not one run (page-major). None: token by token by `slots`.
     """
     pairs = ((k, k_pages), (v, v_pages))
@@ -73,8 +74,11 @@ def append(
     for tokens, pages in pairs:
         if tokens is None or pages is None or not tokens.shape[0]:
             continue
-        if spans is not None:
-            _write_runs(tokens, pages, spans)
+        if plan is not None and plan.uniform is not None:
+            place = uniform_tokens(pages, plan.uniform)
+            place.copy_(tokens.unflatten(0, (plan.uniform.rows, -1)).transpose(1, 2))
+        elif plan is not None:
+            _write_runs(tokens, pages, plan.rows)
         elif _joined(pages):
             _write_slots(tokens, pages, slots)
         else:

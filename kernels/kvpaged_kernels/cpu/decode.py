@@ -1,13 +1,20 @@
 """One query token a sequence over its pages: one attention call a grid of pages."""
 
+import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_rows
 from kvpaged_kernels.cpu.plan import DecodePlan, Grid
 
+Cells = tuple[Tensor, Tensor]
+
+
+def cells_of(k_pages: Tensor, v_pages: Tensor, grid: Grid) -> Cells:
+    """K and V of a grid's cells, each `[count, kv_heads, tokens, dim]`, as views."""
+    return _cells(k_pages, grid), _cells(v_pages, grid)
+
 
 def _cells(pages: Tensor, grid: Grid) -> Tensor:
-    """The tokens of a grid's cells, `[count, kv_heads, tokens, dim]`, as a view."""
     stride_entry, stride_head, stride_slot, _ = pages.stride()
     _, heads, _, dim = pages.shape
     return pages.as_strided(
@@ -26,31 +33,50 @@ def paged_decode(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    cells: Cells | None = None,
 ) -> Tensor:
     """Attention of one query token a sequence, as `reference.attention.paged_decode` defines it.
 
-    The group of query heads that shares a KV head is packed into the query length, so K and V are
-    read once. `plan` stands for the block table, the lengths and the window.
+    `plan` stands for the block table, the lengths and the window. K and V are read once: in half
+    precision the flash kernel shares a KV head among its group by itself, in fp32 the group is
+    packed into the query length, which is faster there (docs/log.md). `cells`: what `cells_of`
+    gave for the plan's only grid, if it was asked before.
     """
     rows, q_heads, _ = q.shape
     kv_heads = k_pages.shape[1]
-    packed = q.unflatten(1, (kv_heads, q_heads // kv_heads))
+    packed = q.dtype == torch.float32 or softcap is not None
+    queries = q.unflatten(1, (kv_heads, -1)) if packed else q.unsqueeze(2)
+    if plan.direct:
+        grid = plan.grids[0]
+        k, v = cells or cells_of(k_pages, v_pages, grid)
+        out, lse = attend_part(queries, k, v, scale=scale, softcap=softcap, bias=grid.bias)
+    else:
+        out, lse = _merged(queries, k_pages, v_pages, plan, scale, softcap)
+    if sinks is not None:
+        out = apply_sinks(out, lse, sinks.view(out.shape[1:3]))
+    return out.reshape(rows, q_heads, -1).to(q.dtype)
+
+
+def _merged(
+    queries: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The grids of a plan, one call each, merged by row."""
     outs, lses, owners = [], [], []
     for grid in plan.grids:
-        queries = packed if grid.rows is None else packed[grid.rows]
-        bias = grid.bias
-        if bias is not None:
-            bias = bias.expand(-1, 1, packed.shape[2], -1)
-        k, v = _cells(k_pages, grid), _cells(v_pages, grid)
-        out, lse = attend_part(queries, k, v, scale=scale, softcap=softcap, bias=bias)
+        mine = queries if grid.rows is None else queries[grid.rows]
+        k, v = cells_of(k_pages, v_pages, grid)
+        out, lse = attend_part(mine, k, v, scale=scale, softcap=softcap, bias=grid.bias)
         if grid.cells is not None:
             out, lse = out[grid.cells], lse[grid.cells]
         outs.append(out)
         lses.append(lse)
         owners.append(grid.owners)
     if not outs:
-        return q.new_zeros(rows, q_heads, v_pages.shape[3])
-    out, lse = (outs[0], lses[0]) if plan.direct else merge_rows(rows, outs, lses, owners)
-    if sinks is not None:
-        out = apply_sinks(out, lse, sinks.unflatten(0, (kv_heads, -1)))
-    return out.flatten(1, 2).to(q.dtype)
+        shape = (*queries.shape[:3], v_pages.shape[3])
+        return queries.new_zeros(shape), torch.full(shape[:3], -torch.inf)
+    return merge_rows(plan.rows, outs, lses, owners)

@@ -1,9 +1,24 @@
 """Attention over one part of a history, and the exact merge of parts by log-sum-exp."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@lru_cache(maxsize=1)
+def groups_are_native() -> bool:
+    """Whether this torch's flash kernel serves several query heads a KV head by itself."""
+    q, kv = torch.arange(8.0).view(1, 2, 1, 4), torch.arange(12.0).view(1, 1, 3, 4)
+    shared = kv.expand(1, 2, 3, 4)
+    expected = _flash(q, shared, shared)[0]
+    try:
+        found = _flash(q, kv, kv)[0]
+    except RuntimeError:
+        return False
+    return found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def attend_part(
@@ -18,20 +33,23 @@ def attend_part(
 ) -> tuple[Tensor, Tensor]:
     """Attention of `q` over the tokens of one part alone.
 
-    - `q`: `[batch, heads, queries, k_dim]`; `k`, `v`: `[batch, heads, tokens, dim]`, any strides
-      with last stride 1; stride 0 over heads shares K and V among the heads of a group.
-    - `bias`: additive mask of `q`'s dtype, broadcastable to `[batch, heads, queries, tokens]`, with
-      strides for that shape (use `expand`).
+    - `q`: `[batch, heads, queries, k_dim]`; `k`, `v`: `[batch, kv_heads, tokens, dim]`, any strides
+      with last stride 1; `heads` is a multiple of `kv_heads`, a group shares its KV head.
+    - `bias`: additive mask of `q`'s dtype, `[batch or 1, 1, queries or 1, tokens]`.
     - `causal`: query `i` sees tokens `0..i` (aligned at the top left).
 
     Returns the output `[batch, heads, queries, v_dim]` (`q`'s dtype; fp32 where the general path
     ran) and the log-sum-exp fp32 `[batch, heads, queries]`. Where a row sees nothing, both are
     meaningless and the caller discards them.
     """
-    if softcap is None and k.shape[-1] == v.shape[-1]:
-        out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-        return out, lse
-    return _attend_general(q, k, v, scale, softcap, bias, causal)
+    if softcap is not None or k.shape[-1] != v.shape[-1]:
+        return _attend_general(q, k, v, scale, softcap, bias, causal)
+    if q.shape[1] != k.shape[1] and not groups_are_native():
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if bias is not None:
+        bias = bias.expand(q.shape[0], 1, q.shape[2], -1)
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    return out, lse
 
 
 def _attend_general(
@@ -44,7 +62,10 @@ def _attend_general(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain fp32 matrix products: soft caps, and V narrower than K."""
-    scores = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
+    batch, heads, queries, _ = q.shape
+    grouped = (q.float() * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    scores = torch.matmul(grouped, k.float().transpose(-1, -2))
+    scores = scores.view(batch, heads, queries, -1)
     if softcap is not None:
         scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
     if bias is not None:
@@ -54,7 +75,8 @@ def _attend_general(
         scores.masked_fill_(hidden, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp_(scores.sub_(lse.unsqueeze(-1)))
-    return torch.matmul(weights, v.float()), lse
+    out = torch.matmul(weights.view(batch, k.shape[1], -1, weights.shape[-1]), v.float())
+    return out.view(batch, heads, queries, -1), lse
 
 
 def merge_rows(

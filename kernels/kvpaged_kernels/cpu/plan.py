@@ -74,6 +74,22 @@ class RowSpan(NamedTuple):
     runs: tuple[Run, ...]
 
 
+class Uniform(NamedTuple):
+    """Rows without a history, of `tokens` each, one run each, `distance` slots apart: one call."""
+
+    rows: int
+    tokens: int
+    slot: int
+    distance: int
+
+
+class SpanPlan(NamedTuple):
+    """Where a step's ragged queries read and write; `uniform` says the same where it is simple."""
+
+    rows: tuple[RowSpan, ...]
+    uniform: Uniform | None
+
+
 def plan_decode(
     table: npt.NDArray[np.int32],
     lengths: Ints,
@@ -204,7 +220,7 @@ def plan_spans(
     step: int,
     joined: bool,
     window: int | None = None,
-) -> tuple[RowSpan, ...]:
+) -> SpanPlan:
     """The runs that ragged queries read and write, row by row.
 
     - `table`, `lengths`, `page_size`, `step`, `joined`, `window`: as in `plan_decode`.
@@ -229,4 +245,20 @@ def plan_spans(
             if b > a
         )
         spans.append(RowSpan(q_first, q_last, length, runs))
-    return tuple(spans)
+    return SpanPlan(tuple(spans), _uniform(spans) if joined else None)
+
+
+def _uniform(spans: list[RowSpan]) -> Uniform | None:
+    """What all rows have in common, if they are alike, without a history and regularly placed."""
+    tokens = spans[0].length
+    alike = all(
+        span.length == tokens == span.q_last - span.q_first and len(span.runs) == 1
+        for span in spans
+    )
+    if not alike or not tokens:
+        return None
+    slots = [span.runs[0].slot for span in spans]
+    distances = {b - a for a, b in itertools.pairwise(slots)} or {0}
+    if len(distances) > 1:
+        return None
+    return Uniform(len(spans), tokens, slots[0], distances.pop())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_pair
-from kvpaged_kernels.cpu.plan import RowSpan, Run
+from kvpaged_kernels.cpu.plan import RowSpan, Run, SpanPlan, Uniform
 
 WINDOW_BLOCK = 256
 """Queries of one masked call where a window cuts into the history."""
@@ -14,15 +14,26 @@ BLIND = -1e30
 
 
 def _tokens(pages: Tensor, run: Run, first: int, last: int) -> Tensor:
-    """Positions `[first, last)` of a run, `[kv_heads, 1, tokens, dim]`, as a view."""
+    """Positions `[first, last)` of a run, `[1, kv_heads, tokens, dim]`, as a view."""
     stride_entry, stride_head, stride_slot, _ = pages.stride()
     _, heads, page_size, dim = pages.shape
     entry, slot = divmod(run.slot, page_size)
     offset = entry * stride_entry + (slot + first - run.first) * stride_slot
     return pages.as_strided(
-        (heads, 1, last - first, dim),
-        (stride_head, 0, stride_slot, 1),
+        (1, heads, last - first, dim),
+        (0, stride_head, stride_slot, 1),
         pages.storage_offset() + offset,
+    )
+
+
+def uniform_tokens(pages: Tensor, uniform: Uniform) -> Tensor:
+    """All rows' tokens where they are uniform, `[rows, kv_heads, tokens, dim]`, as a view."""
+    _, heads, _, dim = pages.shape
+    _, stride_head, stride_slot, _ = pages.stride()
+    return pages.as_strided(
+        (uniform.rows, heads, uniform.tokens, dim),
+        (uniform.distance * stride_slot, stride_head, stride_slot, 1),
+        pages.storage_offset() + uniform.slot * stride_slot,
     )
 
 
@@ -30,7 +41,7 @@ def paged_prefill(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    spans: tuple[RowSpan, ...],
+    plan: SpanPlan,
     *,
     scale: float,
     window: int | None = None,
@@ -39,15 +50,18 @@ def paged_prefill(
 ) -> Tensor:
     """Causal attention of ragged queries, as `reference.attention.paged_prefill` defines it.
 
-    `spans` stands for the block table, the lengths and `cu_q`; the new tokens are in the pages.
-    Query heads of a group share their KV head through a stride of 0.
+    `plan` stands for the block table, the lengths and `cu_q`; the new tokens are in the pages.
     """
-    kv_heads = k_pages.shape[1]
+    head_sinks = None if sinks is None else sinks.unsqueeze(-1)
+    uniform = plan.uniform
+    if uniform is not None and (window is None or uniform.tokens <= window):
+        k, v = (uniform_tokens(pages, uniform) for pages in (k_pages, v_pages))
+        queries = q.unflatten(0, (uniform.rows, uniform.tokens)).transpose(1, 2)
+        part = attend_part(queries, k, v, scale=scale, softcap=softcap, causal=True)
+        out = part[0] if head_sinks is None else apply_sinks(*part, head_sinks)
+        return out.transpose(1, 2).flatten(0, 1).to(q.dtype)
     result = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[3])
-    packed = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    results = result.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    head_sinks = None if sinks is None else sinks.unflatten(0, (kv_heads, -1)).unsqueeze(-1)
-    for span in spans:
+    for span in plan.rows:
         if span.q_last == span.q_first:
             continue
         blocks = [(span.q_first, span.q_last)]
@@ -56,13 +70,13 @@ def paged_prefill(
             blocks = [(a, min(a + WINDOW_BLOCK, span.q_last)) for a in firsts]
         for a, b in blocks:
             start = span.length - (span.q_last - a)
-            queries = packed[:, :, a:b]
+            queries = q[a:b].transpose(0, 1).unsqueeze(0)
             if window is None or start + (b - a) <= window:
                 part = _causal(queries, start, k_pages, v_pages, span.runs, scale, softcap)
             else:
                 part = _windowed(queries, start, k_pages, v_pages, span, window, scale, softcap)
             out = part[0] if head_sinks is None else apply_sinks(*part, head_sinks)
-            results[:, :, a:b] = out
+            result[a:b] = out.squeeze(0).transpose(0, 1)
     return result
 
 
@@ -82,15 +96,14 @@ def _causal(
     more queries than tokens computes.
     """
     stop = start + q.shape[2]
-    group = q.shape[1]
     out = lse = None
     for run in runs:
         for first, last in ((run.first, min(run.last, start)), (max(run.first, start), run.last)):
             last = min(last, stop)
             if last <= first:
                 continue
-            k = _tokens(k_pages, run, first, last).expand(-1, group, -1, -1)
-            v = _tokens(v_pages, run, first, last).expand(-1, group, -1, -1)
+            k = _tokens(k_pages, run, first, last)
+            v = _tokens(v_pages, run, first, last)
             skip = max(first - start, 0)
             part = attend_part(
                 q[:, :, skip:], k, v, scale=scale, softcap=softcap, causal=first >= start
@@ -132,10 +145,9 @@ def _windowed(
         token = torch.arange(first, last)
         hidden = (token > position) | (token <= position - window)
         bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-        k = _tokens(k_pages, run, first, last).expand(-1, q.shape[1], -1, -1)
-        v = _tokens(v_pages, run, first, last).expand(-1, q.shape[1], -1, -1)
-        shape = (q.shape[0], q.shape[1], *hidden.shape)
-        out, lse = attend_part(q, k, v, scale=scale, softcap=softcap, bias=bias.expand(shape))
+        k = _tokens(k_pages, run, first, last)
+        v = _tokens(v_pages, run, first, last)
+        out, lse = attend_part(q, k, v, scale=scale, softcap=softcap, bias=bias[None, None])
         blind = hidden.all(dim=1)
         if bool(blind.any()):
             out = out.float().masked_fill(blind.unsqueeze(-1), 0.0)
