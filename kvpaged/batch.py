@@ -17,6 +17,7 @@ from kvpaged.pages.table import BlockTable
 from kvpaged.step import Ints, Step, attend_layer, make_step, write_layer
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
+from kvpaged_kernels.cpu.plan import DecodePlan
 
 if TYPE_CHECKING:
     from kvpaged.cache import PagedKVCache
@@ -43,6 +44,7 @@ class Batch:
         self.step: Step | None = None
         self.closed = False
         self._tables = [BlockTable(rows, device=group.device) for group in cache.groups]
+        self._plans: list[DecodePlan | None] = [None] * len(self._tables)
         self._stages = {group.device: Stage(group.device) for group in cache.groups}
         # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only
         # leaves a note.
@@ -116,7 +118,11 @@ class Batch:
                 raise self._explain(error, counts) from None
             self._apply(counts, taken, copies)
         classes = list(cache.classes)
-        self.step = make_step(counts, self.lengths.copy(), self._tables, classes, self._stages, ids)
+        nothing: list[DecodePlan | None] = [None] * len(classes)
+        hints, self._plans = (self._plans if (counts == 1).all() else nothing), nothing
+        self.step = make_step(
+            counts, self.lengths.copy(), self._tables, classes, self._stages, hints, ids
+        )
         return self.step
 
     def write(self, layer: int, k: Tensor, v: Tensor | None) -> None:
@@ -126,7 +132,7 @@ class Batch:
         step = self.step or self._running()
         home = self._cache.home_of(layer)
         write_layer(
-            step, step.groups[home.group], home.layers[home.place], k, v,
+            step, step.groups[home.group], home.layers, home.place, k, v,
             backend=home.backend, window=home.window,
         )  # fmt: skip
         step.written.add(layer)
@@ -169,6 +175,7 @@ class Batch:
         step = self._running()
         before, after = step.starts, step.starts + step.counts
         self.step = None
+        self._plans = [group.decode_plan for group in step.groups]
         self.lengths = after
         for row, log in enumerate(self.logs):
             if ids is not None and step.counts[row]:
@@ -187,6 +194,7 @@ class Batch:
         """
         self.check_open()
         self.step = None
+        self._plans = [None] * len(self._tables)
         chosen = np.asarray(rows, np.int64)
         if chosen.ndim != 1 or (chosen < 0).any() or (chosen >= self.rows).any():
             raise UsageError(f"rows to select must be in 0..{self.rows - 1}, got {list(rows)}")
@@ -227,6 +235,7 @@ class Batch:
                 f"row {row} has {self.lengths[row]} tokens and cannot rewind to {lengths[row]}"
             )
         self.step = None
+        self._plans = [None] * len(self._tables)
         for group in range(0 if restart else len(self._tables)):
             self._check_window(group, lengths)
         for row in np.flatnonzero(lengths < self.lengths).tolist():
@@ -299,12 +308,13 @@ class Batch:
         place = self.lengths // size
         rows = np.flatnonzero((counts > 0) & (self.lengths % size > 0))
         pages = table.pages[rows, place[rows]]
-        owners = allocator.refs[pages].copy()
+        shared = allocator.refs[pages] > 1
+        holders: dict[int, int] = {}
         copies = []
-        for row, page in zip(rows.tolist(), pages.tolist(), strict=True):
-            index = np.flatnonzero(pages == page)
-            if owners[index[0]] > 1:
-                owners[index] -= 1  # the last row that writes to it may keep it
+        for row, page in zip(rows[shared].tolist(), pages[shared].tolist(), strict=True):
+            left = holders.setdefault(page, int(allocator.refs[page]))
+            if left > 1:  # the last row that writes to it may keep it
+                holders[page] = left - 1
                 ids = allocator.alloc(1)
                 taken.append((group, -1, ids))
                 copies.append((row, int(place[row]), int(ids[0])))

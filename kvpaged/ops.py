@@ -22,6 +22,7 @@ from kvpaged_kernels.cpu import copy as cpu_copy
 from kvpaged_kernels.cpu import decode as cpu_decode
 from kvpaged_kernels.cpu import plan as cpu_plan
 from kvpaged_kernels.cpu import prefill as cpu_prefill
+from kvpaged_kernels.cpu.decode import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
 
@@ -161,7 +162,6 @@ def decode(
     max_len: int,
     backend: Backend,
     plan: DecodePlan | None = None,
-    cells: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one query token a sequence over its pages.
 
@@ -174,7 +174,6 @@ def decode(
         max_len: an upper bound of `lengths`, known on the host.
         backend: which implementation.
         plan: what `plan_decode` made of table, lengths and window (CPU only; made anew if absent).
-        cells: what `decode_cells` made of pages and plan (CPU only; optional).
 
     Returns:
         `[rows, q_heads, v_width]` of `q`'s dtype.
@@ -189,7 +188,7 @@ def decode(
             plan = plan_decode(pages, table, lengths, options.window)
         return cpu_decode.paged_decode(
             q, pages.k_pages, _values(pages), plan,
-            scale=options.scale, softcap=options.softcap, sinks=options.sinks, cells=cells,
+            scale=options.scale, softcap=options.softcap, sinks=options.sinks,
         )  # fmt: skip
     return _kernels(backend).paged_decode(
         q, pages.k_pages, _values(pages), table, lengths, max_len=max_len, **options._asdict()
@@ -279,9 +278,11 @@ def plan_decode(
     )  # fmt: skip
 
 
-def decode_cells(pages: LayerPages, plan: DecodePlan) -> tuple[Tensor, Tensor]:
-    """The views that the one call of a direct plan reads in a layer (CPU)."""
-    return cpu_decode.cells_of(pages.k_pages, _values(pages), plan.grids[0])
+def decode_lane(pages: LayerPages, plan: DecodePlan) -> Lane | None:
+    """A layer's views for a plan whose rows are alike (CPU); `None` where they are not, or no V."""
+    if not plan.has_lane or pages.v_pages is None:
+        return None
+    return cpu_decode.lane_of(pages.k_pages, pages.v_pages, plan)
 
 
 def plan_spans(

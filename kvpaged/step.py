@@ -16,6 +16,7 @@ from kvpaged.ops import LayerPages, Options
 from kvpaged.pages.pool import PageClass
 from kvpaged.pages.stage import Stage
 from kvpaged.pages.table import BlockTable
+from kvpaged_kernels.cpu.decode import Lane, attend_lane, fits_lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
 Ints = npt.NDArray[np.int64]
@@ -32,20 +33,34 @@ class GroupStep:
         table: int32 `[rows, width]` on the device.
         lengths: int32 `[rows]`, new tokens included.
         cu_q: int32 `[rows + 1]`, where each row's new tokens begin.
-        slots: int64 `[tokens]`, where they go.
+        positions, owners: int32 `[tokens]`, each new token's place in its row, and its row.
+        page_size: token slots a page.
         max_len: the longest row.
-        decode_plan, cells, spans: the CPU's calls, made when first needed and shared by the group's
+        hint: the plan of the step before, if this one is that one a token on.
+        decode_plan, lanes, spans: the CPU's calls, made when first needed and shared by the group's
             layers.
     """
 
     table: Tensor
     lengths: Tensor
     cu_q: Tensor
-    slots: Tensor
+    positions: Tensor
+    owners: Tensor
+    page_size: int
     max_len: int
     decode_plan: DecodePlan | None = None
     spans: SpanPlan | None = None
-    cells: list[tuple[Tensor, Tensor]] | None = None
+    lanes: list[Lane] | None = None
+    hint: DecodePlan | None = None
+    _slots: Tensor | None = None
+
+    @property
+    def slots(self) -> Tensor:
+        """Where the new tokens go, int64 `[tokens]`: worked out once, when first asked for."""
+        if self._slots is None:
+            entry = self.table[self.owners, self.positions // self.page_size]
+            self._slots = entry.long() * self.page_size + self.positions % self.page_size
+        return self._slots
 
 
 @dataclass(slots=True)
@@ -83,11 +98,13 @@ def make_step(
     tables: list[BlockTable],
     classes: list[PageClass],
     stages: dict[torch.device, Stage],
+    hints: Sequence[DecodePlan | None],
     ids: npt.NDArray[np.int32] | None = None,
 ) -> Step:
     """Tell each device of a step, in one transfer a device: lengths, positions, and what changed in
     its tables.
 
+    `hints`: the plans of the step before, where every row has grown by one token since.
     `ids`: token ids that the first group's device should have too.
     """
     rows = len(counts)
@@ -114,10 +131,11 @@ def make_step(
             if change:
                 places, values = next(extras), next(extras)
                 entries.view(-1)[places.long()] = values
-            size = classes[i].geometry.page_size
-            entry = entries[owners, positions // size]
-            slots = entry.long() * size + positions % size
-            groups[i] = GroupStep(entries, lens, cu, slots, int(lengths.max(initial=0)))
+            groups[i] = GroupStep(
+                table=entries, lengths=lens, cu_q=cu, positions=positions, owners=owners,
+                page_size=classes[i].geometry.page_size, max_len=int(lengths.max(initial=0)),
+                hint=None if change else hints[i],
+            )  # fmt: skip
         if tables[0].device == device:
             first = positions, cu, sent[4]
     assert first is not None
@@ -136,7 +154,8 @@ def make_step(
 def write_layer(
     step: Step,
     group: GroupStep,
-    pages: LayerPages,
+    layers: Sequence[LayerPages],
+    place: int,
     k: Tensor,
     v: Tensor | None,
     *,
@@ -144,9 +163,17 @@ def write_layer(
     window: int | None,
 ) -> None:
     """Put a layer's new K and V (`[tokens, kv_heads, width]`) into the pages of a step."""
-    spans = None
-    if backend == "cpu" and (step.max_q >= RUN_TOKENS or not pages.joined):
-        spans = _spans(group, pages, window)
+    pages, spans = layers[place], None
+    if backend == "cpu":
+        if step.decode and not torch.compiler.is_compiling():
+            if group.decode_plan is None:
+                _plan_decode(group, layers, window)
+            if group.lanes is not None and v is not None and fits_lane(group.lanes[place], k, v):
+                group.lanes[place].k_in.copy_(k)
+                group.lanes[place].v_in.copy_(v)
+                return
+        if step.max_q >= RUN_TOKENS or not pages.joined:
+            spans = _spans(group, pages, window)
     ops.append(pages, k, v, group.slots, backend=backend, spans=spans)
 
 
@@ -165,11 +192,11 @@ def attend_layer(
     """
     pages = layers[place]
     if step.decode:
-        if backend == "cpu" and group.decode_plan is None:
-            _plan_decode(group, layers, options.window)
+        if group.lanes is not None and options.softcap is None and options.sinks is None:
+            return attend_lane(q, group.lanes[place], options.scale)
         return ops.decode(
-            pages, q, group.table, group.lengths, options, max_len=group.max_len, backend=backend,
-            plan=group.decode_plan, cells=group.cells[place] if group.cells else None,
+            pages, q, group.table, group.lengths, options,
+            max_len=group.max_len, backend=backend, plan=group.decode_plan,
         )  # fmt: skip
     spans = _spans(group, pages, options.window) if backend == "cpu" else None
     return ops.prefill(
@@ -184,10 +211,17 @@ def _plan_decode(group: GroupStep, layers: Sequence[LayerPages], window: int | N
     Views are cut for all layers at once: between two layers of a model the weights have passed
     through the caches, and what takes a microsecond here takes five there.
     """
-    plan = ops.plan_decode(layers[0], group.table, group.lengths, window)
+    hint = group.hint
+    # A page that a row enters now may have been taken by a step that was forgotten, anywhere.
+    enters = (group.max_len - 1) % group.page_size == 0
+    whole = window is None or group.max_len <= window
+    if hint is not None and hint.has_lane and whole and not enters:
+        plan = hint.one_token_on()
+    else:
+        plan = ops.plan_decode(layers[0], group.table, group.lengths, window)
     group.decode_plan = plan
-    if plan.direct:
-        group.cells = [ops.decode_cells(pages, plan) for pages in layers]
+    lanes = [ops.decode_lane(pages, plan) for pages in layers]
+    group.lanes = [lane for lane in lanes if lane is not None] or None
 
 
 def _spans(group: GroupStep, pages: LayerPages, window: int | None) -> SpanPlan:

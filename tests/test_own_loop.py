@@ -192,6 +192,24 @@ def test_an_unfinished_step_is_forgotten_by_a_rewind():
         oracle.compute()
 
 
+def test_a_forgotten_steps_page_elsewhere_is_found_by_later_steps():
+    """What a step that never counted took stays with its row, and need not be adjacent."""
+    with make(memory=geometry().page_bytes * 64) as cache:
+        batch = cache.batch([range(250)])
+        oracle = Oracle(cache, batch)
+        oracle.compute()
+        batch.commit_computed()
+        blocker = cache.batch([range(16)])  # the extent after the batch's is taken
+        batch.begin(np.array([30]))
+        batch.step = None
+        assert np.diff(batch.page_map()[0]).max() > 1
+        for _ in range(12):
+            batch.extend([1])
+            oracle.compute()
+        assert batch.lengths[0] > 256
+        blocker.close()
+
+
 def test_forks_share_pages_until_they_write():
     with make() as cache:
         batch = cache.batch([range(40)])

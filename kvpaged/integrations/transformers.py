@@ -174,8 +174,8 @@ class SessionCache(Cache, ServedCache):
         step = self.batch.step
         if step is None:
             return
-        missing = set(self._cache.layers) - step.attended
-        if missing:
+        if len(step.attended) < len(self._cache.layers):
+            missing = set(self._cache.layers) - step.attended
             self.batch.step = None
             raise UnsupportedModelError(
                 f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
@@ -326,8 +326,12 @@ class SessionCache(Cache, ServedCache):
             raise UsageError(
                 f"the mask has shape {tuple(mask.shape)}, the pass {(rows, self.columns + width)}"
             )
-        if width == 1 and self.columns and mask.device.type != "cpu":
-            return  # generate() appends ones: not worth a synchronisation a token
+        if width == 1 and self.columns:
+            # generate() appends ones: the columns before were looked at with the prompt, and on a
+            # GPU a look is a synchronisation.
+            if mask.device.type == "cpu" and not bool(mask[:, -1].all()):
+                raise UsageError("the mask hides the new column of a row")
+            return
         seen = _to_host(mask) != 0
         pads = np.repeat(self.pads, rows // self.batch.rows)
         wrong = (seen != (np.arange(seen.shape[1]) >= pads[:, None])).any(axis=1)

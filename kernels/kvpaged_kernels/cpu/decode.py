@@ -1,17 +1,46 @@
 """One query token a sequence over its pages: one attention call a grid of pages."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_rows
 from kvpaged_kernels.cpu.plan import DecodePlan, Grid
 
-Cells = tuple[Tensor, Tensor]
+
+class Lane(NamedTuple):
+    """One layer of a decode step whose rows are one grid, all of one length: views, cut beforehand.
+
+    - `k_in`, `v_in`: where the new token's K and V go, `[rows, kv_heads, dim]`.
+    - `k`, `v`: all tokens, the new one included, `[rows, kv_heads, tokens, dim]`.
+    """
+
+    k_in: Tensor
+    v_in: Tensor
+    k: Tensor
+    v: Tensor
 
 
-def cells_of(k_pages: Tensor, v_pages: Tensor, grid: Grid) -> Cells:
-    """K and V of a grid's cells, each `[count, kv_heads, tokens, dim]`, as views."""
-    return _cells(k_pages, grid), _cells(v_pages, grid)
+def lane_of(k_pages: Tensor, v_pages: Tensor, plan: DecodePlan) -> Lane:
+    """The views of a layer for a plan that has a lane (`DecodePlan.has_lane`)."""
+    k, v = (_cells(pages, plan.grids[0]) for pages in (k_pages, v_pages))
+    return Lane(k.select(2, -1), v.select(2, -1), k, v)
+
+
+def fits_lane(lane: Lane, k: Tensor, v: Tensor) -> bool:
+    """Whether new K and V plainly have the lane's shape and dtype."""
+    return (
+        k.shape == lane.k_in.shape
+        and v.shape == lane.v_in.shape
+        and k.dtype == v.dtype == lane.k_in.dtype
+    )
+
+
+def attend_lane(q: Tensor, lane: Lane, scale: float) -> Tensor:
+    """`paged_decode` over a lane, without soft cap and sinks."""
+    queries = q.unflatten(1, (lane.k.shape[1], -1)) if q.dtype == torch.float32 else q.unsqueeze(2)
+    return attend_part(queries, lane.k, lane.v, scale=scale)[0].reshape(q.shape[0], q.shape[1], -1)
 
 
 def _cells(pages: Tensor, grid: Grid) -> Tensor:
@@ -33,14 +62,12 @@ def paged_decode(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    cells: Cells | None = None,
 ) -> Tensor:
     """Attention of one query token a sequence, as `reference.attention.paged_decode` defines it.
 
     `plan` stands for the block table, the lengths and the window. K and V are read once: in half
     precision the flash kernel shares a KV head among its group by itself, in fp32 the group is
-    packed into the query length, which is faster there (docs/log.md). `cells`: what `cells_of`
-    gave for the plan's only grid, if it was asked before.
+    packed into the query length, which is faster there (docs/log.md).
     """
     rows, q_heads, _ = q.shape
     kv_heads = k_pages.shape[1]
@@ -48,7 +75,7 @@ def paged_decode(
     queries = q.unflatten(1, (kv_heads, -1)) if packed else q.unsqueeze(2)
     if plan.direct:
         grid = plan.grids[0]
-        k, v = cells or cells_of(k_pages, v_pages, grid)
+        k, v = _cells(k_pages, grid), _cells(v_pages, grid)
         out, lse = attend_part(queries, k, v, scale=scale, softcap=softcap, bias=grid.bias)
     else:
         out, lse = _merged(queries, k_pages, v_pages, plan, scale, softcap)
@@ -69,7 +96,7 @@ def _merged(
     outs, lses, owners = [], [], []
     for grid in plan.grids:
         mine = queries if grid.rows is None else queries[grid.rows]
-        k, v = cells_of(k_pages, v_pages, grid)
+        k, v = _cells(k_pages, grid), _cells(v_pages, grid)
         out, lse = attend_part(mine, k, v, scale=scale, softcap=softcap, bias=grid.bias)
         if grid.cells is not None:
             out, lse = out[grid.cells], lse[grid.cells]

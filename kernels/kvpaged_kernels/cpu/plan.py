@@ -11,7 +11,7 @@ its cells (past its end, before its window) are masked.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +55,17 @@ class DecodePlan:
     rows: int
     grids: tuple[Grid, ...]
     direct: bool
+
+    @property
+    def has_lane(self) -> bool:
+        """Whether all rows are of one length in one grid: new tokens and old are plain views."""
+        return self.direct and self.grids[0].bias is None
+
+    def one_token_on(self) -> "DecodePlan":
+        """The plan of the next step: each row a token longer, in the same pages, no window cut."""
+        assert self.has_lane
+        grid = self.grids[0]
+        return replace(self, grids=(replace(grid, tokens=grid.tokens + 1),))
 
 
 class Run(NamedTuple):
