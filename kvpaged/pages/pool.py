@@ -169,7 +169,9 @@ class PagePool:
         """`size` zero bytes: committed on touch on a CPU, at once elsewhere."""
         if self.device.type != "cpu":
             return torch.zeros(size, dtype=torch.uint8, device=self.device)
-        system = mmap.mmap(-1, size)
+        # Private: the system takes back pages of a shared mapping only when all of it goes.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        system = mmap.mmap(-1, size, flags=flags)
         self._maps.append(system)
         return torch.frombuffer(system, dtype=torch.uint8)
 
