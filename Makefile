@@ -59,6 +59,7 @@ format: $(READY)  ## let ruff format and fix what it can
 	$(RUN) -m ruff check --fix .
 
 bench: $(READY)  ## tokens/s, time to first token and KV memory beside Hugging Face's caches
+	$(RUN) -m benchmarks.host
 	$(RUN) -m benchmarks.generate $(if $(FULL),--full)
 
 aot: $(READY)  ## compile every shipped kernel for real GPUs, without one

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import common, generate
+from benchmarks import common, generate, host
 
 
 def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
@@ -27,6 +27,19 @@ def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
         assert point["systems"]["dynamic"]["kv_bytes"] == point["kv_bytes_needed"]
         # One page a sequence: 64 slots, 30 layers, K and V, 3 heads of 64 numbers in bf16.
         assert point["systems"]["paged"]["kv_bytes"] == point["batch"] * 64 * 30 * 2 * 3 * 64 * 2
+
+
+def test_host_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
+    host.main(["--quick", "--out", str(tmp_path)])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(document["allocator"]) == {"1", "1024"}
+    assert set(document["step"]) == {"1", "32", "256"}
+    assert all(
+        time > 0
+        for part in ("allocator", "step")
+        for t in document[part].values()
+        for time in t.values()
+    )
 
 
 def test_alternate_starts_each_round_with_another_case():
