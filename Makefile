@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing kvpaged and what it needs into .venv"
 	.venv/bin/python -m pip install --disable-pip-version-check \
 	    --constraint constraints.txt --editable '.[$(EXTRAS)]' \
-	    | grep --line-buffered -vE '^(Requirement already|Looking in|Obtaining|  )' || test $${PIPESTATUS[0]} -eq 0
+	    | grep --line-buffered -vE '^(Requirement already|Looking in|Obtaining|Processing|WARNING: Location|Installing collected|  )' || test $${PIPESTATUS[0]} -eq 0
 	@touch $@
 
 demo: $(READY)  ## a real model answers through the paged cache and through DynamicCache
