@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from kvpaged.errors import OutOfPagesError, UsageError
@@ -14,9 +15,10 @@ from kvpaged.pages.allocator import OPEN, Ids
 from kvpaged.pages.classops import clear_pages, copy_pages, seal_pages
 from kvpaged.pages.stage import Stage
 from kvpaged.pages.table import BlockTable
-from kvpaged.step import Ints, Step, attend_layer, make_step, write_layer
+from kvpaged.step import Ints, Step, attend_layer, make_step, plan_decode, write_layer
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
+from kvpaged_kernels.cpu.decode import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan
 
 if TYPE_CHECKING:
@@ -163,6 +165,26 @@ class Batch:
         out = attend_layer(step, group, home.layers, home.place, q, options, backend=home.backend)
         step.attended.add(layer)
         return out
+
+    def lanes(self) -> dict[int, Lane] | None:
+        """For a decode step on a CPU whose rows are alike: each layer's views, by layer.
+
+        Who has them may write a layer's K and V and attend over it by itself, and then says so in
+        `step.written` and `step.attended`. `None`: go by `write` and `attend`.
+        """
+        step, cache = self._running(), self._cache
+        if not step.decode or torch.compiler.is_compiling():
+            return None
+        found: dict[int, Lane] = {}
+        for number, group in enumerate(step.groups):
+            if cache.backends[number] != "cpu":
+                return None
+            if group.decode_plan is None:
+                plan_decode(group, cache.classes[number].layers, cache.groups[number].window)
+            if group.lanes is None:
+                return None
+            found.update(zip(cache.groups[number].layers, group.lanes, strict=True))
+        return found
 
     def commit(self, ids: Sequence[TokenIds | None] | None = None) -> None:
         """Count a step's tokens as held, seal the pages it filled, and give back those that left a

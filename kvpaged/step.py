@@ -167,7 +167,7 @@ def write_layer(
     if backend == "cpu":
         if step.decode and not torch.compiler.is_compiling():
             if group.decode_plan is None:
-                _plan_decode(group, layers, window)
+                plan_decode(group, layers, window)
             if group.lanes is not None and v is not None and fits_lane(group.lanes[place], k, v):
                 group.lanes[place].k_in.copy_(k)
                 group.lanes[place].v_in.copy_(v)
@@ -193,7 +193,7 @@ def attend_layer(
     pages = layers[place]
     if step.decode:
         if group.lanes is not None and options.softcap is None and options.sinks is None:
-            return attend_lane(q, group.lanes[place], options.scale)
+            return attend_lane(q.unsqueeze(2), group.lanes[place], options.scale).squeeze(2)
         return ops.decode(
             pages, q, group.table, group.lengths, options,
             max_len=group.max_len, backend=backend, plan=group.decode_plan,
@@ -205,7 +205,7 @@ def attend_layer(
     )  # fmt: skip
 
 
-def _plan_decode(group: GroupStep, layers: Sequence[LayerPages], window: int | None) -> None:
+def plan_decode(group: GroupStep, layers: Sequence[LayerPages], window: int | None) -> None:
     """Plan a decode step once for all layers of its group.
 
     Views are cut for all layers at once: between two layers of a model the weights have passed

@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpaged.errors import UnsupportedModelError, UsageError
 from kvpaged.geometry import LayerGroup
 from kvpaged.integrations.probe import LayerFacts, ProbeCache, group_layers
+from kvpaged_kernels.cpu.decode import Lane, attend_lane
 
 NAME = "kvpaged"
 TAG = "_kvpaged_session"
@@ -55,6 +56,10 @@ class ServedCache(ABC):
         """End the step: the pass returned."""
 
     @abstractmethod
+    def note_attended(self, layer: int) -> None:
+        """A layer's attention over its pages was computed by who had its views."""
+
+    @abstractmethod
     def has_written(self, layer: int) -> bool:
         """Whether the running step put this layer's keys into pages."""
 
@@ -67,10 +72,16 @@ class ServedCache(ABC):
 
 
 class Tag(NamedTuple):
-    """What `update` leaves on the keys it returns."""
+    """What `update` leaves on the keys it returns.
+
+    `lane`, `window`: where the step has the layer's views ready (`Batch.lanes`), and the window
+    they are for: then attention is one call, and the session only told of it.
+    """
 
     session: ServedCache
     layer: int
+    lane: Lane | None = None
+    window: int | None = None
 
 
 class _Running(threading.local):
@@ -213,7 +224,11 @@ def attention(
         if kwargs.get("output_attentions"):
             raise UsageError("attention over pages gives no attention weights (output_attentions)")
         window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-        sinks = kwargs.get("s_aux")
+        sinks, lane = kwargs.get("s_aux"), tag.lane
+        if lane is not None and softcap is None and sinks is None and window == tag.window:
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            tag.session.note_attended(tag.layer)
+            return attend_lane(query, lane, scale).transpose(1, 2), None
         return tag.session.attend(tag.layer, query, scaling, window, softcap, sinks), None
     if isinstance(tag, LayerFacts):
         tag.note_attention(query, kwargs)

@@ -13,6 +13,7 @@ from kvpaged.batch import Batch
 from kvpaged.errors import UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag, prepare
 from kvpaged.tokens import Ids
+from kvpaged_kernels.cpu.decode import Lane, fits_lane
 
 if TYPE_CHECKING:
     from kvpaged.cache import PagedKVCache
@@ -89,8 +90,9 @@ class SessionCache(Cache, ServedCache):
         self._take: Tensor | None = None
         self._ids: Tensor | None = None
         self._unlogged: list[tuple[Tensor | None, npt.NDArray[np.int64]]] = []
-        windows = {layer: group.window for group in cache.groups for layer in group.layers}
-        layers = [SessionLayer(self, i, windows.get(i)) for i in range(max(windows) + 1)]
+        self._lanes: dict[int, Lane] | None = None
+        self._windows = {layer: group.window for group in cache.groups for layer in group.layers}
+        layers = [SessionLayer(self, i, self._windows.get(i)) for i in range(max(cache.layers) + 1)]
         super().__init__(layers=layers)
 
     # -- for its user ------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ class SessionCache(Cache, ServedCache):
             column = np.arange(width)
             flat = np.flatnonzero(column >= (width - counts)[:, None])
             self._take = torch.from_numpy(flat).to(source.device)
+        self._lanes = self.batch.lanes() if self._take is None else None
         self._width = width
         self._ids = None if ids is None else ids.detach().clone()
         self.entered_by, self.started = module, False
@@ -184,6 +187,11 @@ class SessionCache(Cache, ServedCache):
         self._unlogged.append((self._ids, step.counts))
         self.columns += self._width
 
+    def note_attended(self, layer: int) -> None:
+        """See `ServedCache`."""
+        if self.batch.step is not None:
+            self.batch.step.attended.add(layer)
+
     def has_written(self, layer: int) -> bool:
         """Whether the running step put this layer's keys into pages."""
         return self.batch.step is not None and layer in self.batch.step.written
@@ -195,7 +203,18 @@ class SessionCache(Cache, ServedCache):
 
         Returns them as they came, the keys tagged: attention over them is attention over the pages.
         """
-        if self.batch.step is None:
+        step = self.batch.step
+        if self._lanes is not None and step is not None and layer_idx in self._lanes:
+            k, v = key_states[:, :, 0], value_states[:, :, 0]
+            lane = self._lanes[layer_idx]
+            if key_states.shape[2] == 1 and fits_lane(lane, k, v) and not k.requires_grad:
+                self.started = True
+                lane.k_in.copy_(k)
+                lane.v_in.copy_(v)
+                step.written.add(layer_idx)
+                setattr(key_states, TAG, Tag(self, layer_idx, lane, self._windows[layer_idx]))
+                return key_states, value_states
+        if step is None:
             self.batch.check_open()
             raise UsageError("keys came outside a forward pass of the model given to for_model")
         if key_states.shape[0] != self.batch.rows or key_states.shape[2] != self._width:

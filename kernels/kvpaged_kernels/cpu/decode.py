@@ -38,9 +38,14 @@ def fits_lane(lane: Lane, k: Tensor, v: Tensor) -> bool:
 
 
 def attend_lane(q: Tensor, lane: Lane, scale: float) -> Tensor:
-    """`paged_decode` over a lane, without soft cap and sinks."""
-    queries = q.unflatten(1, (lane.k.shape[1], -1)) if q.dtype == torch.float32 else q.unsqueeze(2)
-    return attend_part(queries, lane.k, lane.v, scale=scale)[0].reshape(q.shape[0], q.shape[1], -1)
+    """`paged_decode` over a lane, without soft cap and sinks, in the shape models have.
+
+    - `q`: `[rows, q_heads, 1, k_dim]`. Returns `[rows, q_heads, 1, v_dim]`.
+    """
+    if q.dtype != torch.float32:
+        return attend_part(q, lane.k, lane.v, scale=scale)[0]
+    packed = q.squeeze(2).unflatten(1, (lane.k.shape[1], -1))
+    return attend_part(packed, lane.k, lane.v, scale=scale)[0].flatten(1, 2).unsqueeze(2)
 
 
 def _cells(pages: Tensor, grid: Grid) -> Tensor:
