@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvpaged.batch import Batch
 from kvpaged.errors import UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag, prepare
+from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.decode import Lane, fits_lane
 
@@ -78,11 +79,11 @@ class SessionCache(Cache, ServedCache):
         input_ids: Tensor,
         mask: Tensor | None,
     ) -> None:
-        _check_prompts(input_ids, mask)
+        check_prompts(input_ids, mask)
         self._cache = cache
         self._preparation = preparation
-        self._prompt = _to_host(input_ids)
-        self.pads = _left_pads(mask, *self._prompt.shape)
+        self._prompt = to_host(input_ids)
+        self.pads = left_pads(mask, *self._prompt.shape)
         self.columns = 0
         self._pads_known = True
         self.batch = Batch(cache, len(self._prompt))
@@ -351,7 +352,7 @@ class SessionCache(Cache, ServedCache):
             if mask.device.type == "cpu" and not bool(mask[:, -1].all()):
                 raise UsageError("the mask hides the new column of a row")
             return
-        seen = _to_host(mask) != 0
+        seen = to_host(mask) != 0
         pads = np.repeat(self.pads, rows // self.batch.rows)
         wrong = (seen != (np.arange(seen.shape[1]) >= pads[:, None])).any(axis=1)
         if wrong.any():
@@ -367,13 +368,13 @@ class SessionCache(Cache, ServedCache):
         if self._pads_known:
             return
         mask = mask if isinstance(mask, Tensor) and mask.shape == (self.batch.rows, width) else None
-        self.pads = _left_pads(mask, self.batch.rows, width)
+        self.pads = left_pads(mask, self.batch.rows, width)
         self._pads_known = True
 
     def _check_prompt(self, ids: Tensor) -> None:
         """The first columns must be the prompts the session was made for."""
         stop = min(self.columns + ids.shape[1], self._prompt.shape[1])
-        given = _to_host(ids[:, : stop - self.columns])
+        given = to_host(ids[:, : stop - self.columns])
         prompt = self._prompt
         column = np.arange(self.columns, stop)
         differ = (given != prompt[:, self.columns : stop]) & (column >= self.pads[:, None])
@@ -390,48 +391,9 @@ class SessionCache(Cache, ServedCache):
         way from a GPU.
         """
         for ids, counts in self._unlogged:
-            host = None if ids is None else _to_host(ids)
+            host = None if ids is None else to_host(ids)
             for row, count in enumerate(counts.tolist()):
                 if count:
                     log = self.batch.logs[row]
                     log.extend(None if host is None else host[row, host.shape[1] - count :])
         self._unlogged.clear()
-
-
-def _to_host(tensor: Tensor) -> npt.NDArray[np.int64]:
-    host: npt.NDArray[np.int64] = tensor.detach().to("cpu", torch.int64).numpy()
-    return host
-
-
-def _check_prompts(input_ids: Tensor, mask: Tensor | None) -> None:
-    if (
-        input_ids.ndim != 2
-        or input_ids.dtype not in (torch.int64, torch.int32)
-        or not len(input_ids)
-    ):
-        raise UsageError(
-            f"input_ids are ints [rows, columns], got {tuple(input_ids.shape)} of {input_ids.dtype}"
-        )
-    if mask is not None and mask.shape != input_ids.shape:
-        raise UsageError(
-            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}"
-        )
-
-
-def _left_pads(mask: Tensor | None, rows: int, columns: int) -> npt.NDArray[np.int64]:
-    """Columns hidden at the start of each row.
-
-    Raises:
-        UsageError: a row hides columns elsewhere.
-    """
-    if mask is None:
-        return np.zeros(rows, np.int64)
-    seen = _to_host(mask) != 0
-    pads = (~seen).sum(axis=1)
-    wrong = np.flatnonzero((seen != (np.arange(columns) >= pads[:, None])).any(axis=1))
-    if wrong.size:
-        raise UsageError(
-            f"row {int(wrong[0])} is padded elsewhere than on the left: pad on the left"
-        )
-    counted: npt.NDArray[np.int64] = pads.astype(np.int64)
-    return counted
