@@ -9,12 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvpaged.config import format_bytes
 from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.ops import Options
-from kvpaged.pages.allocator import OPEN, Ids
-from kvpaged.pages.classops import clear_pages, copy_pages, seal_pages
+from kvpaged.pages.allocator import Ids
 from kvpaged.pages.stage import Stage
-from kvpaged.pages.table import BlockTable
 from kvpaged.step import Ints, Step, attend_layer, make_step, plan_decode, write_layer
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
@@ -45,12 +44,14 @@ class Batch:
         self.logs = [TokenLog() for _ in range(rows)]
         self.step: Step | None = None
         self.closed = False
-        self._tables = [BlockTable(rows, device=group.device) for group in cache.groups]
-        self._plans: list[DecodePlan | None] = [None] * len(self._tables)
+        self._groups = cache.make_rows(rows)
+        self._plans: list[DecodePlan | None] = [None] * len(self._groups)
+        self._clean = True  # slots past the rows' ends hold nothing but zeros
         self._stages = {group.device: Stage(group.device) for group in cache.groups}
         # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only
         # leaves a note.
-        self._finalizer = weakref.finalize(self, cache.leave_garbage, self._tables)
+        tables = [group.table for group in self._groups]
+        self._finalizer = weakref.finalize(self, cache.leave_garbage, tables)
         cache.register(self)
 
     # -- what it holds -----------------------------------------------------------------------------
@@ -62,20 +63,21 @@ class Batch:
 
     def held(self, group: int) -> Ids:
         """Page ids of a group that rows hold, shared pages as often as they are held."""
-        return self._tables[group].all_held()
+        held: Ids = self._groups[group].table.all_held()
+        return held
 
     def tokens_held(self, group: int) -> int:
         """Token slots of a group that rows have filled and still hold."""
         size = self._cache.classes[group].geometry.page_size
-        return int(np.maximum(self.lengths - self._tables[group].first * size, 0).sum())
+        return int(np.maximum(self.lengths - self._groups[group].table.first * size, 0).sum())
 
     def page_map(self, group: int = 0) -> list[Ids]:
         """Page ids of each row in a group, in order of the tokens they hold."""
-        return [self._tables[group].held(row).copy() for row in range(self.rows)]
+        return [self._groups[group].table.held(row).copy() for row in range(self.rows)]
 
     def pages(self) -> int:
         """Pages held, over all groups, shared ones once."""
-        return sum(len(np.unique(self.held(group))) for group in range(len(self._tables)))
+        return sum(len(np.unique(self.held(group))) for group in range(len(self._groups)))
 
     def memory_bytes(self) -> int:
         """Bytes of those pages."""
@@ -104,27 +106,31 @@ class Batch:
             raise UsageError(
                 f"a step has a count >= 0 for each of {self.rows} rows, got {counts.tolist()}"
             )
-        self.step = None
-        cache = self._cache
-        taken: list[tuple[int, int, Ids]] = []  # group, row, pages
+        self.drop_step()
+        cache, growths = self._cache, []
         with cache.lock:
             cache.collect_garbage()
-            copies: list[list[tuple[int, int, int]]] = []  # by group: row, place, new page
+            for rows in self._groups:
+                rows.trim(self.lengths)
             try:
-                for group in range(len(self._tables)):
-                    copies.append(self._take_copies(group, counts, taken))
-                    self._take_new(group, counts, taken)
+                for rows in self._groups:
+                    growths.append(rows.grow(self.lengths, counts))
             except OutOfPagesError as error:
-                for group, _, ids in taken:
-                    cache.classes[group].allocator.release(ids)
+                for rows, growth in zip(self._groups, growths, strict=False):
+                    rows.give_back(growth)
                 raise self._explain(error, counts) from None
-            self._apply(counts, taken, copies)
-        classes = list(cache.classes)
-        nothing: list[DecodePlan | None] = [None] * len(classes)
+            for rows, growth in zip(self._groups, growths, strict=True):
+                rows.enter(growth, self.lengths, counts)
+        for rows, growth in zip(self._groups, growths, strict=True):
+            rows.fill(growth, self.lengths, counts, tails=not self._clean)
+        if any(growth.copies for growth in growths):
+            with cache.lock:
+                for rows, growth in zip(self._groups, growths, strict=True):
+                    rows.end_copies(growth)
+        self._clean = self._clean or bool((counts > 0).all())
+        nothing: list[DecodePlan | None] = [None] * len(self._groups)
         hints, self._plans = (self._plans if (counts == 1).all() else nothing), nothing
-        self.step = make_step(
-            counts, self.lengths.copy(), self._tables, classes, self._stages, hints, ids
-        )
+        self.step = make_step(counts, self.lengths.copy(), self._groups, self._stages, hints, ids)
         return self.step
 
     def write(self, layer: int, k: Tensor, v: Tensor | None) -> None:
@@ -202,11 +208,19 @@ class Batch:
         for row, log in enumerate(self.logs):
             if ids is not None and step.counts[row]:
                 log.extend(ids[row])
-        cache = self._cache
-        with cache.lock:
-            for group in range(len(self._tables)):
-                self._seal(group, before, after)
-                self._leave_window(group)
+        with self._cache.lock:
+            sealed = [rows.mark_sealed(before, after) for rows in self._groups]
+            for rows in self._groups:
+                rows.leave_window(after)
+            self._cache.counters.sealed += sum(len(ids) for ids in sealed)
+        for rows, ids_sealed in zip(self._groups, sealed, strict=True):
+            rows.sum_sealed(ids_sealed)
+
+    def drop_step(self) -> None:
+        """Forget a step that is not to count; its pages go back with the next step."""
+        if self.step is not None:
+            self.step, self._clean = None, False
+            self._plans = [None] * len(self._groups)
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -215,20 +229,15 @@ class Batch:
         that order.
         """
         self.check_open()
-        self.step = None
-        self._plans = [None] * len(self._tables)
         chosen = np.asarray(rows, np.int64)
-        if chosen.ndim != 1 or (chosen < 0).any() or (chosen >= self.rows).any():
+        if chosen.ndim != 1 or not len(chosen) or (chosen < 0).any() or (chosen >= self.rows).any():
             raise UsageError(f"rows to select must be in 0..{self.rows - 1}, got {list(rows)}")
-        cache = self._cache
-        with cache.lock:
-            for group, table in enumerate(self._tables):
-                self._trim(group)
-                before = table.all_held()
-                page_class = cache.classes[group]
-                table.select(chosen, page_class.entries(table.pages[chosen]))
-                page_class.allocator.share(table.all_held())
-                page_class.allocator.release(before)
+        self.drop_step()
+        self._plans = [None] * len(self._groups)
+        with self._cache.lock:
+            for group in self._groups:
+                group.trim(self.lengths)
+                group.select(chosen)
         self.lengths = self.lengths[chosen]
         seen: set[int] = set()
         logs = []
@@ -237,52 +246,31 @@ class Batch:
             seen.add(row)
         self.logs = logs
 
-    def rewind_all(self, lengths: Ints, *, restart: bool = False) -> None:
-        """Forget each row's tokens from `lengths[row]` on.
-
-        Args:
-            lengths: int64 `[rows]`, none above a row's present length.
-            restart: every row becomes as new, whatever has left its window.
+    def rewind_all(self, lengths: Ints) -> None:
+        """Forget each row's tokens from `lengths[row]` (int64 `[rows]`) on, and a running step.
 
         Raises:
             UsageError: a length is out of range, or so far back that pages it would see have left a
                 window; nothing changed.
         """
         self.check_open()
-        assert not restart or not lengths.any()
         wrong = np.flatnonzero((lengths < 0) | (lengths > self.lengths))
         if wrong.size:
             row = int(wrong[0])
             raise UsageError(
                 f"row {row} has {self.lengths[row]} tokens and cannot rewind to {lengths[row]}"
             )
-        self.step = None
-        self._plans = [None] * len(self._tables)
-        for group in range(0 if restart else len(self._tables)):
-            self._check_window(group, lengths)
+        for group in self._groups:
+            group.check_rewind(self.lengths, lengths)
+        self.drop_step()
+        self._plans = [None] * len(self._groups)
+        self._clean = False
         for row in np.flatnonzero(lengths < self.lengths).tolist():
             self.logs[row].cut(int(lengths[row]))
         self.lengths = lengths.copy()
         with self._cache.lock:
-            for group in range(len(self._tables)):
-                self._trim(group)
-
-    def _check_window(self, group: int, lengths: Ints) -> None:
-        """Raise `UsageError` if a row shortened to its length would see pages it gave back."""
-        window, table = self._cache.groups[group].window, self._tables[group]
-        size = self._cache.classes[group].geometry.page_size
-        if window is None:
-            return
-        first = np.maximum(lengths - window + 1, 0) // size
-        wrong = np.flatnonzero((first < table.first) & (lengths < self.lengths))
-        if wrong.size:
-            row = int(wrong[0])
-            raise UsageError(
-                f"row {row} cannot rewind to {lengths[row]}: a window of {window} would see "
-                "tokens from "
-                f"{int(first[row]) * size} on, and those before {int(table.first[row]) * size} "
-                "were given back"
-            )
+            for group in self._groups:
+                group.trim(lengths)
 
     def close(self) -> None:
         """Give all pages back. Closing twice is nothing."""
@@ -292,9 +280,10 @@ class Batch:
         self.step = None
         self._finalizer.detach()
         with self._cache.lock:
-            self._cache.release_tables(self._tables)
+            self._cache.release_tables([group.table for group in self._groups])
             self._cache.unregister(self)
-        self._tables = [BlockTable(self.rows, device=table.device) for table in self._tables]
+        if not self._cache.closed:
+            self._groups = self._cache.make_rows(self.rows)
 
     def check_open(self) -> None:
         """Raise `UsageError` if this batch or its cache is closed."""
@@ -310,123 +299,13 @@ class Batch:
         return self.step
 
     def _explain(self, error: OutOfPagesError, counts: Ints) -> OutOfPagesError:
-        cache = self._cache
+        cache, mine = self._cache, self.memory_bytes()
+        others = sum(pool.used_bytes() for pool in cache.pools) - mine
         return OutOfPagesError(
             f"out of pages: {int(counts.sum())} new tokens in {self.rows} sequences (longest "
-            f"{int((self.lengths + counts).max(initial=0))} tokens): {error}; the pool has "
-            f"{cache.config.memory} "
-            f"bytes, this batch holds {self.memory_bytes()} of them and "
-            f"{cache.batches_alive() - 1} others the rest",
+            f"{int((self.lengths + counts).max(initial=0))} tokens): {error}; of the pool's "
+            f"{format_bytes(cache.config.memory)} this batch holds {format_bytes(mine)} and "
+            f"{cache.batches_alive() - 1} others hold {format_bytes(others)}",
             needed=error.needed,
             available=error.available,
         )
-
-    def _take_copies(
-        self, group: int, counts: Ints, taken: list[tuple[int, int, Ids]]
-    ) -> list[tuple[int, int, int]]:
-        """Pages for rows whose last page takes new tokens and is shared."""
-        table, allocator = self._tables[group], self._cache.classes[group].allocator
-        size = self._cache.classes[group].geometry.page_size
-        place = self.lengths // size
-        rows = np.flatnonzero((counts > 0) & (self.lengths % size > 0))
-        pages = table.pages[rows, place[rows]]
-        shared = allocator.refs[pages] > 1
-        holders: dict[int, int] = {}
-        copies = []
-        for row, page in zip(rows[shared].tolist(), pages[shared].tolist(), strict=True):
-            left = holders.setdefault(page, int(allocator.refs[page]))
-            if left > 1:  # the last row that writes to it may keep it
-                holders[page] = left - 1
-                ids = allocator.alloc(1)
-                taken.append((group, -1, ids))
-                copies.append((row, int(place[row]), int(ids[0])))
-        return copies
-
-    def _take_new(self, group: int, counts: Ints, taken: list[tuple[int, int, Ids]]) -> None:
-        """Pages for tokens beyond those a row has."""
-        table, allocator = self._tables[group], self._cache.classes[group].allocator
-        size = self._cache.classes[group].geometry.page_size
-        need = -(-(self.lengths + counts) // size) - table.count
-        for row in np.flatnonzero(need > 0).tolist():
-            count = int(table.count[row])
-            last = int(table.pages[row, count - 1]) if count > table.first[row] else None
-            taken.append((group, row, allocator.alloc(int(need[row]), last)))
-
-    def _apply(
-        self,
-        counts: Ints,
-        taken: list[tuple[int, int, Ids]],
-        copies: list[list[tuple[int, int, int]]],
-    ) -> None:
-        """Enter taken pages into the tables, copy shared ones, clean those that start partly
-        filled.
-        """
-        classes, backends = self._cache.classes, self._cache.backends
-        for group, (table, page_class) in enumerate(zip(self._tables, classes, strict=True)):
-            if copies[group]:
-                rows, places, new = (np.array(x) for x in zip(*copies[group], strict=True))
-                old = table.pages[rows, places]
-                new = new.astype(np.int32)
-                copy_pages(page_class, old, new, backend=backends[group])
-                entries = page_class.entries(new)
-                for row, place, page, entry in zip(rows, places, new, entries, strict=True):
-                    table.replace(int(row), int(place), int(page), int(entry))
-                page_class.allocator.release(old)
-            self._reopen(group, counts)
-        partial = []
-        for group, row, ids in taken:
-            if row < 0:
-                continue
-            page_class = classes[group]
-            self._tables[group].extend(row, ids, page_class.entries(ids))
-            if (
-                backends[group] == "cpu"
-                and (self.lengths[row] + counts[row]) % page_class.geometry.page_size
-            ):
-                partial.append((group, ids[-1:]))
-        for group, page in partial:
-            clear_pages(classes[group], page)
-
-    def _reopen(self, group: int, counts: Ints) -> None:
-        """Mark pages that take tokens again (after a rewind into a sealed page) as open."""
-        size = self._cache.classes[group].geometry.page_size
-        rows = np.flatnonzero((counts > 0) & (self.lengths % size > 0))
-        pages = self._tables[group].pages[rows, self.lengths[rows] // size]
-        self._cache.classes[group].allocator.states[pages] = OPEN
-
-    def _seal(self, group: int, before: Ints, after: Ints) -> None:
-        table, page_class = self._tables[group], self._cache.classes[group]
-        size = page_class.geometry.page_size
-        full = []
-        for row in np.flatnonzero(after // size > before // size).tolist():
-            first = max(int(before[row]) // size, int(table.first[row]))
-            full.append(table.pages[row, first : int(after[row]) // size])
-        if full:
-            ids = np.concatenate(full)
-            seal_pages(page_class, ids, backend=self._cache.backends[group])
-            self._cache.counters.sealed += len(ids)
-
-    def _leave_window(self, group: int) -> None:
-        """Give back pages no later query sees, but for one page's worth of rewinding."""
-        window = self._cache.groups[group].window
-        if window is None:
-            return
-        table, page_class = self._tables[group], self._cache.classes[group]
-        size = page_class.geometry.page_size
-        first = np.maximum(self.lengths - window + 1 - size, 0) // size
-        gone = [
-            table.drop_first(row, int(first[row]))
-            for row in np.flatnonzero(first > table.first).tolist()
-        ]
-        if gone:
-            page_class.allocator.release(np.concatenate(gone))
-
-    def _trim(self, group: int) -> None:
-        """Give back pages beyond the rows' lengths (a step that was not committed, a rewind)."""
-        table, page_class = self._tables[group], self._cache.classes[group]
-        need = -(-self.lengths // page_class.geometry.page_size)
-        gone = [
-            table.cut(row, int(need[row])) for row in np.flatnonzero(table.count > need).tolist()
-        ]
-        if gone:
-            page_class.allocator.release(np.concatenate(gone))

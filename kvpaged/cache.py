@@ -14,6 +14,7 @@ from kvpaged.batch import Batch
 from kvpaged.config import Backend, CacheConfig, Layout, parse_bytes
 from kvpaged.errors import ConfigError, IntegrityError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
+from kvpaged.group_rows import GroupRows
 from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED
 from kvpaged.pages.classops import verify_pages
@@ -43,8 +44,8 @@ class PagedKVCache:
     In a loop of your own, make it from a `PageGeometry`, and call `batch` and `attend`.
 
     Sessions and batches of one cache may live in different threads, one thread each at a time; the
-    cache itself may be used from any thread. `lock` guards the books (which page is whose), never a
-    computation.
+    cache itself may be used from any thread. `lock` guards the books (which page is whose);
+    copies and checksums of pages run outside it.
     """
 
     def __init__(
@@ -98,7 +99,8 @@ class PagedKVCache:
         if len(self._places) != sum(len(group.layers) for group in self.groups):
             raise ConfigError("a layer belongs to one group only")
         self.layers = tuple(sorted(self._places))
-        self.pools = self._make_pools()
+        with torch.inference_mode(False):  # else pages could only be written in that mode
+            self.pools = self._make_pools()
         self._homes = {
             layer: Home(
                 group=number, place=place, layers=self.classes[number].layers,
@@ -258,7 +260,7 @@ class PagedKVCache:
             UsageError: no step waits, or a tensor requires gradients.
             ValueError: shapes, strides or dtypes do not fit the pages.
         """
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)):
             raise UsageError(
                 "keys and values that require gradients can't be cached: run under torch.no_grad()"
             )
@@ -275,9 +277,10 @@ class PagedKVCache:
 
     def stats(self) -> CacheStats:
         """Where the memory is now."""
+        self._check_open()
         with self.lock:
-            self.collect_garbage()
             alive = list(self._batches)
+            self.collect_garbage()
             groups = tuple(self._group_stats(i, alive) for i in range(len(self.groups)))
             return CacheStats(
                 memory=self.config.memory,
@@ -307,12 +310,14 @@ class PagedKVCache:
         Raises:
             IntegrityError: naming the first thing that is off.
         """
+        self._check_open()
         with self.lock:
+            alive = list(self._batches)  # held: none may go between the notes and the count
             self.collect_garbage()
             for pool in self.pools:
                 pool.check_integrity()
             for number, page_class in enumerate(self.classes):
-                held = [batch.held(number) for batch in self._batches]
+                held = [batch.held(number) for batch in alive]
                 counted = np.bincount(
                     np.concatenate(held) if held else [], minlength=page_class.allocator.capacity
                 )
@@ -363,9 +368,21 @@ class PagedKVCache:
         except KeyError:
             raise UsageError(f"layer {layer} is not cached; cached are {self.layers}") from None
 
+    def make_rows(self, rows: int) -> list[GroupRows]:
+        """For a new batch: its rows in each group, without pages."""
+        return [
+            GroupRows(
+                page_class, rows=rows, device=group.device, window=group.window, backend=backend
+            )
+            for page_class, group, backend in zip(
+                self.classes, self.groups, self.backends, strict=True
+            )
+        ]
+
     def register(self, batch: Batch) -> None:
         """Count a batch among those whose pages `check_integrity` adds up."""
-        self._batches.add(batch)
+        with self.lock:
+            self._batches.add(batch)
 
     def batches_alive(self) -> int:
         """How many batches and sessions hold rows now."""

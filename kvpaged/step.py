@@ -12,10 +12,9 @@ from torch import Tensor
 
 from kvpaged import ops
 from kvpaged.config import Backend
+from kvpaged.group_rows import GroupRows
 from kvpaged.ops import LayerPages, Options
-from kvpaged.pages.pool import PageClass
 from kvpaged.pages.stage import Stage
-from kvpaged.pages.table import BlockTable
 from kvpaged_kernels.cpu.decode import Lane, attend_lane, fits_lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
@@ -71,6 +70,7 @@ class Step:
         counts: new tokens a row, int64 `[rows]` on the host.
         starts: tokens a row had before.
         decode: every row has exactly one new token.
+        total: new tokens of all rows.
         max_q: the most new tokens a row has.
         groups: one for each layer group.
         positions: int32 `[tokens]` on the first group's device: `starts[row] ..` of each row.
@@ -83,6 +83,7 @@ class Step:
     counts: Ints
     starts: Ints
     decode: bool
+    total: int
     max_q: int
     groups: list[GroupStep]
     positions: Tensor
@@ -95,8 +96,7 @@ class Step:
 def make_step(
     counts: Ints,
     starts: Ints,
-    tables: list[BlockTable],
-    classes: list[PageClass],
+    groups: Sequence[GroupRows],
     stages: dict[torch.device, Stage],
     hints: Sequence[DecodePlan | None],
     ids: npt.NDArray[np.int32] | None = None,
@@ -116,7 +116,8 @@ def make_step(
         np.int32
     )
     lengths = (starts + counts).astype(np.int32)
-    groups: list[GroupStep | None] = [None] * len(tables)
+    tables = [group.table for group in groups]
+    steps: list[GroupStep | None] = [None] * len(tables)
     first: tuple[Tensor, Tensor, Tensor] | None = None
     for device, stage in stages.items():
         mine = [i for i, table in enumerate(tables) if table.device == device]
@@ -131,9 +132,10 @@ def make_step(
             if change:
                 places, values = next(extras), next(extras)
                 entries.view(-1)[places.long()] = values
-            groups[i] = GroupStep(
+            steps[i] = GroupStep(
                 table=entries, lengths=lens, cu_q=cu, positions=positions, owners=owners,
-                page_size=classes[i].geometry.page_size, max_len=int(lengths.max(initial=0)),
+                page_size=groups[i].page_class.geometry.page_size,
+                max_len=int(lengths.max(initial=0)),
                 hint=None if change else hints[i],
             )  # fmt: skip
         if tables[0].device == device:
@@ -143,8 +145,9 @@ def make_step(
         counts=counts,
         starts=starts,
         decode=bool((counts == 1).all()),
+        total=tokens,
         max_q=int(counts.max(initial=0)),
-        groups=[group for group in groups if group is not None],
+        groups=[step for step in steps if step is not None],
         positions=first[0],
         cu_seqlens=first[1],
         tokens=first[2],
@@ -191,6 +194,7 @@ def attend_layer(
     now.
     """
     pages = layers[place]
+    _check_queries(step, pages, q)
     if step.decode:
         if group.lanes is not None and options.softcap is None and options.sinks is None:
             return attend_lane(q.unsqueeze(2), group.lanes[place], options.scale).squeeze(2)
@@ -205,6 +209,17 @@ def attend_layer(
     )  # fmt: skip
 
 
+def _check_queries(step: Step, pages: LayerPages, q: Tensor) -> None:
+    """Raise ValueError unless queries are one for each new token, and fit the keys."""
+    kv_heads, width = pages.k_pages.shape[1], pages.k_pages.shape[3]
+    fits = q.ndim == 3 and q.shape[2] == width and q.dtype == pages.flat.dtype
+    if not fits or q.shape[0] != step.total or not q.shape[1] or q.shape[1] % kv_heads:
+        raise ValueError(
+            f"queries must be [{step.total} tokens, a multiple of {kv_heads} heads, {width}] of "
+            f"{pages.flat.dtype}, got {tuple(q.shape)} of {q.dtype}"
+        )
+
+
 def plan_decode(group: GroupStep, layers: Sequence[LayerPages], window: int | None) -> None:
     """Plan a decode step once for all layers of its group.
 
@@ -212,10 +227,8 @@ def plan_decode(group: GroupStep, layers: Sequence[LayerPages], window: int | No
     through the caches, and what takes a microsecond here takes five there.
     """
     hint = group.hint
-    # A page that a row enters now may have been taken by a step that was forgotten, anywhere.
-    enters = (group.max_len - 1) % group.page_size == 0
     whole = window is None or group.max_len <= window
-    if hint is not None and hint.has_lane and whole and not enters:
+    if hint is not None and hint.has_lane and whole:
         plan = hint.one_token_on()
     else:
         plan = ops.plan_decode(layers[0], group.table, group.lengths, window)

@@ -30,6 +30,7 @@ FLOORS = {
     "kvpaged.offload": 5,
     "kvpaged.cache": 6,
     "kvpaged.batch": 6,
+    "kvpaged.group_rows": 6,
     "kvpaged.token_batch": 6,
     "kvpaged.session": 6,
     "kvpaged.step": 6,

@@ -14,6 +14,7 @@ same way: a pass with one of our sessions needs none, any other gets the origina
 implementation's.
 """
 
+import inspect
 import sys
 import threading
 import weakref
@@ -37,19 +38,11 @@ TAG = "_kvpaged_session"
 
 
 class ServedCache(ABC):
-    """What a `past_key_values` of ours offers the hooks and the attention function.
-
-    Attributes:
-        entered_by: the module whose forward pass began the running step; `None` between steps.
-        started: the running step has written a layer.
-    """
-
-    entered_by: torch.nn.Module | None = None
-    started: bool = False
+    """What a `past_key_values` of ours offers the hooks and the attention function."""
 
     @abstractmethod
-    def enter(self, module: torch.nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Begin a step for a forward pass of `module` with these ids and arguments."""
+    def enter(self, module: torch.nn.Module, given: dict[str, Any]) -> None:
+        """Begin a step for a forward pass of `module` with these arguments, by name."""
 
     @abstractmethod
     def leave(self) -> None:
@@ -84,19 +77,31 @@ class Tag(NamedTuple):
     window: int | None = None
 
 
+class Pass(NamedTuple):
+    """A forward pass this thread is in: of which module, with which session of ours, if any.
+
+    `owner`: it began the session's step; a pass of the inner model within it did not.
+    """
+
+    module: torch.nn.Module
+    session: ServedCache | None
+    owner: bool
+
+
 class _Running(threading.local):
     """What this thread is in the middle of."""
 
-    session: "weakref.ref[ServedCache] | None" = None
-    masks: "set[int | None] | None" = None
-    """Windows of the masks a probe saw being made; `None` outside a probe."""
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
+        self.masks: set[int | None] | None = None
+        """Windows of the masks a probe saw being made; `None` outside a probe."""
 
 
 _running = _Running()
 
 
 def _session_running() -> ServedCache | None:
-    return None if _running.session is None else _running.session()
+    return _running.passes[-1].session if _running.passes else None
 
 
 # -- preparing a model ----------------------------------------------------------------------------
@@ -116,18 +121,25 @@ class Preparation:
         self._holders = 0
         self._handles: list[Any] = []
 
+    @property
+    def held(self) -> bool:
+        """Whether a cache of the model is open."""
+        return self._holders > 0
+
     def hold(self) -> "Preparation":
         """Prepare the model, or count one more cache of it."""
         self._holders += 1
         if self._holders == 1:
             AttentionInterface.register(NAME, attention)
             AttentionMaskInterface.register(NAME, mask)
-            _originals[id(self.config)] = self.original
+            _originals[id(self.config)] = _of_type[type(self.config)] = self.original
             self.config._attn_implementation = NAME
-            for module in dict.fromkeys((self.model, self.model.base_model)):
+            modules = (self.model, self.model.base_model, self.model.get_decoder())
+            for module in dict.fromkeys(modules):
                 self._handles += [
                     module.register_forward_pre_hook(_before_forward, with_kwargs=True),
                     module.register_forward_hook(_after_forward),
+                    module.register_forward_hook(_end_pass, always_call=True),
                 ]
         return self
 
@@ -150,6 +162,8 @@ _preparations: "weakref.WeakValueDictionary[int, Preparation]" = weakref.WeakVal
 
 _originals: dict[int, str] = {}
 """By the id of a prepared text config: the attention implementation it had."""
+_of_type: dict[type, str] = {}
+"""By the type of a config that was ever prepared: the same, for copies of prepared models."""
 
 
 def prepare(model: Any, page_size: int) -> tuple[Preparation, list[LayerGroup]]:
@@ -170,6 +184,11 @@ def prepare(model: Any, page_size: int) -> tuple[Preparation, list[LayerGroup]]:
     if inner.training:
         raise UsageError("the model is in training mode: call model.eval() first")
     preparation = _preparations.get(id(inner)) or Preparation(inner)
+    if preparation.held and preparation.config._attn_implementation != NAME:
+        raise UsageError(
+            f"the model's attention was set to {preparation.config._attn_implementation!r} while a "
+            "cache of it is open: close that cache first"
+        )
     _preparations[id(inner)] = preparation
     preparation.hold()
     try:
@@ -249,13 +268,13 @@ def attention(
 
 def _original_of(config: Any) -> str:
     """The attention implementation a config had before it was prepared."""
-    try:
-        return _originals[id(config)]
-    except KeyError:
+    original = _originals.get(id(config)) or _of_type.get(type(config))
+    if original is None:
         raise UnsupportedModelError(
             f"a {type(config).__name__} names our attention and is not the text config of a "
             "prepared model"
-        ) from None
+        )
+    return original
 
 
 def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
@@ -284,21 +303,29 @@ def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
 
 
 def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = (kwargs.get("past_key_values"), *args)
-    past = next((x for x in given if isinstance(x, ServedCache)), None)
-    outer = _session_running()
-    if past is None:
-        _running.session = None
-        return
-    if outer is past and past.entered_by not in (None, module) and not past.started:
-        return  # the inner model of a pass that has begun
-    _running.session = weakref.ref(past)
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    past.enter(module, ids, kwargs)
+    """A pass begins, of the model given to `for_model` or of a model inside it."""
+    passes = _running.passes
+    if isinstance(module, PreTrainedModel) and id(module) in _preparations:
+        passes.clear()  # what an interrupt left: nothing is around the outermost model
+    given = kwargs
+    if args:
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    past = given.get("past_key_values")
+    session = past if isinstance(past, ServedCache) else None
+    nested = bool(passes) and session is not None and passes[-1].session is session
+    if session is not None and not nested:
+        session.enter(module, given)
+    passes.append(Pass(module, session, owner=session is not None and not nested))
 
 
 def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    session = _session_running()
-    if session is not None and session.entered_by is module:
-        _running.session = None
-        session.leave()
+    """The pass returned: its tokens count."""
+    last = _running.passes[-1] if _running.passes else None
+    if last is not None and last.module is module and last.owner and last.session is not None:
+        last.session.leave()
+
+
+def _end_pass(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The pass is over, by return or by exception."""
+    if _running.passes and _running.passes[-1].module is module:
+        _running.passes.pop()

@@ -4,15 +4,22 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvpaged.batch import Batch
-from kvpaged.errors import UnsupportedModelError, UsageError
+from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag, prepare
-from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
+from kvpaged.integrations.prompts import (
+    check_mask,
+    check_not_again,
+    check_prompt,
+    check_prompts,
+    left_pads,
+    own_positions,
+    to_host,
+)
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.decode import Lane, fits_lane
 
@@ -62,7 +69,10 @@ class SessionLayer(CacheLayerMixin):
 class SessionCache(Cache, ServedCache):
     """Some prompts and what is generated after them, as a `transformers.Cache` over pages.
 
-    A context manager; one thread at a time. Rows are padded on the left only, and pads take no
+    A context manager; one thread at a time. A session that holds the whole of a prompt must not be
+    given to `generate()` with that prompt again: transformers then feeds all of it once more (a
+    `UsageError` says so where positions show it); crop its last token first. Rows are padded on the
+    left only, and pads take no
     pages: row `r` holds tokens `columns - pads[r]` once its prompt has begun. Beams and several
         returned sequences multiply its rows by
     themselves: a step with `n` times as many rows shares each row's pages `n` ways.
@@ -90,7 +100,8 @@ class SessionCache(Cache, ServedCache):
         self._width = 0
         self._take: Tensor | None = None
         self._ids: Tensor | None = None
-        self._unlogged: list[tuple[Tensor | None, npt.NDArray[np.int64]]] = []
+        self._positions: Tensor | None = None
+        self._unlogged: list[tuple[Tensor | None, Tensor | None, Ids, Ids]] = []
         self._lanes: dict[int, Lane] | None = None
         self._windows = {layer: group.window for group in cache.groups for layer in group.layers}
         layers = [SessionLayer(self, i, self._windows.get(i)) for i in range(max(cache.layers) + 1)]
@@ -127,7 +138,7 @@ class SessionCache(Cache, ServedCache):
 
     # -- a forward pass ----------------------------------------------------------------------------
 
-    def enter(self, module: torch.nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def enter(self, module: torch.nn.Module, given: dict[str, Any]) -> None:
         """Begin a step for a forward pass: check it, multiply rows for beams, find pages.
 
         Raises:
@@ -135,37 +146,58 @@ class SessionCache(Cache, ServedCache):
             OutOfPagesError: no room; nothing changed.
         """
         self.batch.check_open()
-        if self._preparation.config._attn_implementation != NAME:
-            raise UsageError(
-                "the model's attention was set to "
-                f"{self._preparation.config._attn_implementation!r} since for_model"
-            )
-        if module.training:
-            raise UsageError("the model is in training mode: call model.eval() first")
-        source = ids if ids is not None else kwargs.get("inputs_embeds")
+        self._check_model(module)
+        ids = given.get("input_ids")
+        source = ids if ids is not None else given.get("inputs_embeds")
         if source is None:
             raise UsageError("a forward pass with a session needs input_ids or inputs_embeds")
         rows, width = source.shape[:2]
-        self._learn_pads(kwargs.get("attention_mask"), width)
+        if not self._pads_known and rows != self.batch.rows:  # after a reset
+            self.batch.close()
+            self.batch = Batch(self._cache, rows)
+            self._prompt = np.zeros((rows, 0), np.int64)
         if rows % self.batch.rows or rows < self.batch.rows:
             raise UsageError(f"the session has {self.batch.rows} rows, the forward pass {rows}")
-        self._check_mask(kwargs.get("attention_mask"), rows, width)
-        if rows > self.batch.rows:
-            self.batch_repeat_interleave(rows // self.batch.rows)
-        if ids is not None and self.columns < self._prompt.shape[1]:
-            self._check_prompt(ids)
-        new = np.minimum(self.columns + width - self.pads, width)
-        counts = np.maximum(new, 0).astype(np.int64)
-        self.batch.begin(counts)
+        times = rows // self.batch.rows
+        mask = given.get("attention_mask")
+        pads = self.pads if self._pads_known else self._pads_of(mask, width)
+        check_mask(mask, np.repeat(pads, times), self.columns, width)
+        positions = given.get("position_ids")
+        if ids is not None:
+            if self.columns < self._prompt.shape[1]:
+                check_prompt(ids, np.repeat(self._prompt, times, axis=0), pads, self.columns)
+            check_not_again(positions, self.columns - pads, width)
+        self._begin(pads, times, width, source.device)
+        self._ids = None if ids is None else ids.detach().clone()
+        self._positions = None if positions is None else positions.detach().clone()
+
+    def _begin(self, pads: Ids, times: int, width: int, device: torch.device) -> None:
+        """Take a step's pages, `times` rows for each row; as before if there is no room."""
+        before = self.batch.rows
+        if times > 1:
+            self.batch_repeat_interleave(times)
+        many = np.repeat(pads, times)
+        counts = np.clip(self.columns + width - many, 0, width).astype(np.int64)
+        try:
+            self.batch.begin(counts)
+        except OutOfPagesError:
+            if times > 1:
+                self._select([row * times for row in range(before)])
+            raise
+        self.pads, self._pads_known = many, True
         self._take = None
         if (counts < width).any():
-            column = np.arange(width)
-            flat = np.flatnonzero(column >= (width - counts)[:, None])
-            self._take = torch.from_numpy(flat).to(source.device)
+            seen = np.arange(width) >= (width - counts)[:, None]
+            self._take = torch.from_numpy(np.flatnonzero(seen)).to(device)
         self._lanes = self.batch.lanes() if self._take is None else None
         self._width = width
-        self._ids = None if ids is None else ids.detach().clone()
-        self.entered_by, self.started = module, False
+
+    def _check_model(self, module: torch.nn.Module) -> None:
+        implementation = self._preparation.config._attn_implementation
+        if implementation != NAME:
+            raise UsageError(f"the model's attention was set to {implementation!r} since for_model")
+        if module.training:
+            raise UsageError("the model is in training mode: call model.eval() first")
 
     def leave(self) -> None:
         """Count the step's tokens, if every layer attended over its pages.
@@ -174,7 +206,6 @@ class SessionCache(Cache, ServedCache):
             UnsupportedModelError: a layer's keys went to another attention than ours; the step does
                 not count.
         """
-        self.entered_by = None
         step = self.batch.step
         if step is None:
             return
@@ -185,7 +216,7 @@ class SessionCache(Cache, ServedCache):
                 f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
             )
         self.batch.commit()
-        self._unlogged.append((self._ids, step.counts))
+        self._unlogged.append((self._ids, self._positions, step.starts, step.counts))
         self.columns += self._width
 
     def note_attended(self, layer: int) -> None:
@@ -208,8 +239,8 @@ class SessionCache(Cache, ServedCache):
         if self._lanes is not None and step is not None and layer_idx in self._lanes:
             k, v = key_states[:, :, 0], value_states[:, :, 0]
             lane = self._lanes[layer_idx]
-            if key_states.shape[2] == 1 and fits_lane(lane, k, v) and not k.requires_grad:
-                self.started = True
+            graded = k.requires_grad or v.requires_grad
+            if key_states.shape[2] == 1 and fits_lane(lane, k, v) and not graded:
                 lane.k_in.copy_(k)
                 lane.v_in.copy_(v)
                 step.written.add(layer_idx)
@@ -224,9 +255,9 @@ class SessionCache(Cache, ServedCache):
                 "columns "
                 f"in a pass of {self.batch.rows} and {self._width}"
             )
-        if key_states.requires_grad and torch.is_grad_enabled():
+        graded = key_states.requires_grad or value_states.requires_grad
+        if graded and torch.is_grad_enabled():
             raise UsageError("keys that require gradients can't be cached: use torch.no_grad()")
-        self.started = True
         self.batch.write(layer_idx, self._flat(key_states), self._flat(value_states))
         setattr(key_states, TAG, Tag(self, layer_idx))
         return key_states, value_states
@@ -297,11 +328,14 @@ class SessionCache(Cache, ServedCache):
         self._prompt = self._prompt[:, :columns]
 
     def reset(self) -> None:
-        """Forget everything; the next forward pass says what the rows are, and their padding."""
-        self._write_logs()
-        self.batch.rewind_all(np.zeros(self.batch.rows, np.int64), restart=True)
+        """Forget everything; the next forward pass says how many rows there are, and their pads."""
+        self.batch.check_open()
+        self.batch.close()
+        self.batch = Batch(self._cache, self.batch.rows)
+        self._unlogged.clear()
         self.columns = 0
-        self._prompt = self._prompt[:, :0]
+        self.pads = np.zeros(self.batch.rows, np.int64)
+        self._prompt = np.zeros((self.batch.rows, 0), np.int64)
         self._pads_known = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -332,68 +366,21 @@ class SessionCache(Cache, ServedCache):
         self.pads = self.pads[rows]
         self._prompt = self._prompt[rows]
 
-    # -- checks ------------------------------------------------------------------------------------
-
-    def _check_mask(self, mask: Any, rows: int, width: int) -> None:
-        """A pass's mask must be what the session was made with, plus ones."""
-        if mask is None:
-            if self.pads.any() and self.columns == 0:
-                raise UsageError("the session has padded rows and the forward pass has no mask")
-            return
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            raise UnsupportedModelError("a session takes a mask of shape [rows, columns] or none")
-        if tuple(mask.shape) != (rows, self.columns + width):
-            raise UsageError(
-                f"the mask has shape {tuple(mask.shape)}, the pass {(rows, self.columns + width)}"
-            )
-        if width == 1 and self.columns:
-            # generate() appends ones: the columns before were looked at with the prompt, and on a
-            # GPU a look is a synchronisation.
-            if mask.device.type == "cpu" and not bool(mask[:, -1].all()):
-                raise UsageError("the mask hides the new column of a row")
-            return
-        seen = to_host(mask) != 0
-        pads = np.repeat(self.pads, rows // self.batch.rows)
-        wrong = (seen != (np.arange(seen.shape[1]) >= pads[:, None])).any(axis=1)
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise UsageError(
-                f"row {row}: the mask hides {int((~seen[row]).sum())} columns, the session was "
-                "made with "
-                f"{int(pads[row])} pads on the left"
-            )
-
-    def _learn_pads(self, mask: Any, width: int) -> None:
-        """After a reset the first pass's mask says how rows are padded."""
-        if self._pads_known:
-            return
-        mask = mask if isinstance(mask, Tensor) and mask.shape == (self.batch.rows, width) else None
-        self.pads = left_pads(mask, self.batch.rows, width)
-        self._pads_known = True
-
-    def _check_prompt(self, ids: Tensor) -> None:
-        """The first columns must be the prompts the session was made for."""
-        stop = min(self.columns + ids.shape[1], self._prompt.shape[1])
-        given = to_host(ids[:, : stop - self.columns])
-        prompt = self._prompt
-        column = np.arange(self.columns, stop)
-        differ = (given != prompt[:, self.columns : stop]) & (column >= self.pads[:, None])
-        if differ.any():
-            row, place = (int(x[0]) for x in np.nonzero(differ))
-            raise UsageError(
-                f"row {row}, column {self.columns + place}: the session was made for token "
-                f"{int(prompt[row, self.columns + place])}, the forward pass has "
-                f"{int(given[row, place])}"
-            )
+    def _pads_of(self, mask: Any, width: int) -> Ids:
+        """After a reset, the padding that the first pass's mask says."""
+        shape = (self.batch.rows, width)
+        return left_pads(mask if isinstance(mask, Tensor) and mask.shape == shape else None, *shape)
 
     def _write_logs(self) -> None:
         """Move the ids of committed steps to the rows' logs: late, for ids may still be on their
-        way from a GPU.
+        way from a GPU. Tokens at other positions than their own are not known: their keys are
+        rotated otherwise, and nobody else can use them.
         """
-        for ids, counts in self._unlogged:
+        for ids, positions, starts, counts in self._unlogged:
             host = None if ids is None else to_host(ids)
+            own = own_positions(positions, starts, counts, padded=bool(self.pads.any()))
             for row, count in enumerate(counts.tolist()):
                 if count:
-                    log = self.batch.logs[row]
-                    log.extend(None if host is None else host[row, host.shape[1] - count :])
+                    known = None if host is None or not own[row] else host[row, -count:]
+                    self.batch.logs[row].extend(known)
         self._unlogged.clear()

@@ -1,5 +1,6 @@
 """What is done to whole pages of a class: copy, clear, sum."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,7 +8,7 @@ from kvpaged import ops
 from kvpaged.config import Backend
 from kvpaged.errors import IntegrityError
 from kvpaged.geometry import Kind
-from kvpaged.pages.allocator import SEALED, Ids
+from kvpaged.pages.allocator import Ids
 from kvpaged.pages.pool import PageClass
 
 
@@ -64,9 +65,17 @@ def page_checksums(page_class: PageClass, ids: Ids, *, backend: Backend) -> Tens
     return total
 
 
-def seal_pages(page_class: PageClass, ids: Ids, *, backend: Backend) -> None:
-    """Make full pages immutable and keep their checksums."""
-    page_class.allocator.states[ids] = SEALED
+def clear_tail(page_class: PageClass, page: int, slot: int) -> None:
+    """Zero the slots of a page from `slot` on, in every layer."""
+    entry = int(page_class.entries(np.array([page], np.int32))[0])
+    for layer in page_class.layers:
+        layer.k_pages[entry, :, slot:] = 0
+        if layer.v_pages is not None:
+            layer.v_pages[entry, :, slot:] = 0
+
+
+def keep_checksums(page_class: PageClass, ids: Ids, *, backend: Backend) -> None:
+    """Sum pages just sealed, and keep the sums."""
     if page_class.checksums is not None:
         places = torch.from_numpy(ids.astype("int64")).to(page_class.flat.device)
         page_class.checksums[places] = page_checksums(page_class, ids, backend=backend)

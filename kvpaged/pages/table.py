@@ -16,6 +16,11 @@ class Change(NamedTuple):
     values: Ids
 
 
+def _zeros(rows: int, width: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # else the table could only be written in that mode
+        return torch.zeros((rows, width), dtype=torch.int32, device=device)
+
+
 class BlockTable:
     """Logical page -> physical page for the rows of a batch; the device copy is brought up to date
     incrementally.
@@ -33,7 +38,7 @@ class BlockTable:
         self.pages: npt.NDArray[np.int32] = np.zeros((rows, width), np.int32)
         self.count: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
         self.first: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
-        self.entries = torch.zeros((rows, width), dtype=torch.int32, device=device)
+        self.entries = _zeros(rows, width, device)
         self._places: list[npt.NDArray[np.int64]] = []
         self._values: list[Ids] = []
 
@@ -100,7 +105,7 @@ class BlockTable:
         self.pages, self.count, self.first = before[rows], self.count[rows], self.first[rows]
         width = before.shape[1]
         if len(rows) != len(before):
-            self.entries = torch.zeros((len(rows), width), dtype=torch.int32, device=self.device)
+            self.entries = _zeros(len(rows), width, self.device)
             self.entries[: min(len(rows), len(before))] = old[: min(len(rows), len(before))]
         kept = np.zeros((len(rows), width), bool)
         common = min(len(rows), len(before))
@@ -136,7 +141,7 @@ class BlockTable:
         pages = np.zeros((rows, new), np.int32)
         pages[:, :old] = self.pages
         self.pages = pages
-        entries = torch.zeros((rows, new), dtype=torch.int32, device=self.device)
+        entries = _zeros(rows, new, self.device)
         entries[:, :old] = self.entries
         self.entries = entries
         self._places = [place // old * new + place % old for place in self._places]

@@ -270,6 +270,6 @@ def _uniform(spans: list[RowSpan]) -> Uniform | None:
         return None
     slots = [span.runs[0].slot for span in spans]
     distances = {b - a for a, b in itertools.pairwise(slots)} or {0}
-    if len(distances) > 1:
+    if len(distances) > 1 or min(distances) < 0:
         return None
     return Uniform(len(spans), tokens, slots[0], distances.pop())

@@ -1,0 +1,212 @@
+"""The pages that the rows of a batch hold in one layer group."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpaged.config import Backend
+from kvpaged.errors import OutOfPagesError, UsageError
+from kvpaged.pages.allocator import OPEN, SEALED, Ids
+from kvpaged.pages.classops import clear_pages, clear_tail, copy_pages, keep_checksums
+from kvpaged.pages.pool import PageClass
+from kvpaged.pages.table import BlockTable
+
+Ints = npt.NDArray[np.int64]
+
+
+class Copy(NamedTuple):
+    """A row whose last page takes new tokens and is shared: page `new` takes the place of `old`."""
+
+    row: int
+    place: int
+    old: int
+    new: int
+
+
+class Growth(NamedTuple):
+    """Pages taken for a step, not yet entered anywhere.
+
+    Attributes:
+        copies: pages that take the place of shared ones.
+        new: row and pages, for tokens beyond those the row has.
+    """
+
+    copies: list[Copy]
+    new: list[tuple[int, Ids]]
+
+
+class GroupRows:
+    """Which pages rows hold in one group, and what a step does to them.
+
+    Used by its batch alone. The cache's lock is held around what takes or gives back pages (`grow`,
+    `give_back`, `enter`, `end_copies`, `mark_sealed`, `leave_window`, `trim`, `select`); `fill` and
+    `sum_sealed` touch bytes of pages that only this batch can change, outside it.
+    Lengths are tokens a row, int64 `[rows]`.
+    """
+
+    def __init__(
+        self,
+        page_class: PageClass,
+        *,
+        rows: int,
+        device: torch.device,
+        window: int | None,
+        backend: Backend,
+    ) -> None:
+        self.page_class = page_class
+        self.window = window
+        self.backend = backend
+        self.table = BlockTable(rows, device=device)
+        self._size = page_class.geometry.page_size
+
+    # -- a step's pages ----------------------------------------------------------------------------
+
+    def grow(self, lengths: Ints, counts: Ints) -> Growth:
+        """Take the pages that `counts` new tokens a row need; only the allocator changes.
+
+        Raises:
+            OutOfPagesError: not enough are free; nothing changed.
+        """
+        growth = Growth([], [])
+        try:
+            self._take_copies(lengths, counts, growth)
+            self._take_new(lengths, counts, growth)
+        except OutOfPagesError:
+            self.give_back(growth)
+            raise
+        return growth
+
+    def give_back(self, growth: Growth) -> None:
+        """Undo `grow`."""
+        for copy in growth.copies:
+            self.page_class.allocator.release(np.array([copy.new], np.int32))
+        for _, ids in growth.new:
+            self.page_class.allocator.release(ids)
+
+    def enter(self, growth: Growth, lengths: Ints, counts: Ints) -> None:
+        """Put taken pages into the table, and mark open again what takes tokens after a rewind."""
+        entries = self.page_class.entries
+        for copy in growth.copies:
+            entry = entries(np.array([copy.new], np.int32))
+            self.table.replace(copy.row, copy.place, copy.new, int(entry[0]))
+        rows = self._rows_in_a_page(lengths, counts)
+        self.page_class.allocator.states[self.table.pages[rows, lengths[rows] // self._size]] = OPEN
+        for row, ids in growth.new:
+            self.table.extend(row, ids, entries(ids))
+
+    def fill(self, growth: Growth, lengths: Ints, counts: Ints, *, tails: bool) -> None:
+        """Copy what is shared, and zero what a step leaves partly filled.
+
+        The CPU path masks slots past a row's end by adding -inf to their scores, which a NaN left
+        there by somebody else would survive. `tails`: slots past the present lengths may hold what
+        a rewind or a step that did not count left there.
+        """
+        if growth.copies:
+            old, new = (np.array([copy[i] for copy in growth.copies], np.int32) for i in (2, 3))
+            copy_pages(self.page_class, old, new, backend=self.backend)
+        if self.backend != "cpu":
+            return
+        for row, ids in growth.new:
+            if (lengths[row] + counts[row]) % self._size:
+                clear_pages(self.page_class, ids[-1:])
+        for row in self._rows_in_a_page(lengths, counts).tolist() if tails else ():
+            place, slot = divmod(int(lengths[row]), self._size)
+            clear_tail(self.page_class, int(self.table.pages[row, place]), slot)
+
+    def end_copies(self, growth: Growth) -> None:
+        """Let go of the pages that copies took the place of."""
+        if growth.copies:
+            old = np.array([copy.old for copy in growth.copies], np.int32)
+            self.page_class.allocator.release(old)
+
+    # -- what a step that counts leaves ------------------------------------------------------------
+
+    def mark_sealed(self, before: Ints, after: Ints) -> Ids:
+        """Make the pages that rows have filled between two lengths immutable; returns them."""
+        full = []
+        for row in np.flatnonzero(after // self._size > before // self._size).tolist():
+            first = max(int(before[row]) // self._size, int(self.table.first[row]))
+            full.append(self.table.pages[row, first : int(after[row]) // self._size])
+        ids = np.concatenate(full) if full else np.empty(0, np.int32)
+        self.page_class.allocator.states[ids] = SEALED
+        return ids
+
+    def sum_sealed(self, ids: Ids) -> None:
+        """Keep the checksums of pages just sealed."""
+        if ids.size:
+            keep_checksums(self.page_class, ids, backend=self.backend)
+
+    def leave_window(self, lengths: Ints) -> None:
+        """Give back pages no later query sees, but for one page's worth of rewinding."""
+        if self.window is None:
+            return
+        first = np.maximum(lengths - self.window + 1 - self._size, 0) // self._size
+        rows = np.flatnonzero(first > self.table.first).tolist()
+        self._release([self.table.drop_first(row, int(first[row])) for row in rows])
+
+    # -- rows --------------------------------------------------------------------------------------
+
+    def trim(self, lengths: Ints) -> None:
+        """Give back pages beyond the lengths: of a rewind, or of a step that did not count."""
+        need = -(-lengths // self._size)
+        rows = np.flatnonzero(self.table.count > need).tolist()
+        self._release([self.table.cut(row, int(need[row])) for row in rows])
+
+    def select(self, rows: Ints) -> None:
+        """Become the rows `rows`, sharing their pages."""
+        before = self.table.all_held()
+        self.table.select(rows, self.page_class.entries(self.table.pages[rows]))
+        self.page_class.allocator.share(self.table.all_held())
+        self.page_class.allocator.release(before)
+
+    def check_rewind(self, before: Ints, lengths: Ints) -> None:
+        """Raise `UsageError` if a row shortened to its length would see pages it gave back."""
+        if self.window is None:
+            return
+        first = np.maximum(lengths - self.window + 1, 0) // self._size
+        wrong = np.flatnonzero((first < self.table.first) & (lengths < before))
+        if wrong.size:
+            row = int(wrong[0])
+            raise UsageError(
+                f"row {row} cannot rewind to {lengths[row]}: a window of {self.window} would see "
+                f"tokens from {int(first[row]) * self._size} on, and those before "
+                f"{int(self.table.first[row]) * self._size} were given back"
+            )
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _rows_in_a_page(self, lengths: Ints, counts: Ints) -> Ints:
+        """Rows whose new tokens begin in the middle of a page."""
+        rows: Ints = np.flatnonzero((counts > 0) & (lengths % self._size > 0))
+        return rows
+
+    def _take_copies(self, lengths: Ints, counts: Ints, growth: Growth) -> None:
+        rows = self._rows_in_a_page(lengths, counts)
+        places = lengths[rows] // self._size
+        pages = self.table.pages[rows, places]
+        allocator = self.page_class.allocator
+        shared = allocator.refs[pages] > 1
+        if not shared.any():
+            return
+        holders: dict[int, int] = {}
+        for row, place, page in zip(
+            rows[shared].tolist(), places[shared].tolist(), pages[shared].tolist(), strict=True
+        ):
+            left = holders.setdefault(page, int(allocator.refs[page]))
+            if left > 1:  # the last row that writes to it may keep it
+                holders[page] = left - 1
+                growth.copies.append(Copy(row, place, page, int(allocator.alloc(1)[0])))
+
+    def _take_new(self, lengths: Ints, counts: Ints, growth: Growth) -> None:
+        need = -(-(lengths + counts) // self._size) - self.table.count
+        for row in np.flatnonzero(need > 0).tolist():
+            count = int(self.table.count[row])
+            last = int(self.table.pages[row, count - 1]) if count > self.table.first[row] else None
+            ids = self.page_class.allocator.alloc(int(need[row]), last)
+            growth.new.append((row, ids))
+
+    def _release(self, gone: list[Ids]) -> None:
+        if gone:
+            self.page_class.allocator.release(np.concatenate(gone))
