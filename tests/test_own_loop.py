@@ -1,85 +1,15 @@
 """A loop of one's own against dense attention in fp64: every backend, both layouts, any history."""
 
 import gc
-import itertools
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvpaged import LayerGroup, PagedKVCache, PageGeometry
 from kvpaged.errors import ConfigError, IntegrityError, OutOfPagesError, UsageError
-
-LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 6, 2, 64
-
-
-def geometry(page_size: int = 16) -> PageGeometry:
-    return PageGeometry(
-        layers=LAYERS, kv_heads=KV_HEADS, head_dim=DIM, page_size=page_size, dtype=torch.float32
-    )
-
-
-def make(backend: Any = "cpu", layout: Any = None, **options: Any) -> PagedKVCache:
-    memory = options.pop("memory", "8MiB")
-    return PagedKVCache(geometry(), memory, backend=backend, layout=layout, **options)
-
-
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> Any:
-    """Causal attention of the last `len(q)` positions, in fp64."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
-    scores = q.double().transpose(0, 1) @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    token = torch.arange(k.shape[1])
-    position = token[-q.shape[0] :, None]
-    hidden = token > position
-    if window is not None:
-        hidden |= token <= position - window
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
-
-
-class Oracle:
-    """What a batch's rows should hold, as dense tensors, fed the same keys and values."""
-
-    def __init__(self, cache: PagedKVCache, batch, seed: int = 0) -> None:
-        self.cache, self.batch = cache, batch
-        self.random = torch.Generator().manual_seed(seed)
-        self.rows = [self._empty() for _ in range(batch.rows)]
-        self.windows = [cache.groups[cache.place_of(layer)[0]].window for layer in range(LAYERS)]
-
-    @staticmethod
-    def _empty():
-        nothing = torch.empty(0, KV_HEADS, DIM)
-        return [(nothing, nothing) for _ in range(LAYERS)]
-
-    def compute(self) -> None:
-        """Run all layers over the waiting tokens and compare each row's output."""
-        bounds = self.batch.cu_seqlens.tolist()
-        for layer in range(LAYERS):
-            q, k, v = (
-                torch.randn(bounds[-1], heads, DIM, generator=self.random)
-                for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
-            )
-            out = self.cache.attend(layer, q, k, v, self.batch)
-            for row, (a, b) in enumerate(itertools.pairwise(bounds)):
-                held = self.rows[row][layer]
-                now = torch.cat((held[0], k[a:b])), torch.cat((held[1], v[a:b]))
-                self.rows[row][layer] = now
-                if b > a:
-                    expected = dense(q[a:b], *now, self.windows[layer])
-                    torch.testing.assert_close(out[a:b].double(), expected, rtol=0, atol=2e-5)
-
-    def fork(self, row: int) -> None:
-        self.batch.fork(row)
-        self.rows.append(list(self.rows[row]))
-
-    def rewind(self, row: int, to: int) -> None:
-        self.batch.rewind(row, to=to)
-        self.rows[row] = [(k[:to], v[:to]) for k, v in self.rows[row]]
+from tests.dense import DIM, KV_HEADS, LAYERS, Oracle, geometry, make
 
 
 @pytest.mark.parametrize("layout", ["page-major", "layer-major"])
@@ -376,86 +306,36 @@ def test_threads_with_batches_of_their_own_share_one_cache():
         assert cache.stats().used == 0
 
 
-class Histories(RuleBasedStateMachine):
-    """Any order of steps, forks, rewinds and closes, against dense tensors; books after each."""
+def test_statistics_and_integrity_while_others_open_and_close():
+    failures: list[BaseException] = []
+    done = threading.Event()
+    with make(memory="8MiB") as cache:
 
-    @initialize(layout=st.sampled_from(["page-major", "layer-major"]))
-    def start(self, layout: str) -> None:
-        self.cache = make("cpu", layout, memory=geometry().page_bytes * 24)
-        self.oracles: list[Oracle] = []
+        def churn() -> None:
+            while not done.is_set():
+                cache.batch([[1, 2, 3]]).close()
 
-    @rule(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3))
-    def open_batch(self, lengths: list[int]) -> None:
+        thread = threading.Thread(target=churn)
+        thread.start()
         try:
-            batch = self.cache.batch([range(n) for n in lengths])
-        except OutOfPagesError:
-            return
-        oracle = Oracle(self.cache, batch, len(self.oracles))
-        oracle.compute()
-        batch.commit_computed()
-        self.oracles.append(oracle)
-
-    @precondition(lambda self: self.oracles)
-    @rule(pick=st.integers(0, 9), counts=st.lists(st.integers(0, 20), min_size=4, max_size=4))
-    def step(self, pick: int, counts: list[int]) -> None:
-        oracle = self.oracles[pick % len(self.oracles)]
-        rows = [[1] * counts[row % 4] for row in range(oracle.batch.rows)]
-        before = [m.tolist() for m in oracle.batch.page_map()]
-        try:
-            oracle.batch.extend(rows)
-        except OutOfPagesError:
-            assert [m.tolist() for m in oracle.batch.page_map()] == before
-            return
-        oracle.compute()
-        oracle.batch.commit_computed()
-
-    @precondition(lambda self: self.oracles)
-    @rule(pick=st.integers(0, 9), row=st.integers(0, 9))
-    def fork(self, pick: int, row: int) -> None:
-        oracle = self.oracles[pick % len(self.oracles)]
-        if oracle.batch.rows < 5:
-            oracle.fork(row % oracle.batch.rows)
-
-    @precondition(lambda self: self.oracles)
-    @rule(pick=st.integers(0, 9), row=st.integers(0, 9), share=st.floats(0, 1))
-    def rewind(self, pick: int, row: int, share: float) -> None:
-        oracle = self.oracles[pick % len(self.oracles)]
-        row %= oracle.batch.rows
-        oracle.rewind(row, int(oracle.batch.lengths[row] * share))
-
-    @precondition(lambda self: self.oracles)
-    @rule(pick=st.integers(0, 9))
-    def close(self, pick: int) -> None:
-        self.oracles.pop(pick % len(self.oracles)).batch.close()
-
-    @invariant()
-    def books_add_up(self) -> None:
-        if not hasattr(self, "cache"):
-            return
-        self.cache.check_integrity()
-        rows = sum(oracle.batch.rows for oracle in self.oracles)
-        held = [m for oracle in self.oracles for m in oracle.batch.page_map()]
-        used = {int(page) for pages in held for page in pages}
-        assert len(held) == rows
-        assert self.cache.stats().used == len(used) * geometry().page_bytes
-
-    def teardown(self) -> None:
-        for oracle in getattr(self, "oracles", []):
-            for row, layers in enumerate(oracle.rows):
-                ids = np.asarray(oracle.batch.page_map()[row])
-                for layer, (k, v) in enumerate(layers):
-                    pages = self.cache.classes[0].layers[layer]
-                    entries = self.cache.classes[0].entry_tensor(ids)
-                    for stored, expected in ((pages.k_pages, k), (pages.v_pages, v)):
-                        assert stored is not None
-                        flat = stored[entries].permute(0, 2, 1, 3).flatten(0, 1)
-                        assert torch.equal(flat[: len(expected)], expected)
+            for _ in range(300):
+                cache.stats()
+                cache.check_integrity(deep=False)
+        except BaseException as error:
+            failures.append(error)
+        done.set()
+        thread.join()
+    assert not failures, failures[0]
 
 
-Histories.TestCase.settings = settings(
-    max_examples=20,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
+@pytest.mark.parametrize(
+    "shape", [(1, 6, 64), (3, 6, 64), (2, 5, 64), (2, 0, 64), (2, 6, 32)], ids=str
 )
-TestHistories = Histories.TestCase
+def test_queries_that_do_not_fit_are_named(shape):
+    with make() as cache:
+        batch = cache.batch([[1], [1]])
+        k = torch.zeros(2, KV_HEADS, DIM)
+        with pytest.raises(ValueError, match=r"queries must be \[2 tokens, a multiple"):
+            cache.attend(0, torch.zeros(shape), k, k, batch)
+        with pytest.raises(ValueError, match=r"got .* of torch\.float64"):
+            cache.attend(0, torch.zeros(2, 6, 64).double(), k, k, batch)
