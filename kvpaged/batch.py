@@ -14,10 +14,10 @@ from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.ops import Options
 from kvpaged.pages.allocator import Ids
 from kvpaged.pages.stage import Stage
-from kvpaged.step import Ints, Step, attend_layer, make_step, plan_decode, write_layer
+from kvpaged.step import Ints, Step, attend_layer, make_step, plan_layers, write_layer
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
-from kvpaged_kernels.cpu.decode import Lane
+from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan
 
 if TYPE_CHECKING:
@@ -173,20 +173,19 @@ class Batch:
         return out
 
     def lanes(self) -> dict[int, Lane] | None:
-        """For a decode step on a CPU whose rows are alike: each layer's views, by layer.
+        """For a step on a CPU whose rows are alike: each layer's views, by layer.
 
         Who has them may write a layer's K and V and attend over it by itself, and then says so in
         `step.written` and `step.attended`. `None`: go by `write` and `attend`.
         """
         step, cache = self._running(), self._cache
-        if not step.decode or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
         found: dict[int, Lane] = {}
         for number, group in enumerate(step.groups):
             if cache.backends[number] != "cpu":
                 return None
-            if group.decode_plan is None:
-                plan_decode(group, cache.classes[number].layers, cache.groups[number].window)
+            plan_layers(step, group, cache.classes[number].layers, cache.groups[number].window)
             if group.lanes is None:
                 return None
             found.update(zip(cache.groups[number].layers, group.lanes, strict=True))

@@ -20,9 +20,10 @@ from kvpaged.geometry import View
 from kvpaged_kernels.cpu import append as cpu_append
 from kvpaged_kernels.cpu import copy as cpu_copy
 from kvpaged_kernels.cpu import decode as cpu_decode
+from kvpaged_kernels.cpu import lane as cpu_lane
 from kvpaged_kernels.cpu import plan as cpu_plan
 from kvpaged_kernels.cpu import prefill as cpu_prefill
-from kvpaged_kernels.cpu.decode import Lane
+from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
 
@@ -279,10 +280,17 @@ def plan_decode(
 
 
 def decode_lane(pages: LayerPages, plan: DecodePlan) -> Lane | None:
-    """A layer's views for a plan whose rows are alike (CPU); `None` where they are not, or no V."""
+    """A layer's lane for a decode step (CPU); `None` where rows are not alike, or without V."""
     if not plan.has_lane or pages.v_pages is None:
         return None
-    return cpu_decode.lane_of(pages.k_pages, pages.v_pages, plan)
+    return cpu_lane.decode_lane(pages.k_pages, pages.v_pages, plan)
+
+
+def prefill_lane(pages: LayerPages, plan: SpanPlan) -> Lane | None:
+    """The same for rows that are nothing but new tokens."""
+    if plan.uniform is None or pages.v_pages is None:
+        return None
+    return cpu_lane.prefill_lane(pages.k_pages, pages.v_pages, plan.uniform)
 
 
 def plan_spans(

@@ -15,13 +15,10 @@ from kvpaged.config import Backend
 from kvpaged.group_rows import GroupRows
 from kvpaged.ops import LayerPages, Options
 from kvpaged.pages.stage import Stage
-from kvpaged_kernels.cpu.decode import Lane, attend_lane, fits_lane
+from kvpaged_kernels.cpu.lane import Lane, attend_lane, fits_lane, write_lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
 Ints = npt.NDArray[np.int64]
-
-RUN_TOKENS = 4
-"""New tokens a row from which writing them run by run beats writing them slot by slot on a CPU."""
 
 
 @dataclass(slots=True)
@@ -166,18 +163,22 @@ def write_layer(
     window: int | None,
 ) -> None:
     """Put a layer's new K and V (`[tokens, kv_heads, width]`) into the pages of a step."""
-    pages, spans = layers[place], None
-    if backend == "cpu":
-        if step.decode and not torch.compiler.is_compiling():
-            if group.decode_plan is None:
-                plan_decode(group, layers, window)
-            if group.lanes is not None and v is not None and fits_lane(group.lanes[place], k, v):
-                group.lanes[place].k_in.copy_(k)
-                group.lanes[place].v_in.copy_(v)
+    pages = layers[place]
+    if backend == "cpu" and not torch.compiler.is_compiling():
+        plan_layers(step, group, layers, window)
+        if group.lanes is not None and v is not None:
+            lane, rows = group.lanes[place], len(step.counts)
+            k_rows, v_rows = _by_rows(k, rows), _by_rows(v, rows)
+            if fits_lane(lane, k_rows, v_rows):
+                write_lane(lane, k_rows, v_rows)
                 return
-        if step.max_q >= RUN_TOKENS or not pages.joined:
-            spans = _spans(group, pages, window)
-    ops.append(pages, k, v, group.slots, backend=backend, spans=spans)
+    ops.append(pages, k, v, group.slots, backend=backend, spans=group.spans)
+
+
+def _by_rows(tokens: Tensor, rows: int) -> Tensor:
+    """`[tokens, heads, dim]` of rows with equally many tokens as `[rows, heads, new, dim]`."""
+    by_rows: Tensor = tokens.unflatten(0, (rows, -1)).transpose(1, 2)
+    return by_rows
 
 
 def attend_layer(
@@ -195,17 +196,17 @@ def attend_layer(
     """
     pages = layers[place]
     _check_queries(step, pages, q)
+    if group.lanes is not None and options.softcap is None and options.sinks is None:
+        out = attend_lane(_by_rows(q, len(step.counts)), group.lanes[place], options.scale)
+        return out.transpose(1, 2).flatten(0, 1)
     if step.decode:
-        if group.lanes is not None and options.softcap is None and options.sinks is None:
-            return attend_lane(q.unsqueeze(2), group.lanes[place], options.scale).squeeze(2)
         return ops.decode(
             pages, q, group.table, group.lengths, options,
             max_len=group.max_len, backend=backend, plan=group.decode_plan,
         )  # fmt: skip
-    spans = _spans(group, pages, options.window) if backend == "cpu" else None
     return ops.prefill(
         pages, q, group.table, group.cu_q, group.lengths, options,
-        max_q=step.max_q, max_len=group.max_len, backend=backend, spans=spans,
+        max_q=step.max_q, max_len=group.max_len, backend=backend, spans=group.spans,
     )  # fmt: skip
 
 
@@ -220,24 +221,25 @@ def _check_queries(step: Step, pages: LayerPages, q: Tensor) -> None:
         )
 
 
-def plan_decode(group: GroupStep, layers: Sequence[LayerPages], window: int | None) -> None:
-    """Plan a decode step once for all layers of its group.
-
-    Views are cut for all layers at once: between two layers of a model the weights have passed
-    through the caches, and what takes a microsecond here takes five there.
-    """
-    hint = group.hint
+def plan_layers(
+    step: Step, group: GroupStep, layers: Sequence[LayerPages], window: int | None
+) -> None:
+    """Plan a step on a CPU, once for all layers of its group; its lanes too, if it has some."""
+    if group.decode_plan is not None or group.spans is not None:
+        return
     whole = window is None or group.max_len <= window
-    if hint is not None and hint.has_lane and whole:
-        plan = hint.one_token_on()
+    if step.decode:
+        hint = group.hint
+        if hint is not None and hint.has_lane and whole:
+            plan = hint.one_token_on()
+        else:
+            plan = ops.plan_decode(layers[0], group.table, group.lengths, window)
+        group.decode_plan = plan
+        lanes = [ops.decode_lane(pages, plan) for pages in layers]
     else:
-        plan = ops.plan_decode(layers[0], group.table, group.lengths, window)
-    group.decode_plan = plan
-    lanes = [ops.decode_lane(pages, plan) for pages in layers]
+        spans = ops.plan_spans(layers[0], group.table, group.cu_q, group.lengths, window)
+        group.spans = spans
+        lanes = [ops.prefill_lane(pages, spans) for pages in layers] if whole else []
     group.lanes = [lane for lane in lanes if lane is not None] or None
-
-
-def _spans(group: GroupStep, pages: LayerPages, window: int | None) -> SpanPlan:
-    if group.spans is None:
-        group.spans = ops.plan_spans(pages, group.table, group.cu_q, group.lengths, window)
-    return group.spans
+    if not layers[0].joined and group.spans is None:
+        group.spans = ops.plan_spans(layers[0], group.table, group.cu_q, group.lengths, window)

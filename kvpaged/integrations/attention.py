@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpaged.errors import UnsupportedModelError, UsageError
 from kvpaged.geometry import LayerGroup
 from kvpaged.integrations.probe import LayerFacts, ProbeCache, group_layers
-from kvpaged_kernels.cpu.decode import Lane, attend_lane
+from kvpaged_kernels.cpu.lane import Lane, attend_lane
 
 NAME = "kvpaged"
 TAG = "_kvpaged_session"

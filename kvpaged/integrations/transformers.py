@@ -21,7 +21,7 @@ from kvpaged.integrations.prompts import (
     to_host,
 )
 from kvpaged.tokens import Ids
-from kvpaged_kernels.cpu.decode import Lane, fits_lane
+from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
 
 if TYPE_CHECKING:
     from kvpaged.cache import PagedKVCache
@@ -237,12 +237,10 @@ class SessionCache(Cache, ServedCache):
         """
         step = self.batch.step
         if self._lanes is not None and step is not None and layer_idx in self._lanes:
-            k, v = key_states[:, :, 0], value_states[:, :, 0]
             lane = self._lanes[layer_idx]
-            graded = k.requires_grad or v.requires_grad
-            if key_states.shape[2] == 1 and fits_lane(lane, k, v) and not graded:
-                lane.k_in.copy_(k)
-                lane.v_in.copy_(v)
+            graded = key_states.requires_grad or value_states.requires_grad
+            if fits_lane(lane, key_states, value_states) and not graded:
+                write_lane(lane, key_states, value_states)
                 step.written.add(layer_idx)
                 setattr(key_states, TAG, Tag(self, layer_idx, lane, self._windows[layer_idx]))
                 return key_states, value_states

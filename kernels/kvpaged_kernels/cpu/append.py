@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from kvpaged_kernels.checks import check_append
-from kvpaged_kernels.cpu.plan import RowSpan, SpanPlan
-from kvpaged_kernels.cpu.prefill import uniform_tokens
+from kvpaged_kernels.cpu.plan import RowSpan, SpanPlan, uniform_tokens
 
 
 def _joined(pages: Tensor) -> bool:

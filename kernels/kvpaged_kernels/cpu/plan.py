@@ -273,3 +273,25 @@ def _uniform(spans: list[RowSpan]) -> Uniform | None:
     if len(distances) > 1 or min(distances) < 0:
         return None
     return Uniform(len(spans), tokens, slots[0], distances.pop())
+
+
+def cell_tokens(pages: Tensor, grid: Grid) -> Tensor:
+    """The tokens of a grid's cells, `[count, kv_heads, tokens, dim]`, as a view."""
+    stride_entry, stride_head, stride_slot, _ = pages.stride()
+    _, heads, _, dim = pages.shape
+    return pages.as_strided(
+        (grid.count, heads, grid.tokens, dim),
+        (grid.step * stride_entry, stride_head, stride_slot, 1),
+        pages.storage_offset() + grid.start * stride_entry,
+    )
+
+
+def uniform_tokens(pages: Tensor, uniform: Uniform) -> Tensor:
+    """All rows' tokens where they are uniform, `[rows, kv_heads, tokens, dim]`, as a view."""
+    _, heads, _, dim = pages.shape
+    _, stride_head, stride_slot, _ = pages.stride()
+    return pages.as_strided(
+        (uniform.rows, heads, uniform.tokens, dim),
+        (uniform.distance * stride_slot, stride_head, stride_slot, 1),
+        pages.storage_offset() + uniform.slot * stride_slot,
+    )

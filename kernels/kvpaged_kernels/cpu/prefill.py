@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_pair
-from kvpaged_kernels.cpu.plan import RowSpan, Run, SpanPlan, Uniform
+from kvpaged_kernels.cpu.plan import RowSpan, Run, SpanPlan, uniform_tokens
 
 WINDOW_BLOCK = 256
 """Queries of one masked call where a window cuts into the history."""
@@ -23,17 +23,6 @@ def _tokens(pages: Tensor, run: Run, first: int, last: int) -> Tensor:
         (1, heads, last - first, dim),
         (0, stride_head, stride_slot, 1),
         pages.storage_offset() + offset,
-    )
-
-
-def uniform_tokens(pages: Tensor, uniform: Uniform) -> Tensor:
-    """All rows' tokens where they are uniform, `[rows, kv_heads, tokens, dim]`, as a view."""
-    _, heads, _, dim = pages.shape
-    _, stride_head, stride_slot, _ = pages.stride()
-    return pages.as_strided(
-        (uniform.rows, heads, uniform.tokens, dim),
-        (uniform.distance * stride_slot, stride_head, stride_slot, 1),
-        pages.storage_offset() + uniform.slot * stride_slot,
     )
 
 
