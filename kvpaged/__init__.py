@@ -1,8 +1,16 @@
 """kvpaged: the KV cache of a transformer as a library, in pages."""
 
 from kvpaged.cache import PagedKVCache
+from kvpaged.errors import KVPagedError, OutOfPagesError
 from kvpaged.geometry import LayerGroup, PageGeometry
 from kvpaged.token_batch import TokenBatch
 
-__all__ = ["LayerGroup", "PageGeometry", "PagedKVCache", "TokenBatch"]
+__all__ = [
+    "KVPagedError",
+    "LayerGroup",
+    "OutOfPagesError",
+    "PageGeometry",
+    "PagedKVCache",
+    "TokenBatch",
+]
 __version__ = "0.1.0"

@@ -2,13 +2,13 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvpaged.books import CacheBooks
 from kvpaged.config import format_bytes
 from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.ops import Options
@@ -19,9 +19,6 @@ from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan
-
-if TYPE_CHECKING:
-    from kvpaged.cache import PagedKVCache
 
 
 class Batch:
@@ -38,7 +35,7 @@ class Batch:
     (the tokens count). A step that is not committed is forgotten by the next `begin`.
     """
 
-    def __init__(self, cache: "PagedKVCache", rows: int) -> None:
+    def __init__(self, cache: CacheBooks, rows: int) -> None:
         self._cache = cache
         self.lengths: Ints = np.zeros(rows, np.int64)
         self.logs = [TokenLog() for _ in range(rows)]

@@ -1,141 +1,34 @@
 """PagedKVCache: the KV cache of one model, in pages."""
 
-import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvpaged.batch import Batch
-from kvpaged.config import Backend, CacheConfig, Layout, parse_bytes
-from kvpaged.errors import ConfigError, IntegrityError, UsageError
-from kvpaged.geometry import LayerGroup, PageGeometry
-from kvpaged.group_rows import GroupRows
-from kvpaged.ops import LayerPages
-from kvpaged.pages.allocator import OPEN, SEALED
-from kvpaged.pages.classops import verify_pages
-from kvpaged.pages.pool import PageClass, PagePool
-from kvpaged.pages.table import BlockTable
-from kvpaged.stats import CacheStats, Counters, GroupStats
+from kvpaged.books import CacheBooks
+from kvpaged.config import Backend, Layout
+from kvpaged.errors import ConfigError, UsageError
 from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from kvpaged.integrations.transformers import Preparation, SessionCache
 
 
-class Home(NamedTuple):
-    """Where a layer lives: its group, its place among the group's layers, and what serves them."""
-
-    group: int
-    place: int
-    layers: tuple[LayerPages, ...]
-    window: int | None
-    backend: Backend
-
-
-class PagedKVCache:
+class PagedKVCache(CacheBooks):
     """The KV cache of one model: pages of one byte budget, held by sessions and batches.
 
     With Hugging Face transformers, make it by `for_model` and hand `session(...)` to `generate()`.
     In a loop of your own, make it from a `PageGeometry`, and call `batch` and `attend`.
 
     Sessions and batches of one cache may live in different threads, one thread each at a time; the
-    cache itself may be used from any thread. `lock` guards the books (which page is whose);
-    copies and checksums of pages run outside it.
+    cache itself may be used from any thread.
     """
 
-    def __init__(
-        self,
-        geometry: PageGeometry | Sequence[LayerGroup],
-        memory: int | str,
-        *,
-        namespace: bytes = b"",
-        device: torch.device | str = "cpu",
-        layout: Layout | None = None,
-        backend: Backend | None = None,
-        checksums: bool = True,
-    ) -> None:
-        """
-        Args:
-            geometry: the page of a model whose layers are all alike, or its layer groups.
-            memory: bytes of the page pool ("4GiB"), exact. Planned before anything is allocated.
-            namespace: what makes KV bytes valid (weights, config, ...) as you identify it; pages
-                are only ever reused under an equal one.
-            device: where pages live, for a single geometry (groups name their own).
-            layout: see `CacheConfig`; `None`: what suits the device, whatever the geometry says.
-            backend: see `CacheConfig`.
-            checksums: see `CacheConfig`.
-
-        Raises:
-            ConfigError: an option is impossible, or memory is more than the device has or less than
-                one page.
-        """
-        groups = _as_groups(geometry, torch.device(device))
-        sizes = {group.geometry.page_size for group in groups}
-        if len(sizes) != 1:
-            raise ConfigError(f"the groups of a cache have one page size, got {sorted(sizes)}")
-        self.config = CacheConfig(
-            memory=parse_bytes(memory),
-            page_size=sizes.pop(),
-            layout=layout,
-            backend=backend,
-            checksums=checksums,
-        )
-        self.namespace = bytes(namespace)
-        self.groups = tuple(
-            group.with_layout(self.config.layout_on(group.device.type), self.config.page_size)
-            for group in groups
-        )
-        self.backends = tuple(self.config.backend_on(group.device.type) for group in self.groups)
-        self._places = {
-            layer: (number, place)
-            for number, group in enumerate(self.groups)
-            for place, layer in enumerate(group.layers)
-        }
-        if len(self._places) != sum(len(group.layers) for group in self.groups):
-            raise ConfigError("a layer belongs to one group only")
-        self.layers = tuple(sorted(self._places))
-        with torch.inference_mode(False):  # else pages could only be written in that mode
-            self.pools = self._make_pools()
-        self._homes = {
-            layer: Home(
-                group=number, place=place, layers=self.classes[number].layers,
-                window=self.groups[number].window, backend=self.backends[number],
-            )
-            for layer, (number, place) in self._places.items()
-        }  # fmt: skip
-        self.lock = threading.RLock()
-        self.counters = Counters()
-        self.closed = False
-        self._garbage: deque[list[BlockTable]] = deque()
-        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
-        self._preparation: Preparation | None = None
-        self._release: Callable[[], object] = lambda: None
-
-    def _make_pools(self) -> tuple[PagePool, ...]:
-        """One pool a device; the budget is divided by the bytes a token takes on each."""
-        devices = list(dict.fromkeys(group.device for group in self.groups))
-        weights = [
-            sum(group.geometry.token_bytes for group in self.groups if group.device == device)
-            for device in devices
-        ]
-        pools = []
-        by_group: dict[int, PageClass] = {}
-        for device, weight in zip(devices, weights, strict=True):
-            mine = [i for i, group in enumerate(self.groups) if group.device == device]
-            share = self.config.memory * weight // sum(weights)
-            geometries = [self.groups[i].geometry for i in mine]
-            pool = PagePool(
-                geometries, memory=share, device=device, checksums=self.config.checksums
-            )
-            pools.append(pool)
-            by_group.update(zip(mine, pool.classes, strict=True))
-        self.classes = tuple(by_group[i] for i in range(len(self.groups)))
-        return tuple(pools)
+    _preparation: "Preparation | None" = None
+    _release: Callable[[], object] | None = None
 
     # -- with transformers -------------------------------------------------------------------------
 
@@ -204,7 +97,7 @@ class PagedKVCache:
             raise UsageError(
                 "session() serves transformers models: make the cache by PagedKVCache.for_model"
             )
-        self._check_open()
+        self.check_open()
         from kvpaged.integrations.transformers import SessionCache
 
         return SessionCache(self, self._preparation, input_ids, attention_mask)
@@ -222,7 +115,7 @@ class PagedKVCache:
             OutOfPagesError: the pool has no room for them; nothing changed.
             UsageError: closed, or ids that are not ints.
         """
-        self._check_open()
+        self.check_open()
         if not len(sequences):
             raise UsageError("a batch has at least one sequence")
         return TokenBatch(self, sequences)
@@ -273,154 +166,18 @@ class PagedKVCache:
             sinks=sinks,
         )
 
-    # -- looking after itself ----------------------------------------------------------------------
-
-    def stats(self) -> CacheStats:
-        """Where the memory is now."""
-        self._check_open()
-        with self.lock:
-            alive = list(self._batches)
-            self.collect_garbage()
-            groups = tuple(self._group_stats(i, alive) for i in range(len(self.groups)))
-            return CacheStats(
-                memory=self.config.memory,
-                used=sum(pool.used_bytes() for pool in self.pools),
-                batches=len(alive),
-                pages_sealed=self.counters.sealed,
-                groups=groups,
-            )
-
-    def _group_stats(self, number: int, alive: list[Batch]) -> GroupStats:
-        group, allocator = self.groups[number], self.classes[number].allocator
-        return GroupStats(
-            layers=len(group.layers),
-            window=group.window,
-            page_bytes=group.geometry.page_bytes,
-            pages=allocator.capacity,
-            open_pages=int((allocator.states == OPEN).sum()),
-            sealed_pages=int((allocator.states == SEALED).sum()),
-            tokens=sum(batch.tokens_held(number) for batch in alive),
-        )
-
-    def check_integrity(self, *, deep: bool = True) -> None:
-        """Verify the books, and with `deep` the bytes of every sealed page against its checksums.
-
-        Call it while no other thread is in a step.
-
-        Raises:
-            IntegrityError: naming the first thing that is off.
-        """
-        self._check_open()
-        with self.lock:
-            alive = list(self._batches)  # held: none may go between the notes and the count
-            self.collect_garbage()
-            for pool in self.pools:
-                pool.check_integrity()
-            for number, page_class in enumerate(self.classes):
-                held = [batch.held(number) for batch in alive]
-                counted = np.bincount(
-                    np.concatenate(held) if held else [], minlength=page_class.allocator.capacity
-                )
-                wrong = np.flatnonzero(counted != page_class.allocator.refs)
-                if wrong.size:
-                    page = int(wrong[0])
-                    raise IntegrityError(
-                        f"group {number}, page {page}: {int(counted[page])} rows hold it, "
-                        f"{int(page_class.allocator.refs[page])} references are counted"
-                    )
-                if deep:
-                    sealed = np.flatnonzero(page_class.allocator.states == SEALED).astype(np.int32)
-                    verify_pages(page_class, sealed, backend=self.backends[number])
+    # -- its end -----------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give the model back its attention and let go of the memory. Sessions still alive become
         unusable.
         """
-        if self.closed:
-            return
-        self.closed = True
-        self._release()
-        with self.lock:
-            self._garbage.clear()
-            self._homes = {}
-            self.pools = ()
-            self.classes = ()
+        if self._release is not None:
+            self._release()
+        super().close()
 
     def __enter__(self) -> "PagedKVCache":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- for batches and sessions ------------------------------------------------------------------
-
-    def place_of(self, layer: int) -> tuple[int, int]:
-        """The group a model's layer belongs to and its place in the group's pages."""
-        home = self.home_of(layer)
-        return home.group, home.place
-
-    def home_of(self, layer: int) -> "Home":
-        """Where a model's layer lives."""
-        if self.closed:
-            raise UsageError("the cache is closed")
-        try:
-            return self._homes[layer]
-        except KeyError:
-            raise UsageError(f"layer {layer} is not cached; cached are {self.layers}") from None
-
-    def make_rows(self, rows: int) -> list[GroupRows]:
-        """For a new batch: its rows in each group, without pages."""
-        return [
-            GroupRows(
-                page_class, rows=rows, device=group.device, window=group.window, backend=backend
-            )
-            for page_class, group, backend in zip(
-                self.classes, self.groups, self.backends, strict=True
-            )
-        ]
-
-    def register(self, batch: Batch) -> None:
-        """Count a batch among those whose pages `check_integrity` adds up."""
-        with self.lock:
-            self._batches.add(batch)
-
-    def batches_alive(self) -> int:
-        """How many batches and sessions hold rows now."""
-        return len(self._batches)
-
-    def leave_garbage(self, tables: list[BlockTable]) -> None:
-        """Note tables nobody uses any more. Callable from a finaliser: takes no lock, touches no
-        books.
-        """
-        self._garbage.append(tables)
-
-    def collect_garbage(self) -> None:
-        """Give back the pages of forgotten batches; the lock is held."""
-        while self._garbage:
-            self.release_tables(self._garbage.popleft())
-
-    def release_tables(self, tables: list[BlockTable]) -> None:
-        """Give back all pages of some tables; the lock is held. After `close` there is nothing to
-        give back to.
-        """
-        for table, page_class in zip(tables, self.classes, strict=False):
-            page_class.allocator.release(table.all_held())
-
-    def unregister(self, batch: Batch) -> None:
-        """Forget a closed batch."""
-        self._batches.discard(batch)
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise UsageError("the cache is closed")
-
-
-def _as_groups(
-    geometry: PageGeometry | Sequence[LayerGroup], device: torch.device
-) -> list[LayerGroup]:
-    if isinstance(geometry, PageGeometry):
-        return [LayerGroup(geometry=geometry, layers=tuple(range(geometry.layers)), device=device)]
-    groups = list(geometry)
-    if not groups:
-        raise ConfigError("a cache has at least one layer group")
-    return groups

@@ -1,17 +1,14 @@
 """A batch for a loop of one's own: tokens in, attention over pages out."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from kvpaged.batch import Batch
+from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.tokens import Ids
-
-if TYPE_CHECKING:
-    from kvpaged.cache import PagedKVCache
 
 
 class TokenBatch(Batch):
@@ -26,7 +23,7 @@ class TokenBatch(Batch):
     each row its next tokens.
     """
 
-    def __init__(self, cache: "PagedKVCache", sequences: Sequence[Sequence[int] | Tensor]) -> None:
+    def __init__(self, cache: CacheBooks, sequences: Sequence[Sequence[int] | Tensor]) -> None:
         super().__init__(cache, len(sequences))
         self._pending: list[np.ndarray] = []
         try:

@@ -29,6 +29,7 @@ FLOORS = {
     "kvpaged.tiers": 4,
     "kvpaged.offload": 5,
     "kvpaged.cache": 6,
+    "kvpaged.books": 6,
     "kvpaged.batch": 6,
     "kvpaged.group_rows": 6,
     "kvpaged.token_batch": 6,

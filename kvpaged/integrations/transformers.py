@@ -1,7 +1,7 @@
 """Hugging Face transformers: a session is a `transformers.Cache`, and attention reads its pages."""
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvpaged.batch import Batch
+from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag, prepare
 from kvpaged.integrations.prompts import (
@@ -22,9 +23,6 @@ from kvpaged.integrations.prompts import (
 )
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
-
-if TYPE_CHECKING:
-    from kvpaged.cache import PagedKVCache
 
 __all__ = ["Preparation", "SessionCache", "prepare"]
 
@@ -84,7 +82,7 @@ class SessionCache(Cache, ServedCache):
 
     def __init__(
         self,
-        cache: "PagedKVCache",
+        cache: CacheBooks,
         preparation: Preparation,
         input_ids: Tensor,
         mask: Tensor | None,
