@@ -26,6 +26,7 @@ from benchmarks.systems import PAGE_SIZE, SYSTEMS, Run, Runner, load_model, runn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One setting: `batch` prompts of `prompt` tokens each, `new` tokens generated for each."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, generate, systems
+from benchmarks import common, generate
 from benchmarks.generate import Point
 from benchmarks.gpu_common import Record, Setting, ceilings
-from benchmarks.systems import Run
+from benchmarks.systems import PAGE_SIZE, Run, run_dynamic, run_paged
 from kvpaged import PagedKVCache
 
 POINTS = (Point(1, 512, 128), Point(8, 512, 128), Point(32, 512, 128), Point(8, 4096, 64))
@@ -62,11 +62,11 @@ def run(record: Record, setting: Setting) -> dict[str, Any]:
     token_bytes = config.num_hidden_layers * per_layer
     memory = "4MiB" if setting.quick else "4GiB"
     with PagedKVCache.for_model(
-        prepared, memory=memory, page_size=systems.PAGE_SIZE, backend="triton"
+        prepared, memory=memory, page_size=PAGE_SIZE, backend="triton"
     ) as cache:
-        cases = {
-            "paged": functools.partial(systems.run_paged, cache, prepared),
-            "dynamic": functools.partial(systems.run_dynamic, plain),
+        systems = {
+            "paged": functools.partial(run_paged, cache, prepared),
+            "dynamic": functools.partial(run_dynamic, plain),
         }
         for point in QUICK_POINTS if setting.quick else POINTS:
             if record.late():

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from benchmarks import common, generate, host
+from benchmarks.systems import SYSTEMS
 
 
 def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
@@ -22,8 +23,8 @@ def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
     assert done.stdout.index("ceiling") < done.stdout.index("of needed")
     assert [(p["batch"], p["prompt_tokens"]) for p in document["points"]] == [(1, 16), (2, 16)]
     for point in document["points"]:
-        assert set(point["systems"]) == set(generate.SYSTEMS)
-        assert set(point["paged_over"]) == set(generate.SYSTEMS) - {"paged"}
+        assert set(point["systems"]) == set(SYSTEMS)
+        assert set(point["paged_over"]) == set(SYSTEMS) - {"paged"}
         assert point["systems"]["dynamic"]["kv_bytes"] == point["kv_bytes_needed"]
         # One page a sequence: 64 slots, 30 layers, K and V, 3 heads of 64 numbers in bf16.
         assert point["systems"]["paged"]["kv_bytes"] == point["batch"] * 64 * 30 * 2 * 3 * 64 * 2
