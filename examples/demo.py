@@ -6,13 +6,14 @@ The first run fetches SmolLM2-135M-Instruct (93 MB) and converts it once to the 
 """
 
 import argparse
+import functools
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 QUESTIONS = (
@@ -135,6 +136,64 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     return "\n".join([lines[0], "  " + "-" * 54, *lines[1:]])
 
 
+@dataclass(slots=True)
+class Side:
+    """One of the two caches: how to open it for a prompt, the answers over it, what it filled."""
+
+    open: Callable[[Any], Any]
+    answers: list[Answer] = field(default_factory=list)
+    filled: list[Any] = field(default_factory=list)
+
+    def ask(self, model: Any, tokenizer: Any, prompt: Any, *, new_tokens: int, show: bool) -> None:
+        """Answer `prompt` and keep the answer and its cache."""
+        given, past = answer(
+            model, tokenizer, prompt, lambda: self.open(prompt), new_tokens=new_tokens, show=show
+        )
+        self.answers.append(given)
+        self.filled.append(past)
+
+
+def ask_both(
+    model: Any, tokenizer: Any, questions: Sequence[str], ours: Side, theirs: Side, new_tokens: int
+) -> None:
+    """Ask every question of both sides, and print ours as it comes."""
+    for number, question in enumerate(questions, 1):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        if number == 1:  # the first calls of a process choose kernels: not in the figures
+            for side in (theirs, ours):
+                warm = functools.partial(side.open, prompt)
+                _, past = answer(model, tokenizer, prompt, warm, new_tokens=2, show=False)
+            past.close()
+        print(textwrap.fill(f"{number}/{len(questions)}   {question}", 88))
+        ours.ask(model, tokenizer, prompt, new_tokens=new_tokens, show=True)
+        theirs.ask(model, tokenizer, prompt, new_tokens=new_tokens, show=False)
+        same = agreement(ours.answers[-1].tokens, theirs.answers[-1].tokens)
+        print(f"{INDENT}[DynamicCache: {same}]\n", flush=True)
+
+
+def comparison(ours: Side, theirs: Side) -> str:
+    """The figures of both sides, over all answers."""
+    held = sum(session.memory_bytes() for session in ours.filled)
+    pages = sum(session.pages() for session in ours.filled)
+    held_by_peer = sum(
+        layer.keys.nbytes + layer.values.nbytes for past in theirs.filled for layer in past.layers
+    )
+    return table(
+        [
+            ("", "kvpaged", "DynamicCache"),
+            ("tokens/s", rate(ours.answers), rate(theirs.answers)),
+            ("time to first token", first(ours.answers), first(theirs.answers)),
+            ("KV held", megabytes(held), megabytes(held_by_peer)),
+            (f"pages of {PAGE_SIZE} tokens", f"{pages}", "-"),
+        ]
+    )
+
+
 def main() -> None:
     """Ask every question twice, then compare."""
     parser = argparse.ArgumentParser(description="A real model through the paged KV cache.")
@@ -160,55 +219,16 @@ def main() -> None:
         cache = PagedKVCache.for_model(model, memory="256MiB", page_size=PAGE_SIZE)
     print(f"SmolLM2-135M-Instruct, fp32, {torch.get_num_threads()} CPU threads, greedy\n")
 
-    ours: list[Answer] = []
-    theirs: list[Answer] = []
-    with ExitStack() as open_sessions:
-        sessions, dynamics = [], []
-        for number, question in enumerate(QUESTIONS[: arguments.questions], 1):
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
+    with cache, ExitStack() as sessions:
 
-            def paged(prompt: Any = prompt) -> Any:
-                session = cache.session(
-                    prompt["input_ids"], attention_mask=prompt["attention_mask"]
-                )
-                return open_sessions.enter_context(session)
+        def paged(prompt: Any) -> Any:
+            mask = prompt["attention_mask"]
+            return sessions.enter_context(cache.session(prompt["input_ids"], attention_mask=mask))
 
-            def dynamic() -> Any:
-                return DynamicCache(config=model.config)
-
-            settings: dict[str, Any] = {"new_tokens": arguments.new_tokens}
-            if number == 1:  # the first calls of a process choose kernels: not in the figures
-                for warm in (dynamic, paged):
-                    _, past = answer(model, tokenizer, prompt, warm, new_tokens=2, show=False)
-                past.close()
-            print(textwrap.fill(f"{number}/{arguments.questions}   {question}", 88))
-            mine, session = answer(model, tokenizer, prompt, paged, show=True, **settings)
-            peer, filled = answer(model, tokenizer, prompt, dynamic, show=False, **settings)
-            print(f"{INDENT}[DynamicCache: {agreement(mine.tokens, peer.tokens)}]\n", flush=True)
-            ours.append(mine)
-            theirs.append(peer)
-            sessions.append(session)
-            dynamics.append(filled)
-
-        held = sum(session.memory_bytes() for session in sessions)
-        pages = sum(session.pages() for session in sessions)
-        held_by_peer = sum(
-            layer.keys.nbytes + layer.values.nbytes for past in dynamics for layer in past.layers
-        )
-        rows = [
-            ("", "kvpaged", "DynamicCache"),
-            ("tokens/s", rate(ours), rate(theirs)),
-            ("time to first token", first(ours), first(theirs)),
-            ("KV held", megabytes(held), megabytes(held_by_peer)),
-            (f"pages of {PAGE_SIZE} tokens", f"{pages}", "-"),
-        ]
-        print(table(rows))
-    cache.close()
+        ours, theirs = Side(paged), Side(lambda prompt: DynamicCache(config=model.config))
+        questions = QUESTIONS[: arguments.questions]
+        ask_both(model, tokenizer, questions, ours, theirs, arguments.new_tokens)
+        print(comparison(ours, theirs))
 
 
 if __name__ == "__main__":

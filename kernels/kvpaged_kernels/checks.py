@@ -144,19 +144,7 @@ def check_append(
     _require_device(k_pages.device, k=k, v=v, v_pages=v_pages, slots=slots)
 
 
-def _check_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    max_len: int,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dtypes: Sequence[torch.dtype],
-) -> None:
-    _check_pages_pair(k_pages, v_pages, dtypes)
+def _check_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     _require_dense_last("q", q)
     require(
         q.dtype == k_pages.dtype,
@@ -176,6 +164,9 @@ def _check_attention(
         kv_heads > 0 and q_heads > 0 and q_heads % kv_heads == 0,
         f"q_heads must be a positive multiple of kv_heads, got {q_heads} and {kv_heads}",
     )
+
+
+def _check_rows(block_table: Tensor, seq_lens: Tensor, max_len: int) -> None:
     _require_rank("block_table", block_table, "rows, width")
     _require_dtype("block_table", block_table, (torch.int32,))
     _require_dense_last("block_table", block_table)
@@ -186,6 +177,11 @@ def _check_attention(
         f"block_table has {block_table.shape[0]} rows, seq_lens {seq_lens.shape[0]}",
     )
     require(0 <= max_len < 2**31, f"max_len must fit int32 and not be negative, got {max_len}")
+
+
+def _check_options(
+    q_heads: int, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
     require(
         window is None or 0 < window < 2**31,
         f"window must be a positive int32 or None, got {window}",
@@ -201,6 +197,24 @@ def _check_attention(
         )
         _require_dtype("sinks", sinks, ORACLE_FLOATS)
         _require_dense_last("sinks", sinks)
+
+
+def _check_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    max_len: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    _check_pages_pair(k_pages, v_pages, dtypes)
+    _check_queries(q, k_pages, v_pages)
+    _check_rows(block_table, seq_lens, max_len)
+    _check_options(q.shape[1], window, softcap, sinks)
     _require_device(
         q.device,
         k_pages=k_pages,

@@ -5,6 +5,9 @@ rows of the tile, so K and V are read once. Splits are laid out from each row's 
 short row in a batch with a long one leaves its spare splits empty instead of being cut to bits.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -224,14 +227,22 @@ def decode_launches(
     )
     if splits == 1:
         return [attending]
-    shared = ("seq_lens", "q_heads", "window", "V_DIM", "BLOCK_V", "PAGE_SIZE", "BLOCK_N")
-    merging = Launch(
+    return [attending, _merging(arguments, splits, sinks, out)]
+
+
+def _merging(
+    attending: Mapping[str, Any], splits: int, sinks: Tensor | None, out: Tensor
+) -> Launch:
+    """The launch that merges what a launch with these arguments leaves, into `out`."""
+    sizes = ("V_DIM", "BLOCK_V", "PAGE_SIZE", "BLOCK_N", "MIN_TOKENS", "HAS_WINDOW")
+    same = ("part_lse", "seq_lens", "q_heads", "window", *sizes)
+    rows, q_heads, _ = out.shape
+    return Launch(
         kernel=_merge,
         grid=(rows, q_heads),
-        arguments={name: arguments[name] for name in (*shared, "MIN_TOKENS", "HAS_WINDOW")}
+        arguments={name: attending[name] for name in same}
         | {
-            "parts": target,
-            "part_lse": part_lse,
+            "parts": attending["out"],
             "sinks": sinks,
             "out": out,
             "splits": splits,
@@ -239,7 +250,6 @@ def decode_launches(
             "CHUNK": _MERGE_CHUNK,
         },
     )
-    return [attending, merging]
 
 
 def paged_decode(
@@ -274,26 +284,13 @@ def paged_decode(
     Returns `[rows, q_heads, v_dim]`, contiguous, in `q`'s dtype; sums are fp32. Raises ValueError
     where shapes, strides, dtypes or devices disagree. Splitting over tokens is Flash-Decoding's.
     """
-    check_decode(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        seq_lens,
-        max_len=max_len,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    tensors = (q, k_pages, v_pages, block_table, seq_lens)
+    check_decode(*tensors, max_len=max_len, window=window, softcap=softcap, sinks=sinks)
     out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
     if q.shape[0] == 0:
         return out
     launches = decode_launches(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        seq_lens,
+        *tensors,
         out,
         max_len=max_len,
         scale=scale,
