@@ -11,14 +11,19 @@ from torch import Tensor
 from kvpaged.books import CacheBooks
 from kvpaged.config import format_bytes
 from kvpaged.errors import OutOfPagesError, UsageError
+from kvpaged.keys import encode_tokens
 from kvpaged.ops import Options
 from kvpaged.pages.allocator import Ids
+from kvpaged.pages.prefix import Match, Trail
 from kvpaged.pages.stage import Stage
 from kvpaged.step import Ints, Step, attend_layer, make_step, plan_layers, write_layer
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan
+
+NEVER = 2**62
+"""Stands for the settled pages of a row nothing more of which goes into the prefix index."""
 
 
 class Batch:
@@ -30,13 +35,31 @@ class Batch:
       2. Between steps a row of `n` tokens holds the pages of tokens `first .. n - 1`, and no more.
       3. A page that takes new tokens is held by one row only (else it is copied first).
       4. When `begin` raises, rows and pages are as before.
+      5. Full pages of a row whose tokens are known are in the prefix index, and the row holds the
+          index's pages: those before `settled[row]`. A row without a trail has nothing there.
 
     A step goes `begin` (pages for the new tokens), `write` and `attend` for each layer, `commit`
-    (the tokens count). A step that is not committed is forgotten by the next `begin`.
+    (the tokens count), `publish` (others may have its full pages). A step that is not committed is
+    forgotten by the next `begin`.
+
+    Attributes:
+        lengths: tokens of each row, int64 `[rows]`.
+        logs: their ids, as far as known.
+        private: why nothing more of it goes into the prefix index, or `None`.
     """
 
-    def __init__(self, cache: CacheBooks, rows: int) -> None:
+    def __init__(
+        self, cache: CacheBooks, rows: int, trails: Sequence[Trail | None] | None = None
+    ) -> None:
+        """`trails`: where each row stands in the prefix index (`CacheBooks.trails`); `None`: its
+        pages are nobody else's.
+        """
         self._cache = cache
+        self._trails = [None] * rows if trails is None else list(trails)
+        self.settled: Ints = np.array([0 if trail else NEVER for trail in self._trails], np.int64)
+        shared = any(self._trails)
+        self.private = None if shared else cache.private or "nothing of it is kept for others"
+        self._identity = next((trail.identity for trail in self._trails if trail), None)
         self.lengths: Ints = np.zeros(rows, np.int64)
         self.logs = [TokenLog() for _ in range(rows)]
         self.step: Step | None = None
@@ -88,6 +111,117 @@ class Batch:
         """Host-to-device copies its steps have made so far."""
         return sum(stage.transfers for stage in self._stages.values())
 
+    # -- the prefix index --------------------------------------------------------------------------
+
+    def find(self, row: int, ids: TokenIds, limit: int) -> Match | None:
+        """What is in memory of the first `limit` of a row's tokens `ids`; the lock is held."""
+        trail = self._trails[row]
+        if trail is None or limit <= 0:
+            return None
+        return self._cache.index.find(trail, encode_tokens(ids), limit)
+
+    def attach(self, row: int, match: Match, ids: TokenIds) -> None:
+        """Let an empty row begin with the pages of its tokens `ids`, which `match` allows; the lock
+        is held.
+
+        The last page may hold other tokens after those: the step that writes to it copies it first.
+        """
+        length = len(ids)
+        size = self._cache.config.page_size
+        nodes = match.nodes[: -(-length // size)]
+        for number, group in enumerate(self._groups):
+            first = match.first_page(number, length)
+            pages = [node.pages[number] for node in nodes[first:]]
+            group.attach(row, first, np.array(pages, np.int32))
+        trail = self._trails[row]
+        assert trail is not None
+        full = length // size
+        if full:
+            trail.node = nodes[full - 1]
+        self.settled[row] = full
+        self.lengths[row] = length
+        self.logs[row].extend(ids)
+        self._clean = False
+
+    def publish(self) -> None:
+        """Put full pages whose tokens are known into the prefix index, give up pages that are there
+        already for theirs, and give back what has left a window.
+        """
+        full = self.lengths // self._cache.config.page_size
+        due = np.flatnonzero(full > self.settled).tolist()
+        if not due and all(group.window is None for group in self._groups):
+            return
+        if due and not self._cache.is_identity(self._identity):
+            self.keep_private("the model or the namespace has changed since it began")
+            due = []
+        with self._cache.lock:
+            for row in due:
+                self._publish_row(row, int(full[row]))
+            for group in self._groups:
+                group.leave_window(self.lengths, self.settled)
+
+    def _publish_row(self, row: int, full: int) -> None:
+        trail, ids = self._trails[row], self.logs[row].ids
+        if trail is None or ids is None:
+            self.private = self.private or "a forward pass came without token ids, or out of place"
+            self._lose_trail(row)
+            return
+        size = self._cache.config.page_size
+        for place in range(int(self.settled[row]), min(full, len(ids) // size)):
+            tokens = encode_tokens(ids[place * size : (place + 1) * size])
+            pages = [group.page_at(row, place) for group in self._groups]
+            node = self._cache.index.enter(trail, tokens, pages)
+            if node is None:
+                self._lose_trail(row)
+                return
+            for group, mine, theirs in zip(self._groups, pages, node.pages, strict=True):
+                if mine is not None and theirs is not None and mine != theirs:
+                    group.swap(row, place, theirs)
+            self.settled[row] = place + 1
+
+    def is_current(self) -> bool:
+        """Whether what makes its pages valid is as it was when it began."""
+        return self.private is not None or self._cache.is_identity(self._identity)
+
+    def watch(self) -> bool:
+        """The same, where it may change between any two passes; cheap where it can't."""
+        return self._cache.watch(self._identity)
+
+    def keep_private(self, why: str) -> None:
+        """Put nothing more of it into the prefix index; what is there stays."""
+        self.private = why
+        for row in range(self.rows):
+            self._lose_trail(row)
+
+    def _lose_trail(self, row: int) -> None:
+        self._trails[row] = None
+        self.settled[row] = NEVER
+
+    def spawn(self, rows: Sequence[int]) -> "Batch":
+        """A new batch of the sequences `rows` (indices; they may repeat), sharing their pages.
+
+        Raises:
+            UsageError: a step is running, or no such row.
+        """
+        self.check_open()
+        if self.step is not None:
+            raise UsageError("a step is running: branch between steps")
+        chosen = self._chosen(rows)
+        trails = [trail and trail.copy() for trail in (self._trails[row] for row in chosen)]
+        other = Batch(self._cache, len(chosen), trails)
+        with self._cache.lock:
+            for mine, theirs in zip(self._groups, other._groups, strict=True):
+                mine.trim(self.lengths)
+                for row, source in enumerate(chosen.tolist()):
+                    first = int(mine.table.first[source])
+                    theirs.attach(row, first, mine.table.held(source).copy())
+        other.lengths = self.lengths[chosen]
+        other.settled = self.settled[chosen]
+        other.logs = [self.logs[row].copy() for row in chosen]
+        other.private, other._identity = self.private, self._identity
+        other._clean = False
+        return other
+
     # -- a step ------------------------------------------------------------------------------------
 
     def begin(self, counts: Ints, ids: npt.NDArray[np.int32] | None = None) -> Step:
@@ -110,8 +244,9 @@ class Batch:
             for rows in self._groups:
                 rows.trim(self.lengths)
             try:
-                for rows in self._groups:
-                    growths.append(rows.grow(self.lengths, counts))
+                needs = [rows.needs(self.lengths, counts) for rows in self._groups]
+                for rows, need in zip(self._groups, needs, strict=True):
+                    growths.append(rows.take(need))
             except OutOfPagesError as error:
                 for rows, growth in zip(self._groups, growths, strict=False):
                     rows.give_back(growth)
@@ -189,8 +324,7 @@ class Batch:
         return found
 
     def commit(self, ids: Sequence[TokenIds | None] | None = None) -> None:
-        """Count a step's tokens as held, seal the pages it filled, and give back those that left a
-        window.
+        """Count a step's tokens as held and seal the pages it filled. `publish` comes after.
 
         Args:
             ids: the new token ids of each row, `None` where they are not known; without it whoever
@@ -206,8 +340,6 @@ class Batch:
                 log.extend(ids[row])
         with self._cache.lock:
             sealed = [rows.mark_sealed(before, after) for rows in self._groups]
-            for rows in self._groups:
-                rows.leave_window(after)
             self._cache.counters.sealed += sum(len(ids) for ids in sealed)
         for rows, ids_sealed in zip(self._groups, sealed, strict=True):
             rows.sum_sealed(ids_sealed)
@@ -225,9 +357,7 @@ class Batch:
         that order.
         """
         self.check_open()
-        chosen = np.asarray(rows, np.int64)
-        if chosen.ndim != 1 or not len(chosen) or (chosen < 0).any() or (chosen >= self.rows).any():
-            raise UsageError(f"rows to select must be in 0..{self.rows - 1}, got {list(rows)}")
+        chosen = self._chosen(rows)
         self.drop_step()
         self._plans = [None] * len(self._groups)
         with self._cache.lock:
@@ -235,12 +365,16 @@ class Batch:
                 group.trim(self.lengths)
                 group.select(chosen)
         self.lengths = self.lengths[chosen]
+        self.settled = self.settled[chosen]
         seen: set[int] = set()
-        logs = []
+        logs, trails = [], []
         for row in chosen.tolist():
-            logs.append(self.logs[row].copy() if row in seen else self.logs[row])
+            trail = self._trails[row]
+            again = row in seen
+            logs.append(self.logs[row].copy() if again else self.logs[row])
+            trails.append(trail.copy() if again and trail else trail)
             seen.add(row)
-        self.logs = logs
+        self.logs, self._trails = logs, trails
 
     def rewind_all(self, lengths: Ints) -> None:
         """Forget each row's tokens from `lengths[row]` (int64 `[rows]`) on, and a running step.
@@ -261,8 +395,12 @@ class Batch:
         self.drop_step()
         self._plans = [None] * len(self._groups)
         self._clean = False
+        full = lengths // self._cache.config.page_size
         for row in np.flatnonzero(lengths < self.lengths).tolist():
             self.logs[row].cut(int(lengths[row]))
+            if (trail := self._trails[row]) is not None:
+                trail.cut(int(full[row]))
+                self.settled[row] = min(self.settled[row], full[row])
         self.lengths = lengths.copy()
         with self._cache.lock:
             for group in self._groups:
@@ -275,6 +413,7 @@ class Batch:
         self.closed = True
         self.step = None
         self._finalizer.detach()
+        self._trails = [None] * self.rows
         with self._cache.lock:
             self._cache.release_tables([group.table for group in self._groups])
             self._cache.unregister(self)
@@ -287,6 +426,12 @@ class Batch:
             raise UsageError(f"the {'cache' if self._cache.closed else 'batch'} is closed")
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _chosen(self, rows: Sequence[int]) -> Ints:
+        chosen = np.asarray(rows, np.int64)
+        if chosen.ndim != 1 or not len(chosen) or (chosen < 0).any() or (chosen >= self.rows).any():
+            raise UsageError(f"rows to select must be in 0..{self.rows - 1}, got {list(rows)}")
+        return chosen
 
     def _running(self) -> Step:
         self.check_open()

@@ -2,9 +2,9 @@
 
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +13,17 @@ from kvpaged.config import Backend, CacheConfig, Layout, parse_bytes
 from kvpaged.errors import ConfigError, IntegrityError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
 from kvpaged.group_rows import GroupRows
+from kvpaged.keys import Salt, encode_salt
 from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED, Ids
 from kvpaged.pages.classops import verify_pages
 from kvpaged.pages.pool import PageClass, PagePool
+from kvpaged.pages.prefix import PrefixIndex, Trail
 from kvpaged.pages.table import BlockTable
-from kvpaged.stats import CacheStats, Counters, GroupStats
+from kvpaged.stats import CacheStats, Counters, GroupStats, ReuseStats
+
+MAX_TENANTS = 4096
+"""Salts whose figures are kept, the latest."""
 
 
 class Home(NamedTuple):
@@ -63,8 +68,9 @@ class CacheBooks:
         Args:
             geometry: the page of a model whose layers are all alike, or its layer groups.
             memory: bytes of the page pool ("4GiB"), exact. Planned before anything is allocated.
-            namespace: what makes KV bytes valid (weights, config, ...) as you identify it; pages
-                are only ever reused under an equal one.
+            namespace: what makes KV bytes valid (weights, adapters, config, ...) as you identify
+                it: full pages are kept and serve every sequence that begins with their tokens under
+                an equal one. Empty: nothing is known of that, and nothing is shared but by forks.
             device: where pages live, for a single geometry (groups name their own).
             layout: see `CacheConfig`; `None`: what suits the device, whatever the geometry says.
             backend: see `CacheConfig`.
@@ -76,7 +82,7 @@ class CacheBooks:
         """
         groups = _as_groups(geometry, torch.device(device))
         self.config = _config(groups, memory, layout, backend, checksums)
-        self.namespace = bytes(namespace)
+        self._namespace = bytes(namespace)
         self.groups = tuple(
             group.with_layout(self.config.layout_on(group.device.type), self.config.page_size)
             for group in groups
@@ -100,7 +106,13 @@ class CacheBooks:
             for layer, (number, place) in self._places.items()
         }  # fmt: skip
         self.lock = threading.RLock()
+        self.index = PrefixIndex(
+            [page_class.allocator for page_class in self.classes],
+            [group.window for group in self.groups],
+            self.config.page_size,
+        )
         self.counters = Counters()
+        self._tenants: OrderedDict[bytes | None, Counters] = OrderedDict()
         self.closed = False
         self._garbage: deque[list[BlockTable]] = deque()
         self._batches: weakref.WeakSet[Holder] = weakref.WeakSet()
@@ -138,8 +150,11 @@ class CacheBooks:
             return CacheStats(
                 memory=self.config.memory,
                 used=sum(pool.used_bytes() for pool in self.pools),
+                cached=sum(pool.cached_bytes() for pool in self.pools),
                 batches=len(alive),
                 pages_sealed=self.counters.sealed,
+                pages_evicted=self.index.evicted,
+                reuse=ReuseStats(asked=self.counters.asked, reused=self.counters.reused),
                 groups=groups,
             )
 
@@ -152,8 +167,18 @@ class CacheBooks:
             pages=allocator.capacity,
             open_pages=int((allocator.states == OPEN).sum()),
             sealed_pages=int((allocator.states == SEALED).sum()),
+            cached_pages=allocator.cached_pages(),
             tokens=sum(batch.tokens_held(number) for batch in alive),
         )
+
+    def tenant_stats(self, salt: Salt) -> ReuseStats:
+        """`stats().reuse` of the sequences of one salt (`None`: of those without), as long as they
+        are among the latest 4,096 salts.
+        """
+        self.check_open()
+        with self.lock:
+            counters = self._tenants.get(encode_salt(salt), Counters())
+            return ReuseStats(asked=counters.asked, reused=counters.reused)
 
     def check_integrity(self, *, deep: bool = True) -> None:
         """Verify the books, and with `deep` the bytes of every sealed page against its checksums.
@@ -169,6 +194,7 @@ class CacheBooks:
             self.collect_garbage()
             for pool in self.pools:
                 pool.check_integrity()
+            self.index.check_integrity()
             for number, page_class in enumerate(self.classes):
                 held = [batch.held(number) for batch in alive]
                 counted = np.bincount(
@@ -182,7 +208,8 @@ class CacheBooks:
                         f"{int(page_class.allocator.refs[page])} references are counted"
                     )
                 if deep:
-                    sealed = np.flatnonzero(page_class.allocator.states == SEALED).astype(np.int32)
+                    full = page_class.allocator.states >= SEALED  # cached ones too
+                    sealed = np.flatnonzero(full).astype(np.int32)
                     verify_pages(page_class, sealed, backend=self.backends[number])
 
     def close(self) -> None:
@@ -191,6 +218,8 @@ class CacheBooks:
         with self.lock:
             self._garbage.clear()
             self._homes = {}
+            self._tenants.clear()
+            self.index = PrefixIndex([], [], self.config.page_size)
             self.pools = ()
             self.classes = ()
 
@@ -198,6 +227,87 @@ class CacheBooks:
         """Raise `UsageError` once closed."""
         if self.closed:
             raise UsageError("the cache is closed")
+
+    # -- the prefix index --------------------------------------------------------------------------
+
+    @property
+    def namespace(self) -> bytes:
+        """What makes the bytes of its pages valid; empty: nothing is kept for others."""
+        return self._namespace
+
+    @property
+    def private(self) -> str | None:
+        """Why nothing new is kept for others now, or `None`."""
+        return None if self._namespace else "the cache has no namespace"
+
+    def clear(self) -> None:
+        """Free the pages that nobody uses and that were kept for reuse."""
+        self.check_open()
+        with self.lock:
+            self.collect_garbage()
+            self.index.clear()
+
+    def current_identity(self) -> object:
+        """What the namespace stands for now: equal things give equal pages."""
+        return self._namespace
+
+    def is_identity(self, identity: object) -> bool:
+        """Whether that is still so."""
+        return identity == self.current_identity()
+
+    def watch(self, identity: object) -> bool:
+        """Whether that is still so, where it may change between any two passes."""
+        return True
+
+    def trails(
+        self,
+        rows: int,
+        salt: Salt | Sequence[Salt] = None,
+        salt_from: int | Sequence[int] = 0,
+        *,
+        extra: bytes = b"",
+    ) -> list[Trail | None]:
+        """For the sequences of a new batch: where each begins in the prefix index.
+
+        Args:
+            rows: how many there are.
+            salt: one for all, or one for each.
+            salt_from: the token from whose page on the salt counts; one for all, or for each.
+            extra: what else their pages' bytes depend on.
+
+        Raises:
+            UsageError: not as many salts as rows, or one is not a salt.
+        """
+        self.check_open()
+        salts = [encode_salt(s) for s in _one_each("salt", salt, rows, (bytes, str, type(None)))]
+        starts = _one_each("salt_from", salt_from, rows, (int,))
+        if any(start < 0 for start in starts):
+            raise UsageError(f"salt_from is a token's place, 0 or more, got {min(starts)}")
+        identity = self.current_identity()
+        if not self.namespace or self.private is not None:
+            return [None] * rows
+        with self.lock:
+            root = self.index.root(self.namespace, extra)
+        size = self.config.page_size
+        return [
+            Trail(root, each, start // size, identity)
+            for each, start in zip(salts, starts, strict=True)
+        ]
+
+    def count_reuse(
+        self, trails: Sequence[Trail | None], asked: Sequence[int], reused: Sequence[int]
+    ) -> None:
+        """Note what sequences asked for and what was found, for each salt too."""
+        with self.lock:
+            for trail, wanted, found in zip(trails, asked, reused, strict=True):
+                salt = None if trail is None else trail.salt
+                tenant = self._tenants.setdefault(salt, Counters())
+                self._tenants.move_to_end(salt)
+                for counters in (self.counters, tenant):
+                    counters.asked += int(wanted)
+                    counters.reused += int(found)
+            while len(self._tenants) > MAX_TENANTS:
+                self._tenants.popitem(last=False)
 
     # -- for batches and sessions ------------------------------------------------------------------
 
@@ -255,6 +365,18 @@ class CacheBooks:
     def unregister(self, batch: Holder) -> None:
         """Forget a closed batch."""
         self._batches.discard(batch)
+
+
+def _one_each(name: str, given: Any, rows: int, kinds: tuple[type, ...]) -> list[Any]:
+    """`given` for each of `rows` rows: itself, or the one of each."""
+    if isinstance(given, kinds):
+        return [given] * rows
+    if not isinstance(given, Sequence) or len(given) != rows:
+        raise UsageError(f"{name} is one for all rows or a sequence of {rows}, got {given!r}")
+    wrong = [each for each in given if not isinstance(each, kinds)]
+    if wrong:
+        raise UsageError(f"{name} of a row can't be {wrong[0]!r}")
+    return list(given)
 
 
 def _config(

@@ -11,10 +11,11 @@ from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.config import Backend, Layout
 from kvpaged.errors import ConfigError, UsageError
+from kvpaged.keys import Salt
 from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
-    from kvpaged.integrations.transformers import Preparation, SessionCache
+    from kvpaged.integrations.transformers import ModelIdentity, Preparation, SessionCache
 
 
 class PagedKVCache(CacheBooks):
@@ -29,6 +30,7 @@ class PagedKVCache(CacheBooks):
 
     _preparation: "Preparation | None" = None
     _release: Callable[[], object] | None = None
+    _model: "ModelIdentity | None" = None
 
     # -- with transformers -------------------------------------------------------------------------
 
@@ -43,6 +45,8 @@ class PagedKVCache(CacheBooks):
         layout: Layout | None = None,
         backend: Backend | None = None,
         checksums: bool = True,
+        prefix_sharing: bool = True,
+        namespace: bytes = b"",
     ) -> "PagedKVCache":
         """A cache that serves a transformers causal language model under its unmodified
         `generate()`.
@@ -57,21 +61,28 @@ class PagedKVCache(CacheBooks):
             page_size: token slots a page.
             kv_format: "auto": pages hold K and V in the model's own dtype.
             layout, backend, checksums: see `CacheConfig`.
+            prefix_sharing: keep full pages for every later session whose prompt begins with the
+                same tokens. The model's weights are digested for it, now and when they change, at
+                about a second a gigabyte and core.
+            namespace: what else the bytes depend on that neither weights nor config show (a
+                patched `forward`, say).
 
         Raises:
             UnsupportedModelError: its attention can't be served from pages; the message says which
-                layer, and why.
+                layer, and why. Or a weight's bytes can't be digested.
             ConfigError: see the constructor.
         """
         if kv_format != "auto":
             raise ConfigError(
                 f"kv_format must be 'auto' (the model's own dtype), got {kv_format!r}"
             )
-        from kvpaged.integrations.transformers import prepare
+        from kvpaged.integrations.transformers import ModelIdentity, prepare
 
         preparation, groups = prepare(model, page_size)
         try:
             cache = cls(groups, memory, layout=layout, backend=backend, checksums=checksums)
+            if prefix_sharing:
+                cache._model = ModelIdentity(preparation.model, cache.groups, namespace)
         except BaseException:
             preparation.release()
             raise
@@ -79,46 +90,122 @@ class PagedKVCache(CacheBooks):
         cache._release = weakref.finalize(cache, preparation.release)
         return cache
 
-    def session(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "SessionCache":
+    def session(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        salt: Salt | Sequence[Salt] = None,
+        *,
+        salt_from: int | Sequence[int] = 0,
+    ) -> "SessionCache":
         """A `transformers.Cache` to hand to `generate(past_key_values=...)`, for these prompts.
+
+        It begins with what the cache has of them: `session.reused` columns, so that `generate()`
+        computes only the rest; the full pages it computes, replies too, are there for later
+        sessions. `generate()` has to be given the same `input_ids`.
 
         Args:
             input_ids: int64 `[rows, columns]`, the prompts.
             attention_mask: `[rows, columns]`, 0 where a row is padded; padding on the left only.
+            salt: a tenant's secret, for all rows or one for each: pages under a salt are found
+                under the same salt only.
+            salt_from: the token (pads not counted) from whose page on the salt counts, for all rows
+                or for each; the pages before it are everybody's.
 
         Returns:
             A context manager; its pages go back on exit, on `close`, and when it is forgotten.
 
         Raises:
-            UsageError: the cache is closed or was not made by `for_model`, or shapes or padding do
-                not fit.
+            UsageError: the cache is closed or was not made by `for_model`, or shapes, padding or
+                salts do not fit.
         """
         if self._preparation is None:
             raise UsageError(
                 "session() serves transformers models: make the cache by PagedKVCache.for_model"
             )
         self.check_open()
-        from kvpaged.integrations.transformers import SessionCache
+        from kvpaged.integrations.transformers import open_session
 
-        return SessionCache(self, self._preparation, input_ids, attention_mask)
+        return open_session(
+            self, self._preparation, input_ids, attention_mask, salt=salt, salt_from=salt_from
+        )
+
+    # -- what its pages are valid for --------------------------------------------------------------
+
+    @property
+    def namespace(self) -> bytes:
+        """What makes the bytes of its pages valid: given, or the digest of a model as it was when
+        last looked at. Empty: nothing is kept for others.
+        """
+        return self._namespace if self._model is None else self._model.namespace
+
+    @property
+    def private(self) -> str | None:
+        """Why nothing new is kept for others now, or `None`."""
+        if self._model is not None:
+            return self._model.private
+        return None if self._namespace else "the cache has no namespace"
+
+    def current_identity(self) -> object:
+        """See `CacheBooks`: the epoch of a model that is looked at now."""
+        return super().current_identity() if self._model is None else self._model.check()
+
+    def watch(self, identity: object) -> bool:
+        """Whether the model still is as it was, where that may change between any two passes."""
+        model = self._model
+        return model is None or not model.has_adapters or self.is_identity(identity)
+
+    def refresh(self, namespace: bytes | None = None) -> None:
+        """Look anew at what makes the bytes of pages valid. Sessions that are open stay as they
+        are and keep what they compute from now on to themselves, if anything has changed.
+
+        Args:
+            namespace: the new one, of a cache that was made with one; not for `for_model`, whose
+                weights are digested again.
+
+        Raises:
+            UsageError: the argument does not fit the cache.
+        """
+        self.check_open()
+        if self._model is not None:
+            if namespace is not None:
+                raise UsageError("the namespace of a cache made by for_model is its model's digest")
+            self._model.refresh()
+        elif namespace is None:
+            raise UsageError("a cache of your own geometry is refreshed with a new namespace")
+        else:
+            self._namespace = bytes(namespace)
 
     # -- in a loop of one's own --------------------------------------------------------------------
 
-    def batch(self, sequences: Sequence[Sequence[int] | Tensor]) -> TokenBatch:
+    def batch(
+        self,
+        sequences: Sequence[Sequence[int] | Tensor],
+        *,
+        salt: Salt | Sequence[Salt] = None,
+        salt_from: int | Sequence[int] = 0,
+    ) -> TokenBatch:
         """Sequences to compute: `batch.tokens`, `.positions` and `.cu_seqlens` say what is to be
         computed next.
 
+        With a namespace, each row begins with the longest prefix that is in the cache
+        (`batch.reused`), to the token; its full pages are there for others once they are computed.
+
         Args:
             sequences: token ids of each row (lists or one-dimensional tensors).
+            salt: a tenant's secret, for all rows or one for each: pages under a salt are found
+                under the same salt only.
+            salt_from: the token from whose page on the salt counts, for all rows or for each; the
+                pages before it are everybody's.
 
         Raises:
             OutOfPagesError: the pool has no room for them; nothing changed.
-            UsageError: closed, or ids that are not ints.
+            UsageError: closed, or ids that are not ints, or salts that do not fit the rows.
         """
         self.check_open()
         if not len(sequences):
             raise UsageError("a batch has at least one sequence")
-        return TokenBatch(self, sequences)
+        return TokenBatch(self, sequences, self.trails(len(sequences), salt, salt_from))
 
     def attend(
         self,

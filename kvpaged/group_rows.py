@@ -25,6 +25,17 @@ class Copy(NamedTuple):
     new: int
 
 
+class Needs(NamedTuple):
+    """What a step has to take: copies of last pages (row, place, page), new ones (row, count)."""
+
+    copies: list[tuple[int, int, int]]
+    new: list[tuple[int, int]]
+
+    def pages(self) -> int:
+        """How many pages that is."""
+        return len(self.copies) + sum(count for _, count in self.new)
+
+
 class Growth(NamedTuple):
     """Pages taken for a step, not yet entered anywhere.
 
@@ -40,10 +51,10 @@ class Growth(NamedTuple):
 class GroupRows:
     """Which pages rows hold in one group, and what a step does to them.
 
-    Used by its batch alone. The cache's lock is held around what takes or gives back pages (`grow`,
-    `give_back`, `enter`, `end_copies`, `mark_sealed`, `leave_window`, `trim`, `select`); `fill` and
-    `sum_sealed` touch bytes of pages that only this batch can change, outside it.
-    Lengths are tokens a row, int64 `[rows]`.
+    Used by its batch alone. The cache's lock is held around what takes or gives back pages
+    (`needs`, `take`, `give_back`, `enter`, `end_copies`, `mark_sealed`, `leave_window`, `trim`,
+    `select`, `attach`, `swap`); `fill` and `sum_sealed` touch bytes of pages that only this batch
+    can change, outside it. Lengths are tokens a row, int64 `[rows]`.
     """
 
     def __init__(
@@ -63,23 +74,38 @@ class GroupRows:
 
     # -- a step's pages ----------------------------------------------------------------------------
 
-    def grow(self, lengths: Ints, counts: Ints) -> Growth:
-        """Take the pages that `counts` new tokens a row need; only the allocator changes.
+    def needs(self, lengths: Ints, counts: Ints) -> Needs:
+        """What `counts` new tokens a row need; nothing changes.
 
         Raises:
-            OutOfPagesError: not enough are free; nothing changed.
+            OutOfPagesError: more than could be had, with all that nobody holds evicted.
+        """
+        needs = Needs(self._copies(lengths, counts), self._new(lengths, counts))
+        self.page_class.allocator.check_room(needs.pages())
+        return needs
+
+    def take(self, needs: Needs) -> Growth:
+        """Take those pages; only the allocator changes.
+
+        Raises:
+            OutOfPagesError: another group took what this one counted on; nothing is held.
         """
         growth = Growth([], [])
+        allocator = self.page_class.allocator
         try:
-            self._take_copies(lengths, counts, growth)
-            self._take_new(lengths, counts, growth)
+            for row, place, page in needs.copies:
+                growth.copies.append(Copy(row, place, page, int(allocator.alloc(1)[0])))
+            for row, count in needs.new:
+                held = self.table.held(row)
+                last = int(held[-1]) if len(held) else None
+                growth.new.append((row, allocator.alloc(count, last)))
         except OutOfPagesError:
             self.give_back(growth)
             raise
         return growth
 
     def give_back(self, growth: Growth) -> None:
-        """Undo `grow`."""
+        """Undo `take`."""
         for copy in growth.copies:
             self.page_class.allocator.release(np.array([copy.new], np.int32))
         for _, ids in growth.new:
@@ -138,11 +164,16 @@ class GroupRows:
         if ids.size:
             keep_checksums(self.page_class, ids, backend=self.backend)
 
-    def leave_window(self, lengths: Ints) -> None:
-        """Give back pages no later query sees, but for one page's worth of rewinding."""
+    def leave_window(self, lengths: Ints, settled: Ints) -> None:
+        """Give back pages no later query sees, but for one page's worth of rewinding.
+
+        `settled`: logical pages of each row of which it is known whether others may have them, so
+        that what leaves goes to those.
+        """
         if self.window is None:
             return
         first = np.maximum(lengths - self.window + 1 - self._size, 0) // self._size
+        first = np.minimum(first, settled)
         rows = np.flatnonzero(first > self.table.first).tolist()
         self._release([self.table.drop_first(row, int(first[row])) for row in rows])
 
@@ -175,6 +206,28 @@ class GroupRows:
                 f"{int(self.table.first[row]) * self._size} were given back"
             )
 
+    # -- sharing with others -----------------------------------------------------------------------
+
+    def attach(self, row: int, first: int, pages: Ids) -> None:
+        """Let a row without pages hold these, from its logical page `first` on."""
+        self.page_class.allocator.share(pages)
+        self.table.begin_at(row, first)
+        self.table.extend(row, pages, self.page_class.entries(pages))
+
+    def page_at(self, row: int, place: int) -> int | None:
+        """The page a row holds at a logical place, if it still does."""
+        if self.table.first[row] <= place < self.table.count[row]:
+            return int(self.table.pages[row, place])
+        return None
+
+    def swap(self, row: int, place: int, page: int) -> None:
+        """Hold another page of the same bytes in a place."""
+        old = np.array([self.table.pages[row, place]], np.int32)
+        new = np.array([page], np.int32)
+        self.page_class.allocator.share(new)
+        self.table.replace(row, place, page, int(self.page_class.entries(new)[0]))
+        self.page_class.allocator.release(old)
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _rows_in_a_page(self, lengths: Ints, counts: Ints) -> Ints:
@@ -182,30 +235,30 @@ class GroupRows:
         rows: Ints = np.flatnonzero((counts > 0) & (lengths % self._size > 0))
         return rows
 
-    def _take_copies(self, lengths: Ints, counts: Ints, growth: Growth) -> None:
+    def _copies(self, lengths: Ints, counts: Ints) -> list[tuple[int, int, int]]:
+        """Rows whose new tokens go into a page that others hold, or that is in the prefix index."""
         rows = self._rows_in_a_page(lengths, counts)
         places = lengths[rows] // self._size
         pages = self.table.pages[rows, places]
         allocator = self.page_class.allocator
-        shared = allocator.refs[pages] > 1
+        shared = (allocator.refs[pages] > 1) | (allocator.depths[pages] > 0)
         if not shared.any():
-            return
+            return []
+        copies = []
         holders: dict[int, int] = {}
         for row, place, page in zip(
             rows[shared].tolist(), places[shared].tolist(), pages[shared].tolist(), strict=True
         ):
             left = holders.setdefault(page, int(allocator.refs[page]))
-            if left > 1:  # the last row that writes to it may keep it
+            if left > 1 or allocator.depths[page]:  # of a private page the last writer keeps it
                 holders[page] = left - 1
-                growth.copies.append(Copy(row, place, page, int(allocator.alloc(1)[0])))
+                copies.append((row, place, page))
+        return copies
 
-    def _take_new(self, lengths: Ints, counts: Ints, growth: Growth) -> None:
+    def _new(self, lengths: Ints, counts: Ints) -> list[tuple[int, int]]:
         need = -(-(lengths + counts) // self._size) - self.table.count
-        for row in np.flatnonzero(need > 0).tolist():
-            count = int(self.table.count[row])
-            last = int(self.table.pages[row, count - 1]) if count > self.table.first[row] else None
-            ids = self.page_class.allocator.alloc(int(need[row]), last)
-            growth.new.append((row, ids))
+        rows = np.flatnonzero(need > 0)
+        return list(zip(rows.tolist(), need[rows].tolist(), strict=True))
 
     def _release(self, gone: list[Ids]) -> None:
         if gone:

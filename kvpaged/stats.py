@@ -8,6 +8,21 @@ class Counters:
     """Running totals of a cache; read through `CacheStats`."""
 
     sealed: int = 0
+    asked: int = 0
+    reused: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReuseStats:
+    """How much of what was asked for was there.
+
+    Attributes:
+        asked: tokens of the sequences that sessions and batches began with.
+        reused: how many of them were found in the cache and not computed again.
+    """
+
+    asked: int = 0
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +36,7 @@ class GroupStats:
         pages: pages the whole budget would be.
         open_pages: pages that take new tokens.
         sealed_pages: full, immutable pages in use.
+        cached_pages: full pages nobody uses, kept until memory is needed.
         tokens: token slots filled, shared ones once for each row that holds them.
     """
 
@@ -30,6 +46,7 @@ class GroupStats:
     pages: int
     open_pages: int
     sealed_pages: int
+    cached_pages: int
     tokens: int
 
 
@@ -40,13 +57,19 @@ class CacheStats:
     Attributes:
         memory: bytes of the budget.
         used: bytes of pages in use.
+        cached: bytes of pages nobody uses, kept until memory is needed.
         batches: sessions and batches alive.
         pages_sealed: pages sealed since the cache was made.
+        pages_evicted: cached pages given up since then.
+        reuse: over all sessions and batches since then.
         groups: one for each layer group.
     """
 
     memory: int
     used: int
+    cached: int
     batches: int
     pages_sealed: int
+    pages_evicted: int
+    reuse: ReuseStats
     groups: tuple[GroupStats, ...]

@@ -8,6 +8,7 @@ from torch import Tensor
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
+from kvpaged.pages.prefix import Trail
 from kvpaged.tokens import Ids
 
 
@@ -18,16 +19,31 @@ class TokenBatch(Batch):
         tokens: int64 `[n]`, the tokens not computed yet, row after row.
         positions: int64 `[n]`, each token's place in its sequence.
         cu_seqlens: int32 `[rows + 1]`, where each row's tokens begin in `tokens`.
+        reused: int64 `[rows]` on the host, tokens of each row that were found in the cache when the
+            batch was made: never the last one, which is computed to have something to go on from.
 
-    All on the device of the cache's first group. After every layer has attended, `extend` gives
-    each row its next tokens.
+    The tensors are on the device of the cache's first group. After every layer has attended,
+    `extend` gives each row its next tokens.
     """
 
-    def __init__(self, cache: CacheBooks, sequences: Sequence[Sequence[int] | Tensor]) -> None:
-        super().__init__(cache, len(sequences))
+    def __init__(
+        self,
+        cache: CacheBooks,
+        sequences: Sequence[Sequence[int] | Tensor],
+        trails: Sequence[Trail | None] | None = None,
+    ) -> None:
+        ids = [_as_ids(sequence, row) for row, sequence in enumerate(sequences)]
+        super().__init__(cache, len(sequences), trails)
         self._pending: list[np.ndarray] = []
         try:
-            self._prepare([_as_ids(sequence, row) for row, sequence in enumerate(sequences)])
+            with cache.lock:
+                for row, tokens in enumerate(ids):
+                    if (match := self.find(row, tokens, len(tokens) - 1)) is not None:
+                        length = match.longest(len(tokens) - 1)
+                        self.attach(row, match, tokens[:length])
+            self.reused = self.lengths.copy()
+            cache.count_reuse(self._trails, [len(tokens) for tokens in ids], self.reused.tolist())
+            self._prepare([tokens[n:] for tokens, n in zip(ids, self.reused.tolist(), strict=True)])
         except BaseException:
             self.close()
             raise
@@ -55,9 +71,20 @@ class TokenBatch(Batch):
         Raises:
             UsageError: no such row, or tokens wait to be computed.
         """
+        return self.branch(row, 1)[0]
+
+    def branch(self, row: int, n: int) -> list[int]:
+        """Add `n` sequences that share everything row `row` holds; returns their row numbers.
+
+        Raises:
+            UsageError: no such row, `n` below 1, or tokens wait to be computed.
+        """
+        if n < 1:
+            raise UsageError(f"a row branches into at least 1 more, got {n}")
         self._settle()
-        self.select([*range(self.rows), row])
-        return self.rows - 1
+        rows = self.rows
+        self.select([*range(rows), *[row] * n])
+        return list(range(rows, rows + n))
 
     def rewind(self, row: int, *, to: int) -> None:
         """Forget row `row`'s tokens from `to` on; tokens that wait to be computed are dropped on
@@ -68,11 +95,18 @@ class TokenBatch(Batch):
         """
         if self.step is not None and self._complete():
             self.commit(self._pending)
+            self.publish()
         if not 0 <= row < self.rows:
             raise UsageError(f"row {row} is not in 0..{self.rows - 1}")
         lengths = self.lengths.copy()
         lengths[row] = to
         self.rewind_all(lengths)
+
+    def close(self) -> None:
+        """Give all pages back; full ones wait in the prefix index. Closing twice is nothing."""
+        if not self.closed and not self._cache.closed and self._complete():
+            self._settle()
+        super().close()
 
     def commit_computed(self) -> None:
         """Count the tokens of a step all of whose layers have attended; without one, nothing."""
@@ -88,6 +122,7 @@ class TokenBatch(Batch):
                 f"tokens wait to be computed: layers {missing[:8]} have not attended in this step"
             )
         self.commit(self._pending)
+        self.publish()
 
     def _complete(self) -> bool:
         return self.step is not None and len(self.step.attended) == len(self._cache.layers)
@@ -110,6 +145,8 @@ def _as_ids(tokens: Sequence[int] | Tensor, row: int) -> Ids:
             f"{array.dtype}"
         )
     ids: Ids = array.astype(np.int64)
-    if ids.size and ids.min() < 0:
-        raise UsageError(f"row {row}: token ids are not negative, got {int(ids.min())}")
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+        raise UsageError(
+            f"row {row}: token ids lie in 0..{2**31 - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
     return ids

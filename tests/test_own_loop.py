@@ -222,7 +222,7 @@ def test_forgotten_batches_give_their_pages_back():
     [
         (lambda c: c.batch([]), "at least one sequence"),
         (lambda c: c.batch([[1.5]]), "flat sequence of ints"),
-        (lambda c: c.batch([[-1]]), "not negative, got -1"),
+        (lambda c: c.batch([[-1]]), "lie in 0..2147483647, got -1"),
         (lambda c: c.batch([[1], [1, 2]]).extend([1]), r"layers \[0, 1\] have not attended"),
         (lambda c: c.attend(2, *(torch.zeros(1, 2, 64),) * 3, c.batch([[1]])), "layer 2 is not"),
         (lambda c: c.session(torch.zeros(1, 1, dtype=torch.int64)), "for_model"),

@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpaged.errors import UnsupportedModelError, UsageError
 from kvpaged.geometry import LayerGroup
+from kvpaged.integrations.lengths import LengthRule
 from kvpaged.integrations.probe import LayerFacts, ProbeCache, group_layers
 from kvpaged_kernels.cpu.lane import Lane, attend_lane
 
@@ -118,6 +119,7 @@ class Preparation:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         self.original: str = self.config._attn_implementation
+        self.lengths = LengthRule.of(model)
         self._holders = 0
         self._handles: list[Any] = []
 

@@ -1,6 +1,7 @@
 """Hugging Face transformers: a session is a `transformers.Cache`, and attention reads its pages."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag, prepare
+from kvpaged.integrations.identity import ModelIdentity
 from kvpaged.integrations.prompts import (
     check_mask,
     check_not_again,
@@ -21,10 +23,18 @@ from kvpaged.integrations.prompts import (
     own_positions,
     to_host,
 )
+from kvpaged.keys import Salt
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
 
-__all__ = ["Preparation", "SessionCache", "prepare"]
+__all__ = ["ModelIdentity", "Preparation", "SessionCache", "open_session", "prepare"]
+
+PLAIN = {
+    "attention_mask", "cache_position", "input_ids", "inputs_embeds", "labels", "logits_to_keep",
+    "output_attentions", "output_hidden_states", "past_key_values", "position_ids", "return_dict",
+    "use_cache",
+}  # fmt: skip
+"""Arguments of a forward pass that a token's keys do not depend on, or that are looked at."""
 
 
 class SessionLayer(CacheLayerMixin):
@@ -70,13 +80,15 @@ class SessionCache(Cache, ServedCache):
     A context manager; one thread at a time. A session that holds the whole of a prompt must not be
     given to `generate()` with that prompt again: transformers then feeds all of it once more (a
     `UsageError` says so where positions show it); crop its last token first. Rows are padded on the
-    left only, and pads take no
-    pages: row `r` holds tokens `columns - pads[r]` once its prompt has begun. Beams and several
-        returned sequences multiply its rows by
-    themselves: a step with `n` times as many rows shares each row's pages `n` ways.
+    left only, and pads take no pages: row `r` holds tokens `columns - pads[r]` once its prompt has
+    begun. Beams and several returned sequences multiply its rows by themselves: a step with `n`
+    times as many rows shares each row's pages `n` ways.
 
     Attributes:
         columns: token columns held, pads included: what transformers calls the sequence length.
+        reused: columns that were in the cache when the session began. transformers computes the
+            same columns for all rows, so it is the least of (pads + tokens found) over the rows,
+            and at most the columns of the prompt but one.
         batch: the rows and their pages.
     """
 
@@ -84,17 +96,25 @@ class SessionCache(Cache, ServedCache):
         self,
         cache: CacheBooks,
         preparation: Preparation,
-        input_ids: Tensor,
-        mask: Tensor | None,
+        batch: Batch,
+        *,
+        prompt: Ids,
+        pads: Ids,
+        columns: int,
+        regime: bytes | None,
     ) -> None:
-        check_prompts(input_ids, mask)
+        """See `open_session`. `prompt`: ids `[rows, columns]`; `columns`: those the batch holds
+        already; `regime`: of its passes (`LengthRule`).
+        """
         self._cache = cache
         self._preparation = preparation
-        self._prompt = to_host(input_ids)
-        self.pads = left_pads(mask, *self._prompt.shape)
-        self.columns = 0
+        self._prompt = prompt
+        self.pads = pads
+        self.columns = self.reused = columns
+        self._regime = regime
+        self._begun = False
         self._pads_known = True
-        self.batch = Batch(cache, len(self._prompt))
+        self.batch = batch
         self._width = 0
         self._take: Tensor | None = None
         self._ids: Tensor | None = None
@@ -114,10 +134,54 @@ class SessionCache(Cache, ServedCache):
         self.close()
 
     def close(self) -> None:
-        """Give the pages back. Closing twice is nothing; any other use afterwards is a
-        `UsageError`.
+        """Give the pages back; full ones wait in the cache for the next that begins so. Closing
+        twice is nothing; any other use afterwards is a `UsageError`.
         """
+        if not self.batch.closed and not self._cache.closed:
+            self._write_logs()
+            self.batch.publish()
         self.batch.close()
+
+    @property
+    def private(self) -> str | None:
+        """Why nothing more of it is kept for others, or `None`."""
+        return self.batch.private
+
+    def branch(self, n: int) -> "list[SessionCache]":
+        """`n` new sessions that go on from where this one is, each by itself, sharing its pages.
+
+        Raises:
+            UsageError: `n` is below 1, or a forward pass is running.
+        """
+        if n < 1:
+            raise UsageError(f"a session branches into at least 1 more, got {n}")
+        self._write_logs()
+        return [self._branched() for _ in range(n)]
+
+    def fork(self) -> "SessionCache":
+        """`branch(1)`, the one session."""
+        return self.branch(1)[0]
+
+    def _branched(self) -> "SessionCache":
+        other = SessionCache(
+            self._cache,
+            self._preparation,
+            self.batch.spawn(range(self.batch.rows)),
+            prompt=self._prompt[:, : self.columns],
+            pads=self.pads.copy(),
+            columns=self.columns,
+            regime=self._regime,
+        )
+        other._begun, other._pads_known = self._begun, self._pads_known
+        return other
+
+    def rewind(self, to: int) -> None:
+        """Forget the columns from `to` on.
+
+        Raises:
+            ValueError, UsageError: see `crop`.
+        """
+        self.crop(to - self.columns)
 
     def pages(self) -> int:
         """Pages held, over all layer groups, shared ones once."""
@@ -166,6 +230,8 @@ class SessionCache(Cache, ServedCache):
                 check_prompt(ids, np.repeat(self._prompt, times, axis=0), pads, self.columns)
             check_not_again(positions, self.columns - pads, width)
         self._begin(pads, times, width, source.device)
+        self._begun = True
+        self._watch(given)
         self._ids = None if ids is None else ids.detach().clone()
         self._positions = None if positions is None else positions.detach().clone()
 
@@ -190,12 +256,33 @@ class SessionCache(Cache, ServedCache):
         self._lanes = self.batch.lanes() if self._take is None else None
         self._width = width
 
+    def _watch(self, given: dict[str, Any]) -> None:
+        """Keep to itself what a pass computes that others could not reproduce."""
+        if self.batch.private is not None:
+            return
+        beyond = [name for name, value in given.items() if value is not None and name not in PLAIN]
+        step = self.batch.step
+        length = 0 if step is None else int((step.starts + step.counts).max())
+        if beyond:
+            self.batch.keep_private(f"a forward pass was given {', '.join(sorted(beyond))}")
+        elif self._preparation.lengths.regime(length) != self._regime:
+            self.batch.keep_private(
+                f"the rotary embedding has other angles for {length} tokens than before"
+            )
+        elif not self.batch.watch():
+            self.batch.keep_private("the model has changed since the session began")
+
     def _check_model(self, module: torch.nn.Module) -> None:
         implementation = self._preparation.config._attn_implementation
         if implementation != NAME:
             raise UsageError(f"the model's attention was set to {implementation!r} since for_model")
         if module.training:
             raise UsageError("the model is in training mode: call model.eval() first")
+        if self.reused and not self._begun and not self.batch.is_current():
+            raise UsageError(
+                f"the model has changed since the session found {self.reused} columns of its "
+                "prompts in the cache: begin another session"
+            )
 
     def leave(self) -> None:
         """Count the step's tokens, if every layer attended over its pages.
@@ -216,6 +303,9 @@ class SessionCache(Cache, ServedCache):
         self.batch.commit()
         self._unlogged.append((self._ids, self._positions, step.starts, step.counts))
         self.columns += self._width
+        # On a GPU the ids of this step may still be on their way; those of the step before are not.
+        self._write_logs(but=0 if self._ids is None or self._ids.device.type == "cpu" else 1)
+        self.batch.publish()
 
     def note_attended(self, layer: int) -> None:
         """See `ServedCache`."""
@@ -317,6 +407,7 @@ class SessionCache(Cache, ServedCache):
                 f"{tokens_to_remove}"
             )
         self._write_logs()
+        self.batch.publish()
         columns = self.columns + tokens_to_remove
         lengths = np.maximum(columns - self.pads, 0)
         self.batch.rewind_all(lengths.astype(np.int64))
@@ -324,12 +415,15 @@ class SessionCache(Cache, ServedCache):
         self._prompt = self._prompt[:, :columns]
 
     def reset(self) -> None:
-        """Forget everything; the next forward pass says how many rows there are, and their pads."""
+        """Forget everything; the next forward pass says how many rows there are, and their pads.
+
+        Nothing is searched for it then, and nothing of it is kept for others.
+        """
         self.batch.check_open()
-        self.batch.close()
+        self.close()
         self.batch = Batch(self._cache, self.batch.rows)
         self._unlogged.clear()
-        self.columns = 0
+        self.columns = self.reused = 0
         self.pads = np.zeros(self.batch.rows, np.int64)
         self._prompt = np.zeros((self.batch.rows, 0), np.int64)
         self._pads_known = False
@@ -367,16 +461,66 @@ class SessionCache(Cache, ServedCache):
         shape = (self.batch.rows, width)
         return left_pads(mask if isinstance(mask, Tensor) and mask.shape == shape else None, *shape)
 
-    def _write_logs(self) -> None:
-        """Move the ids of committed steps to the rows' logs: late, for ids may still be on their
-        way from a GPU. Tokens at other positions than their own are not known: their keys are
-        rotated otherwise, and nobody else can use them.
+    def _write_logs(self, but: int = 0) -> None:
+        """Move the ids of committed steps to the rows' logs, but for those of the last `but` steps.
+
+        Tokens at other positions than their own are not known: their keys are rotated otherwise,
+        and nobody else can use them.
         """
-        for ids, positions, starts, counts in self._unlogged:
+        due = self._unlogged[: len(self._unlogged) - but]
+        del self._unlogged[: len(due)]
+        for ids, positions, starts, counts in due:
             host = None if ids is None else to_host(ids)
             own = own_positions(positions, starts, counts, padded=bool(self.pads.any()))
             for row, count in enumerate(counts.tolist()):
                 if count:
                     known = None if host is None or not own[row] else host[row, -count:]
                     self.batch.logs[row].extend(known)
-        self._unlogged.clear()
+
+
+def open_session(
+    cache: CacheBooks,
+    preparation: Preparation,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    *,
+    salt: Salt | Sequence[Salt] = None,
+    salt_from: int | Sequence[int] = 0,
+) -> SessionCache:
+    """A session for prompts, with what the cache has of them: see `PagedKVCache.session`."""
+    check_prompts(input_ids, mask)
+    prompt = to_host(input_ids)
+    rows, width = prompt.shape
+    pads = left_pads(mask, rows, width)
+    regime = preparation.lengths.regime(int(width - pads.min()))
+    trails = cache.trails(rows, salt, salt_from, extra=regime or b"")
+    batch = Batch(cache, rows, None if regime is None else trails)
+    if regime is None:
+        batch.keep_private("the rotary embedding's angles at this length are of one pass only")
+    ids = [prompt[row, pads[row] :] for row in range(rows)]
+    with cache.lock:
+        columns = _reuse(batch, ids, pads)
+    cache.count_reuse(trails, [len(x) for x in ids], batch.lengths.tolist())
+    return SessionCache(
+        cache, preparation, batch, prompt=prompt, pads=pads, columns=columns, regime=regime
+    )
+
+
+def _reuse(batch: Batch, ids: list[Ids], pads: Ids) -> int:
+    """Let rows begin with what the cache has of their tokens, all up to the same column; returns
+    it.
+    """
+    found = [batch.find(row, tokens, len(tokens) - 1) for row, tokens in enumerate(ids)]
+    columns = int(pads[0] + len(ids[0]))
+    while True:  # a row may not be able to go on from where another has to
+        ends = [
+            int(pad) + (0 if match is None else match.longest(max(columns - int(pad), 0)))
+            for match, pad in zip(found, pads, strict=True)
+        ]
+        if min(ends) >= columns or columns == 0:
+            break
+        columns = min(ends)
+    for row, (match, pad) in enumerate(zip(found, pads.tolist(), strict=True)):
+        if match is not None and columns > pad:
+            batch.attach(row, match, ids[row][: columns - pad])
+    return columns

@@ -1,6 +1,9 @@
-"""Who holds which page of a class: free pages, reference counts, generations, leases."""
+"""Who holds which page of a class: free pages, reference counts, generations, leases, and pages
+nobody holds that are kept for reuse.
+"""
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,9 +15,9 @@ from kvpaged.pages.frames import FrameBudget
 
 Ids = npt.NDArray[np.int32]
 
-FREE, OPEN, SEALED = 0, 1, 2
-"""States of a page. Open pages take new tokens; sealed ones are full and immutable while anyone
-else holds them.
+FREE, OPEN, SEALED, CACHED = 0, 1, 2, 3
+"""States of a page. Open pages take new tokens; sealed ones are full, and immutable while anyone
+else holds them or they are to be kept; cached ones are sealed, kept, and held by nobody.
 """
 
 FEW = 8
@@ -38,11 +41,16 @@ class PageAllocator:
     while there is room, so a sequence that grows page by page stays in runs, and low frames fill
     first (empty frames can go to another class).
 
+    A page marked by `keep` is not freed with its last reference: it waits, evictable, until `share`
+    takes it up again or memory is needed. Waiting pages go in the order they were released, those
+    released at once the deepest first: no page goes before one that follows it in its sequence.
+
     Not thread-safe: the cache's lock is held around every call. Invariants:
-      1. A page is in a free mask exactly if its frame is owned, its references are 0 and it has no
-          lease.
+      1. A page is in a free mask exactly if its frame is owned, its references are 0, it is not
+          cached and it has no lease.
       2. `free_pages` is the number of bits in all masks.
-      3. A page's generation grows each time its last reference goes, and never otherwise.
+      3. A page's generation grows each time it becomes free, and never otherwise.
+      4. `_cached` has exactly the pages in state CACHED; each is kept (`depths` above 0).
     """
 
     def __init__(
@@ -71,6 +79,11 @@ class PageAllocator:
         self.refs = np.zeros(self.capacity, np.int32)
         self.states = np.zeros(self.capacity, np.uint8)
         self.generations = np.zeros(self.capacity, np.int64)
+        self.depths = np.zeros(self.capacity, np.int32)
+        """Of pages to keep, their place in their sequence, from 1; 0 for all others."""
+        self.on_evict: Callable[[int], None] | None = None
+        """Called with each page that is evicted, before it is free."""
+        self._cached: OrderedDict[int, int] = OrderedDict()  # page -> when it was released
         self._frames = frames
         self._on_surrender = on_surrender
         self._per_frame = -(-pages_per_frame // self.extent)
@@ -89,16 +102,35 @@ class PageAllocator:
     # -- asking ------------------------------------------------------------------------------------
 
     def available(self) -> int:
-        """Pages that `alloc` could still hand out, frames of others that are empty included."""
-        return self.free_pages + self.pages_per_frame * self._frames.obtainable(self)
+        """Pages that `alloc` could still hand out: free ones, cached ones, and those of frames that
+        are empty or hold nothing but cached pages.
+        """
+        frames = self._frames.obtainable(self) + self._frames.emptiable(self)
+        return self.free_pages + len(self._cached) + self.pages_per_frame * frames
 
     def used_pages(self) -> int:
-        """Pages with a reference or a lease."""
-        return sum(self._used.values())
+        """Pages with a reference, or free but for a lease."""
+        return sum(self._used.values()) - len(self._cached)
+
+    def cached_pages(self) -> int:
+        """Pages kept that nobody holds."""
+        return len(self._cached)
+
+    def oldest(self) -> int | None:
+        """When the page that `evict_oldest` would take was released, or `None` without one."""
+        return next(iter(self._cached.values()), None)
 
     def empty_frames(self) -> int:
         """Owned frames none of whose pages is in use."""
         return sum(not used for used in self._used.values())
+
+    def emptiable_frames(self) -> int:
+        """Owned frames that hold cached pages and no others."""
+        size = self.pages_per_frame
+        busy = (self.states == OPEN) | (self.states == SEALED)
+        busy[list(self._leases)] = True
+        owned = [frame for frame, used in self._used.items() if used]
+        return sum(not busy[frame * size : (frame + 1) * size].any() for frame in owned)
 
     # -- taking and giving back --------------------------------------------------------------------
 
@@ -116,12 +148,9 @@ class PageAllocator:
         Raises:
             OutOfPagesError: fewer than `count` are available; nothing changed.
         """
-        if count > self.free_pages and count > (available := self.available()):
-            raise OutOfPagesError(
-                f"{count} more pages are needed and {available} of {self.capacity} are free",
-                needed=count,
-                available=available,
-            )
+        if count > self.free_pages:
+            self.check_room(count)
+            self._make_room(count)
         runs: list[tuple[int, int]] = []
         if after is not None and count:
             count -= self._continue_run(after + 1, count, runs)
@@ -136,23 +165,51 @@ class PageAllocator:
         pieces = [np.arange(start, start + length, dtype=np.int32) for start, length in runs]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
+    def check_room(self, count: int) -> None:
+        """Raise `OutOfPagesError` unless `alloc` could hand out `count` pages; nothing changes."""
+        room = self.free_pages + len(self._cached)
+        if count > room and count > (room := self.available()):
+            raise OutOfPagesError(
+                f"{count} more pages are needed and {room} of {self.capacity} are free",
+                needed=count,
+                available=room,
+            )
+
     def share(self, ids: Ids) -> None:
-        """Add one reference for each occurrence of a page in `ids`; all must be held already."""
-        assert bool((self.refs[ids] > 0).all()), "only a page somebody holds can be shared"
+        """Add one reference for each occurrence of a page in `ids`; all must be held, or cached."""
+        if self._cached:
+            for page in ids[self.states[ids] == CACHED].tolist():
+                if self._cached.pop(page, None) is not None:
+                    self.states[page] = SEALED
+        alive = (self.states[ids] == OPEN) | (self.states[ids] == SEALED)
+        assert bool(alive.all()), "only a page somebody holds, or a cached one, can be shared"
         np.add.at(self.refs, ids, 1)
+
+    def keep(self, page: int, depth: int) -> None:
+        """Keep a sealed page somebody holds for reuse, at this place (from 1) of its sequence."""
+        assert self.states[page] == SEALED
+        assert depth > 0
+        self.depths[page] = depth
 
     def release(self, ids: Ids) -> None:
         """Drop one reference for each occurrence of a page in `ids`; pages nobody holds any more
-        become free.
+        become free, or cached if they are to be kept.
         """
         if ids.size <= FEW:
-            for page in ids.tolist():
+            few = ids.tolist()
+            if len(few) > 1 and self.depths[ids].any():
+                few.sort(key=lambda page: -int(self.depths[page]))
+            for page in few:
                 self._release_one(page)
             return
         np.subtract.at(self.refs, ids, 1)
         left = self.refs[ids]
         assert int(left.min()) >= 0, "a page was released more often than it was held"
         dead = np.unique(ids[left == 0])
+        kept = self.depths[dead] > 0
+        if kept.any():
+            self._cache(dead[kept])
+            dead = dead[~kept]
         if dead.size:
             self.states[dead] = FREE
             self.generations[dead] += 1
@@ -169,11 +226,55 @@ class PageAllocator:
         self.refs[page] = left
         if left:
             return
+        if self.depths[page]:
+            self._cache(np.array([page], np.int32))
+        else:
+            self._free_one(page)
+
+    def _free_one(self, page: int) -> None:
         self.states[page] = FREE
         self.generations[page] += 1
         if page not in self._leases:
             extent, bit = self._extent_of(page)
             self._give_back(extent, 1 << bit)
+
+    # -- pages that nobody holds -------------------------------------------------------------------
+
+    def _cache(self, ids: Ids) -> None:
+        """Let kept pages wait, the deepest first."""
+        self.states[ids] = CACHED
+        for page in ids[np.argsort(-self.depths[ids], kind="stable")].tolist():
+            self._cached[page] = self._frames.tick()
+
+    def evict_oldest(self) -> bool:
+        """Free the page that has waited longest; false if none waits."""
+        if not self._cached:
+            return False
+        page = next(iter(self._cached))
+        if self.on_evict is not None:
+            self.on_evict(page)
+        if page in self._cached:
+            self.drop(page)
+        return True
+
+    def drop(self, page: int) -> None:
+        """Free a cached page, and tell nobody."""
+        del self._cached[page]
+        self.depths[page] = 0
+        self._free_one(page)
+
+    def _make_room(self, count: int) -> None:
+        """Evict what has waited longest, of any class, until `count` pages can be taken."""
+
+        def room() -> int:
+            return self.free_pages + self.pages_per_frame * self._frames.obtainable(self)
+
+        if count <= room():
+            return
+        # A few more than asked: pages that are released together lie together, and make runs.
+        aim = count + min(self.extent, self.capacity // 64)
+        while (count if not self._cached else aim) > room() and self._frames.evict_oldest():
+            pass
 
     def surrender_frame(self) -> int | None:
         """Give up an empty frame, or `None`: see `FrameOwner`."""
@@ -207,7 +308,7 @@ class PageAllocator:
             self._leases[page] -= 1
             if not self._leases[page]:
                 del self._leases[page]
-                if self.refs[page] == 0:
+                if self.states[page] == FREE:
                     idle.append(page)
         self._free(np.array(sorted(idle), np.int32))
         return current
@@ -337,7 +438,11 @@ class PageAllocator:
                 )
         leased = np.zeros(self.capacity, bool)
         leased[list(self._leases)] = True
-        wrong = np.flatnonzero(free != (owned & (self.refs == 0) & ~leased))
+        cached = np.zeros(self.capacity, bool)
+        cached[list(self._cached)] = True
+        if (cached != (self.states == CACHED)).any() or (cached & (self.depths == 0)).any():
+            raise IntegrityError("a page waits for reuse and is not marked so, or the reverse")
+        wrong = np.flatnonzero(free != (owned & (self.refs == 0) & ~leased & ~cached))
         if wrong.size:
             page = int(wrong[0])
             raise IntegrityError(
@@ -346,7 +451,8 @@ class PageAllocator:
                 f"{self._leases.get(page, 0)} leases, frame "
                 f"{'owned' if owned[page] else 'not owned'}"
             )
-        if bool(((self.refs > 0) != (self.states != FREE)).any()):
+        held = (self.states == OPEN) | (self.states == SEALED)
+        if bool(((self.refs > 0) != held).any()):
             raise IntegrityError(
-                "a page has references and the state free, or none and another state"
+                "a page has references and the state free or cached, or none and another state"
             )

@@ -86,6 +86,15 @@ class FrameOwner(Protocol):
     def empty_frames(self) -> int:
         """How many frames `surrender_frame` could give up."""
 
+    def emptiable_frames(self) -> int:
+        """How many more it could after evicting every page that nobody holds."""
+
+    def oldest(self) -> int | None:
+        """When the page `evict_oldest` would evict was let go, on the budget's clock."""
+
+    def evict_oldest(self) -> bool:
+        """Evict the page that was let go first; false if there is none."""
+
 
 class FrameBudget:
     """The frames nobody owns yet, and who might give one back.
@@ -98,6 +107,7 @@ class FrameBudget:
         self.frames = frames
         self._free = list(range(frames))  # ascending, hence a heap
         self._owners: list[FrameOwner] = []
+        self._time = 0
 
     def register(self, owner: FrameOwner) -> None:
         """Make `owner` one whose empty frames may be taken for another."""
@@ -115,6 +125,22 @@ class FrameBudget:
     def obtainable(self, owner: FrameOwner) -> int:
         """How many frames `take` could still give `owner`."""
         return len(self._free) + sum(o.empty_frames() for o in self._owners if o is not owner)
+
+    def emptiable(self, owner: FrameOwner) -> int:
+        """How many more `take` could give after evicting all pages of others that nobody holds."""
+        return sum(other.emptiable_frames() for other in self._owners if other is not owner)
+
+    def tick(self) -> int:
+        """The time, in events: orders the pages that owners let go."""
+        self._time += 1
+        return self._time
+
+    def evict_oldest(self) -> bool:
+        """Evict the page, of any owner, that was let go first; false if there is none."""
+        waiting = [
+            (time, i) for i, o in enumerate(self._owners) if (time := o.oldest()) is not None
+        ]
+        return bool(waiting) and self._owners[min(waiting)[1]].evict_oldest()
 
     def free_frames(self) -> tuple[int, ...]:
         """The frames nobody owns."""

@@ -201,6 +201,10 @@ class PagePool:
         """Bytes of pages in use (referenced or leased) over all classes."""
         return sum(c.bytes_of(c.allocator.used_pages()) for c in self.classes)
 
+    def cached_bytes(self) -> int:
+        """Bytes of pages that nobody holds and that are kept for reuse."""
+        return sum(c.bytes_of(c.allocator.cached_pages()) for c in self.classes)
+
     def check_integrity(self) -> None:
         """Raise `IntegrityError` if an allocator's books do not add up."""
         for page_class in self.classes:

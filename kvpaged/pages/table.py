@@ -68,6 +68,11 @@ class BlockTable:
         self.count[row] = stop
         self._note(row * self.pages.shape[1] + np.arange(start, stop), entries)
 
+    def begin_at(self, row: int, first: int) -> None:
+        """Let a row without pages hold its logical pages from `first` on."""
+        assert self.count[row] == 0
+        self.first[row] = self.count[row] = first
+
     def replace(self, row: int, place: int, page: int, entry: int) -> None:
         """Put another page in the place of one a row holds."""
         assert self.first[row] <= place < self.count[row]

@@ -48,6 +48,15 @@ def test_frames_run_out():
         def empty_frames(self) -> int:
             return 0
 
+        def emptiable_frames(self) -> int:
+            return 0
+
+        def oldest(self) -> int | None:
+            return None
+
+        def evict_oldest(self) -> bool:
+            return False
+
     owner = Owner()
     budget.register(owner)
     assert budget.obtainable(owner) == 1

@@ -1,0 +1,395 @@
+"""The prefix index: which tokens the pages in memory hold, as a tree.
+
+    region (namespace)      no page; its children are first pages
+      page "a"              tokens 0 .. 15 of everything that begins so
+        page "b"
+        page "c"            two continuations
+          region (salt)     no page; what one tenant's sequences go on with from here
+
+A node is one logical page: its tokens, its key, and a physical page in each layer group. Children
+are found by their tokens, exactly: nothing is hashed to find a page, a hit compares its tokens, and
+a page's key is computed once, when the page enters the tree. A node of another salt or namespace is
+in another region, which no search of this one touches.
+"""
+
+import functools
+import weakref
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvpaged.errors import IntegrityError
+from kvpaged.keys import TOKEN_BYTES, Region
+from kvpaged.pages.allocator import CACHED, FREE, OPEN, PageAllocator
+
+
+class Node:
+    """A page of the tree, or the start of a region (no tokens, no pages).
+
+    Attributes:
+        parent: what it follows; `None` for the region of a namespace.
+        region: whose keys it has.
+        tokens: its tokens, encoded; empty for the start of a region.
+        key: its page key; for the start of a region, that of the page before.
+        depth: pages from the start of the sequence up to and with this one.
+        pages: the page of each layer group that has one; a group with a window may lack it.
+        attached: it can be reached from its region.
+    """
+
+    __slots__ = (
+        "__weakref__", "_ordered", "_salts", "attached", "children", "depth", "key", "pages",
+        "parent", "region", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, parent: "Node | None", region: Region, tokens: bytes, key: bytes) -> None:
+        self.parent = parent
+        self.region = region
+        self.tokens = tokens
+        self.key = key
+        self.depth: int = 0 if parent is None else parent.depth + bool(tokens)
+        self.pages: list[int | None] = []
+        self.children: dict[bytes, Node] = {}
+        self.attached = True
+        self._ordered: list[bytes] = []
+        self._salts: weakref.WeakValueDictionary[bytes, Node] | None = None
+
+    def add(self, child: "Node") -> None:
+        """Make `child` a continuation."""
+        self.children[child.tokens] = child
+        insort(self._ordered, child.tokens)
+
+    def remove(self, child: "Node") -> None:
+        """Forget a continuation."""
+        del self.children[child.tokens]
+        del self._ordered[bisect_left(self._ordered, child.tokens)]
+        child.attached = False
+
+    def salted(self, salt: bytes, *, make: bool) -> "Node | None":
+        """The start of a salt's region after this page; `make` it if there is none.
+
+        It lives as long as somebody holds it or a page of it.
+        """
+        found = None if self._salts is None else self._salts.get(salt)
+        if found is None and make:
+            if self._salts is None:
+                self._salts = weakref.WeakValueDictionary()
+            region = self.region.salted(salt, self.key)
+            found = self._salts[salt] = Node(self, region, b"", region.first)
+        return found
+
+    def reachable(self) -> bool:
+        """Whether a search can come here."""
+        start = self.parent if not self.tokens else None
+        return self.attached and (start is None or start.attached)
+
+    def has_salts(self) -> bool:
+        """Whether pages of some salt follow."""
+        return self._salts is not None and any(node.children for node in self._salts.values())
+
+    def ordered(self) -> list[bytes]:
+        """The tokens of the continuations, ascending."""
+        return self._ordered
+
+    def nearest(self, tokens: bytes) -> "tuple[Node, int] | None":
+        """The continuation that shares most with the beginning of `tokens`, and how many tokens.
+
+        Of sorted byte strings, the one with the longest common prefix is a neighbour of the place
+        where `tokens` would be put.
+        """
+        place = bisect_left(self._ordered, tokens)
+        best: tuple[Node, int] | None = None
+        for candidate in self._ordered[max(place - 1, 0) : place + 1]:
+            shared = _shared_tokens(candidate, tokens)
+            if shared > (best[1] if best else 0):
+                best = self.children[candidate], shared
+        return best
+
+
+def _shared_tokens(a: bytes, b: bytes) -> int:
+    size = min(len(a), len(b))
+    differ = np.frombuffer(a, ">u4", size // 4) != np.frombuffer(b, ">u4", size // 4)
+    return int(differ.argmax()) if differ.any() else size // TOKEN_BYTES
+
+
+class Trail:
+    """Where a sequence stands in the tree: the node of its last full page, and where its salt
+    begins.
+
+    Attributes:
+        root: the region of its namespace.
+        salt, salt_page: pages from `salt_page` on are the salt's; `salt` None: none are.
+        node: of its last full page that is in the tree, or the start of a region.
+        identity: what the namespace stood for when the sequence began.
+    """
+
+    __slots__ = ("identity", "node", "root", "salt", "salt_page")
+
+    def __init__(
+        self, root: Node, salt: bytes | None = None, salt_page: int = 0, identity: object = None
+    ) -> None:
+        self.root = root
+        self.identity = identity
+        self.salt = salt
+        self.salt_page = salt_page
+        self.node = root
+
+    def copy(self) -> "Trail":
+        """One that goes its own way from here."""
+        other = Trail(self.root, self.salt, self.salt_page, self.identity)
+        other.node = self.node
+        return other
+
+    def cut(self, depth: int) -> None:
+        """Go back to the first `depth` pages."""
+        while self.node.depth > depth and self.node.parent is not None:
+            self.node = self.node.parent
+
+    def enters(self, node: Node, depth: int) -> bool:
+        """Whether what follows `node`, the page of this depth, is the salt's."""
+        return self.salt is not None and depth == self.salt_page and node.region is self.root.region
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What of a sequence was found.
+
+    Attributes:
+        nodes: the pages that hold it, in order; the last may agree only in part.
+        tokens: how many tokens agree.
+        page_size: of the pages.
+        windows: of each layer group: tokens a query sees, or `None`.
+    """
+
+    nodes: list[Node]
+    tokens: int
+    page_size: int
+    windows: tuple[int | None, ...]
+
+    def first_page(self, group: int, tokens: int) -> int:
+        """The first logical page that a query at position `tokens` sees in a group."""
+        window = self.windows[group]
+        return 0 if window is None else max(tokens - window + 1, 0) // self.page_size
+
+    def longest(self, limit: int) -> int:
+        """The most tokens, at most `limit`, after which a sequence can go on: every group has the
+        pages that the next token sees.
+        """
+        tokens = min(limit, self.tokens)
+        if all(window is None for window in self.windows):
+            return tokens
+        # Where the run of pages that a group has, up to and with each page, begins.
+        begins: list[list[int]] = []
+        for group, window in enumerate(self.windows):
+            start, starts = 0, []
+            for place, node in enumerate(self.nodes):
+                if node.pages[group] is None:
+                    start = place + 1
+                starts.append(start)
+            if window is not None:
+                begins.append(starts)
+        windowed = [group for group, window in enumerate(self.windows) if window is not None]
+        while tokens > 0:
+            last = -(-tokens // self.page_size) - 1
+            if all(
+                starts[last] <= self.first_page(group, tokens)
+                for group, starts in zip(windowed, begins, strict=True)
+            ):
+                return tokens
+            tokens = last * self.page_size
+        return 0
+
+
+class PrefixIndex:
+    """The trees of a cache, over the pages of its allocators (one a layer group).
+
+    Used under the cache's lock. Invariants:
+      1. A page in the tree is kept by its allocator (`depths`), and the other way round.
+      2. A node has a page in every group without a window, or is the start of a region.
+      3. A node without pages has children (groups with a window only).
+      4. Bytes under a node never change: pages in the tree are sealed or cached.
+    """
+
+    def __init__(
+        self, allocators: Sequence[PageAllocator], windows: Sequence[int | None], page_size: int
+    ) -> None:
+        self._allocators = tuple(allocators)
+        self._windows = tuple(windows)
+        self._whole = tuple(g for g, window in enumerate(windows) if window is None)
+        self._size = page_size
+        self._roots: weakref.WeakValueDictionary[bytes, Node] = weakref.WeakValueDictionary()
+        self._nodes: tuple[dict[int, Node], ...] = tuple({} for _ in allocators)  # by page
+        self.visited = 0
+        """Nodes that searches have looked at."""
+        self.evicted = 0
+        """Pages that went: memory was needed, or `clear` was called."""
+        for group, allocator in enumerate(allocators):
+            allocator.on_evict = functools.partial(self._evict, group)
+
+    def root(self, namespace: bytes, extra: bytes = b"") -> Node:
+        """The region of a namespace (and what else its bytes depend on)."""
+        name = len(namespace).to_bytes(8, "big") + namespace + extra
+        found = self._roots.get(name)
+        if found is None:
+            region = Region.of(namespace, extra)
+            found = self._roots[name] = Node(None, region, b"", region.first)
+        return found
+
+    def pages(self, group: int = 0) -> int:
+        """Pages of a group in the trees."""
+        return len(self._nodes[group])
+
+    # -- searching ---------------------------------------------------------------------------------
+
+    def find(self, trail: Trail, tokens: bytes, limit: int) -> Match:
+        """The longest prefix of encoded `tokens`, at most `limit` of them, that is in memory.
+
+        One dictionary access a page; no key is computed, nothing changes.
+        """
+        full = limit // self._size
+        nodes: list[Node] = []
+        turn = full if trail.salt is None else min(trail.salt_page, full)
+        node = self._walk(trail.root, tokens, turn, nodes)
+        if len(nodes) == turn and trail.enters(node, turn):
+            salted = node.salted(trail.salt or b"", make=False)
+            if salted is None:
+                return self._match(nodes, len(nodes) * self._size)
+            node = self._walk(salted, tokens, full, nodes)
+        width = self._size * TOKEN_BYTES
+        rest = tokens[len(nodes) * width : min(limit * TOKEN_BYTES, (len(nodes) + 1) * width)]
+        part = node.nearest(rest) if rest else None
+        if part is None:
+            return self._match(nodes, len(nodes) * self._size)
+        self.visited += 1
+        return self._match([*nodes, part[0]], len(nodes) * self._size + part[1])
+
+    def _walk(self, node: Node, tokens: bytes, full: int, nodes: list[Node]) -> Node:
+        """Follow full pages from `node` while they agree, up to `full` of them in `nodes`."""
+        width = self._size * TOKEN_BYTES
+        before = len(nodes)
+        for start in range(before * width, full * width, width):
+            child = node.children.get(tokens[start : start + width])
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+        self.visited += len(nodes) - before + 1
+        return node
+
+    def _match(self, nodes: list[Node], tokens: int) -> Match:
+        return Match(nodes, tokens, self._size, self._windows)
+
+    # -- entering and leaving ----------------------------------------------------------------------
+
+    def enter(self, trail: Trail, tokens: bytes, pages: Sequence[int | None]) -> Node | None:
+        """Put the next full page of a sequence into the tree, and move its trail on.
+
+        Args:
+            trail: of the sequence; it stands before this page.
+            tokens: the page's, encoded.
+            pages: its sealed page in each group; `None` in a group that has given it back.
+
+        Returns:
+            The node: its `pages` are those given, or those of the same tokens that were there
+            first, which the sequence should hold instead. `None`: the trail has been lost (the
+            page before was evicted), nothing entered.
+        """
+        before = trail.node
+        if trail.enters(before, before.depth):
+            before = before.salted(trail.salt or b"", make=True) or before
+        node = before.children.get(tokens)
+        if node is None:
+            if not before.reachable() or any(pages[g] is None for g in self._whole):
+                return None
+            node = Node(before, before.region, tokens, before.region.page_key(before.key, tokens))
+            node.pages = [None] * len(pages)
+            before.add(node)
+        for group, page in enumerate(pages):
+            if page is not None and node.pages[group] is None:
+                node.pages[group] = page
+                self._nodes[group][page] = node
+                self._allocators[group].keep(page, node.depth)
+        trail.node = node
+        return node
+
+    def clear(self) -> None:
+        """Free every cached page. Pages somebody holds stay in the tree."""
+        for allocator in self._allocators:
+            while allocator.evict_oldest():
+                pass
+
+    def _evict(self, group: int, page: int) -> None:
+        """A cached page goes: the node loses it, and its other pages if it is of no use without."""
+        node = self._nodes[group].pop(page)
+        node.pages[group] = None
+        self.evicted += 1
+        if group in self._whole:
+            for other, rest in enumerate(node.pages):
+                if rest is not None:
+                    del self._nodes[other][rest]
+                    node.pages[other] = None
+                    self._allocators[other].drop(rest)
+                    self.evicted += 1
+        self._prune(node)
+
+    def _prune(self, node: Node) -> None:
+        """Take a node without pages and children out, and those before it that it leaves so."""
+        while node.parent is not None and node.tokens:
+            if node.children or node.has_salts() or any(page is not None for page in node.pages):
+                return
+            parent = node.parent
+            parent.remove(node)
+            node = parent
+            if not node.tokens and node.parent is not None:  # the start of a salt's region
+                node = node.parent
+
+    # -- looking after itself ----------------------------------------------------------------------
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node that has a page, once."""
+        seen: set[int] = set()
+        for by_page in self._nodes:
+            for node in by_page.values():
+                if id(node) not in seen:
+                    seen.add(id(node))
+                    yield node
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` naming the first invariant that does not hold."""
+        for group, allocator in enumerate(self._allocators):
+            kept = set(np.flatnonzero(allocator.depths).tolist())
+            if kept != set(self._nodes[group]):
+                odd = sorted(kept ^ set(self._nodes[group]))
+                raise IntegrityError(
+                    f"group {group}: pages {odd[:8]} are kept and in no tree, or the reverse"
+                )
+            for page, node in self._nodes[group].items():
+                if node.pages[group] != page or allocator.states[page] in (FREE, OPEN):
+                    raise IntegrityError(
+                        f"group {group}, page {page}: in the tree as {node.pages[group]}, state "
+                        f"{allocator.states[page]}"
+                    )
+                if allocator.depths[page] != node.depth:
+                    raise IntegrityError(f"group {group}, page {page}: kept at another depth")
+        for node in self.nodes():
+            self._check_node(node)
+
+    def _check_node(self, node: Node) -> None:
+        parent = node.parent
+        if parent is None or parent.children.get(node.tokens) is not node or not node.attached:
+            raise IntegrityError(f"a page at depth {node.depth} can't be reached")
+        if parent.region.page_key(parent.key, node.tokens) != node.key:
+            raise IntegrityError(f"the page at depth {node.depth} has the key of other tokens")
+        if sorted(node.children) != node.ordered():
+            raise IntegrityError(f"the page at depth {node.depth}: its continuations are unsorted")
+        for group in self._whole:
+            page = node.pages[group]
+            if page is None:
+                raise IntegrityError(f"the page at depth {node.depth} lacks group {group}")
+            above = parent.pages[group] if parent.tokens else None
+            if above is None:
+                continue
+            states = self._allocators[group].states
+            if states[above] == CACHED and states[page] != CACHED:
+                raise IntegrityError(f"group {group}: page {page} is held, {above} before it not")
