@@ -94,7 +94,8 @@ class GroupRows:
         allocator = self.page_class.allocator
         try:
             for row, place, page in needs.copies:
-                growth.copies.append(Copy(row, place, page, int(allocator.alloc(1)[0])))
+                before = self.page_at(row, place - 1)  # the copy should continue its run
+                growth.copies.append(Copy(row, place, page, int(allocator.alloc(1, before)[0])))
             for row, count in needs.new:
                 held = self.table.held(row)
                 last = int(held[-1]) if len(held) else None

@@ -30,7 +30,9 @@ def make_pages(
 
 
 def make_table(rng, lengths, pages: LayerPages, total: int, style: str) -> torch.Tensor:
-    """Block tables: each row one run, runs of two, pages anywhere, or pages that rows share."""
+    """Block tables: each row one run, runs of two, pages anywhere, pages that all rows share, or a
+    tree: each row begins as one before it and goes on by itself.
+    """
     counts = [-(-n // pages.page_size) for n in lengths]
     width = max([*counts, 1])
     table = np.zeros((len(lengths), width), np.int64)
@@ -39,6 +41,11 @@ def make_table(rng, lengths, pages: LayerPages, total: int, style: str) -> torch
         for row, count in enumerate(counts):
             table[row, :count] = np.arange(start, start + count)
             start += width
+    elif style == "tree":
+        for row in range(len(lengths)):
+            table[row] = np.arange(row * width, (row + 1) * width)
+            common = int(rng.integers(0, width + 1))
+            table[row, :common] = table[int(rng.integers(0, row + 1)), :common]
     elif style == "shared":
         table[:, :] = rng.permutation(total)[:width]
     else:
@@ -67,7 +74,7 @@ def bound(exact: torch.Tensor, rounded: torch.Tensor, out: torch.Tensor) -> None
     assert error <= 4 * dtype_error + 2e-6, (error, dtype_error)
 
 
-STYLES = ("runs", "pairs", "anywhere", "shared")
+STYLES = ("runs", "pairs", "anywhere", "shared", "tree")
 
 
 @settings(max_examples=150, deadline=None)
@@ -103,6 +110,25 @@ def test_decode_equals_the_oracle(data):
     assert out.shape == exact.shape
     assert out.dtype == dtype
     bound(exact, exact.to(dtype), out)
+
+
+@pytest.mark.parametrize("layout", ["layer-major", "page-major"])
+def test_what_rows_share_is_read_once(layout):
+    """Three levels: all four rows, two pairs, each alone; one call for each piece."""
+    joined = layout == "layer-major"
+    table = np.array([[0, 1, 2, 3, 10], [0, 1, 2, 3, 12], [0, 1, 6, 7, 14], [0, 1, 6, 7, 16]])
+    plan = plan_decode(
+        table.astype(np.int32), np.array([70, 75, 79, 66]), page_size=16, step=1, joined=joined,
+        dtype=torch.float32,
+    )  # fmt: skip
+    found = [(t.start, t.tokens, t.rows.tolist()) for t in plan.trunks]
+    pages = [(0, [0, 1, 2, 3]), (2, [0, 1]), (6, [2, 3])]
+    if joined:
+        expected = [(start, 32, rows) for start, rows in pages]
+    else:
+        expected = [(start + i, 16, rows) for start, rows in pages for i in (0, 1)]
+    assert sorted(found) == sorted(expected)
+    assert sum(len(grid.owners) for grid in plan.grids) == 4
 
 
 @settings(max_examples=80, deadline=None)

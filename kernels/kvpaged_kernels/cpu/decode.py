@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_rows
-from kvpaged_kernels.cpu.plan import DecodePlan, cell_tokens
+from kvpaged_kernels.cpu.plan import DecodePlan, cell_tokens, trunk_tokens
 
 
 def paged_decode(
@@ -57,7 +57,29 @@ def _merged(
         outs.append(out)
         lses.append(lse)
         owners.append(grid.owners)
+    for trunk in plan.trunks:
+        k, v = trunk_tokens(k_pages, trunk), trunk_tokens(v_pages, trunk)
+        out, lse = _attend_trunk(queries[trunk.rows], k, v, scale, softcap)
+        outs.append(out)
+        lses.append(lse)
+        owners.append(trunk.rows)
     if not outs:
         shape = (*queries.shape[:3], v_pages.shape[3])
         return queries.new_zeros(shape), torch.full(shape[:3], -torch.inf)
     return merge_rows(plan.rows, outs, lses, owners)
+
+
+def _attend_trunk(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query a row over tokens that all rows see: one call, K and V read once.
+
+    - `q`: `[rows, heads, queries, k_dim]`, where `heads * queries` are the query heads in order;
+      `k`, `v`: `[1, kv_heads, tokens, dim]`. Returns as `attend_part` does, for `q`'s shape.
+    """
+    rows, kv_heads = q.shape[0], k.shape[1]
+    packed = q.flatten(1, 2).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+    out, lse = attend_part(packed.unsqueeze(0), k, v, scale=scale, softcap=softcap)
+    out = out.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
+    lse = lse.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
+    return out.unflatten(1, q.shape[1:3]), lse.unflatten(1, q.shape[1:3])

@@ -8,6 +8,10 @@ distances, so that one strided view, and hence one attention call, covers all of
 
 Cells that nobody asked about are holes: computed, and dropped. Tokens a row does not see within
 its cells (past its end, before its window) are masked.
+
+Pages that several rows hold are read once for all of them: a *trunk* is a run of pages with the
+same holders, whose queries go into one call. Rows that share a prefix, and their branches, form a
+tree of trunks with the rows' own parts as leaves.
 """
 
 import itertools
@@ -48,6 +52,14 @@ class Grid:
     bias: Tensor | None
 
 
+class Trunk(NamedTuple):
+    """`tokens` tokens from entry `start` on that all of `rows` (int64) see whole."""
+
+    start: int
+    tokens: int
+    rows: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """The calls of one decode step. `direct`: one grid, the rows in order, nothing to merge."""
@@ -55,6 +67,7 @@ class DecodePlan:
     rows: int
     grids: tuple[Grid, ...]
     direct: bool
+    trunks: tuple[Trunk, ...] = ()
 
     @property
     def has_lane(self) -> bool:
@@ -126,11 +139,21 @@ def plan_decode(
     inside = (columns >= first[:, None]) & (columns < last[:, None])
     row, page = np.nonzero(inside)
     entry = table[row, page].astype(np.int64)
+    trunks: tuple[Trunk, ...] = ()
+    if len(lengths) > 1 and len(row):
+        whole = ((page + 1) * page_size <= lengths[row]) & (page * page_size >= seen[row])
+        trunks, alone = _trunks(row, page, entry, whole, page_size, step if joined else None)
+        row, page, entry = row[alone], page[alone], entry[alone]
     if not len(row):
-        return DecodePlan(len(lengths), (), direct=False)
+        return DecodePlan(len(lengths), (), direct=False, trunks=trunks)
+    if trunks:
+        counts = np.bincount(row, minlength=len(lengths))
+        first[row[::-1]] = page[::-1]
     follows = np.empty(len(row), bool)  # does a page lie right after the page before it in its row?
     follows[0] = False
-    follows[1:] = (entry[1:] - entry[:-1] == step) & (row[1:] == row[:-1])
+    follows[1:] = (
+        (entry[1:] - entry[:-1] == step) & (row[1:] == row[:-1]) & (page[1:] - page[:-1] == 1)
+    )
     maker = _GridMaker(lengths, seen, page_size, step, dtype)
     breaks = int((~follows).sum())
     if joined and breaks == len(lengths) and (counts == counts[0]).all():
@@ -141,7 +164,8 @@ def plan_decode(
             rows = row[~follows][order]
             stride = int(gaps[0]) if len(gaps) else step
             grid = maker.make(starts[order], rows, first[rows], int(counts[0]), stride)
-            return DecodePlan(len(lengths), (grid,), direct=bool((order[:-1] < order[1:]).all()))
+            direct = not trunks and bool((order[:-1] < order[1:]).all())
+            return DecodePlan(len(lengths), (grid,), direct, trunks)
     grids = []
     join = PART_TOKENS // page_size if joined else 1
     if join > 1:
@@ -162,7 +186,48 @@ def plan_decode(
     else:
         rest = np.ones(len(row), bool)
     grids += maker.cut(entry[rest], row[rest], page[rest], 1, step)
-    return DecodePlan(len(lengths), tuple(grids), direct=False)
+    return DecodePlan(len(lengths), tuple(grids), direct=False, trunks=trunks)
+
+
+def _trunks(
+    row: Ints,
+    page: Ints,
+    entry: Ints,
+    whole: npt.NDArray[np.bool_],
+    page_size: int,
+    step: int | None,
+) -> tuple[tuple[Trunk, ...], npt.NDArray[np.bool_]]:
+    """Runs of pages that the same rows, more than one, see whole, and which parts are in none.
+
+    Parts are pages `entry` of rows `row`, the row's `page`-th. Pages whose entries are `step` apart
+    make one run; `step` None: no two do.
+    """
+    alone = np.ones(len(row), bool)
+    pages, held, count = np.unique(entry, return_inverse=True, return_counts=True)
+    if int(count.max()) < 2:
+        return (), alone
+    seen_whole = np.bincount(held, weights=whole) == count
+    shared = (count > 1) & seen_whole
+    # Holders of a page, told apart by the sum of a random number for each row.
+    mark = np.random.default_rng(0).integers(0, 2**62, int(row.max()) + 1, dtype=np.uint64)
+    holders = np.zeros(len(pages), np.uint64)
+    np.add.at(holders, held, mark[row])
+    place = np.zeros(len(pages), np.int64)
+    place[held] = page
+    chosen = np.flatnonzero(shared)
+    order = chosen[np.lexsort((place[chosen], holders[chosen]))]
+    follows = np.zeros(len(order), bool)
+    if step is not None:
+        follows[1:] = (
+            (np.diff(pages[order]) == step)
+            & (np.diff(place[order]) == 1)
+            & (holders[order][1:] == holders[order][:-1])
+        )
+    trunks = []
+    for run in np.split(order, np.flatnonzero(~follows))[1:]:
+        rows = np.sort(row[held == run[0]])
+        trunks.append(Trunk(int(pages[run[0]]), len(run) * page_size, torch.from_numpy(rows)))
+    return tuple(trunks), ~shared[held]
 
 
 class _GridMaker:
@@ -273,6 +338,17 @@ def _uniform(spans: list[RowSpan]) -> Uniform | None:
     if len(distances) > 1 or min(distances) < 0:
         return None
     return Uniform(len(spans), tokens, slots[0], distances.pop())
+
+
+def trunk_tokens(pages: Tensor, trunk: Trunk) -> Tensor:
+    """The tokens of a trunk, `[1, kv_heads, tokens, dim]`, as a view."""
+    stride_entry, stride_head, stride_slot, _ = pages.stride()
+    _, heads, _, dim = pages.shape
+    return pages.as_strided(
+        (1, heads, trunk.tokens, dim),
+        (0, stride_head, stride_slot, 1),
+        pages.storage_offset() + trunk.start * stride_entry,
+    )
 
 
 def cell_tokens(pages: Tensor, grid: Grid) -> Tensor:
