@@ -2,6 +2,7 @@
 # runs a target with an interpreter of yours instead, and installs nothing.
 #   TORCH_INDEX=<url>   take torch (only torch) from another index, e.g. PyTorch's CPU builds
 #   FULL=1              make bench: every point instead of the usual ones
+#   VLLM=<python>       make bench: an interpreter that has vLLM, to be measured beside
 #   PYTEST_ARGS=...     make test: more arguments for pytest
 
 SHELL := /bin/bash
@@ -58,9 +59,10 @@ format: $(READY)  ## let ruff format and fix what it can
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-bench: $(READY)  ## tokens/s, time to first token and KV memory beside Hugging Face's caches
+bench: $(READY)  ## tokens/s, first token, KV memory and shared prefixes, beside Hugging Face
 	$(RUN) -m benchmarks.host
 	$(RUN) -m benchmarks.generate $(if $(FULL),--full)
+	$(RUN) -m benchmarks.prefix $(if $(VLLM),--vllm $(VLLM))
 
 aot: $(READY)  ## compile every shipped kernel for real GPUs, without one
 	$(RUN) -m benchmarks.aot

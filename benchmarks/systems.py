@@ -7,7 +7,7 @@ by the one timer of `common`. `generate()` is never modified.
 import functools
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -125,26 +125,11 @@ def run_continuous(model: "PreTrainedModel", ids: torch.Tensor, new: int) -> Run
     goes in chunks of 2,048 tokens (128 and 512 were slower, 16 or 256 tokens a page no faster),
     prefix sharing is off because all rounds have the same prompts.
     """
-    from transformers import GenerationConfig
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
     batch, prompt = ids.shape
-    generation = GenerationConfig(
-        max_new_tokens=new,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=model.generation_config.pad_token_id,
-    )
-    settings = ContinuousBatchingConfig(
-        page_size=PAGE_SIZE,
-        num_blocks=batch * -(-(prompt + new) // PAGE_SIZE),
-        max_batch_tokens=max(2048, batch),
-        max_requests_per_batch=batch,
-        allow_block_sharing=False,
-    )
     prompts = ids.tolist()
-    with model.continuous_batching_context_manager(
-        generation_config=generation, continuous_batching_config=settings, warmup=False
+    blocks = batch * -(-(prompt + new) // PAGE_SIZE)
+    with continuous_manager(
+        model, new=new, blocks=blocks, requests=batch, sharing=False
     ) as manager:
         manager.add_requests([prompts[0][:1]], max_new_tokens=1)
         collect_results(manager, 1)
@@ -167,6 +152,34 @@ def run_continuous(model: "PreTrainedModel", ids: torch.Tensor, new: int) -> Run
     )
 
 
+def continuous_manager(
+    model: "PreTrainedModel", *, new: int, blocks: int, requests: int, sharing: bool
+) -> AbstractContextManager[Any]:
+    """Hugging Face's continuous batching over `blocks` pages, at most `requests` at a time, of
+    `new` tokens unless a request says otherwise.
+    """
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    generation = GenerationConfig(
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=model.generation_config.pad_token_id,
+    )
+    settings = ContinuousBatchingConfig(
+        page_size=PAGE_SIZE,
+        num_blocks=blocks,
+        max_batch_tokens=max(2048, requests),
+        max_requests_per_batch=requests,
+        allow_block_sharing=sharing,
+    )
+    manager: AbstractContextManager[Any] = model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=settings, warmup=False
+    )
+    return manager
+
+
 def collect_results(manager: Any, count: int) -> dict[str, Any]:
     """Wait for `count` finished requests of a continuous-batching manager, by request id."""
     results: dict[str, Any] = {}
@@ -182,7 +195,10 @@ def collect_results(manager: Any, count: int) -> dict[str, Any]:
 
 
 def run_paged(cache: Any, model: "PreTrainedModel", ids: torch.Tensor, new: int) -> Run:
-    """Ours: unmodified `generate()` over a session of the paged cache."""
+    """Ours: unmodified `generate()` over a session of the paged cache, which has forgotten what it
+    computed before: all rounds have the same prompts.
+    """
+    cache.clear()
     start = common.clock()
     with cache.session(ids, attention_mask=torch.ones_like(ids)) as past:
         run = generate_with(model, past, ids, new, start)
@@ -213,8 +229,8 @@ def runners(names: Sequence[str], stack: ExitStack) -> dict[str, Runner]:
     return made
 
 
-def load_model() -> "PreTrainedModel":
-    """SmolLM2 in bf16, which never stops by itself: every system generates to the last token."""
-    model, _ = models.load("smollm2", dtype=torch.bfloat16)
+def load_model(dtype: torch.dtype = torch.bfloat16) -> "PreTrainedModel":
+    """SmolLM2, which never stops by itself: every system generates to the last token."""
+    model, _ = models.load("smollm2", dtype=dtype)
     model.generation_config.eos_token_id = None
     return model

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import common, generate, host
+from benchmarks import common, generate, host, prefix
 from benchmarks.systems import SYSTEMS
 
 
@@ -30,14 +30,37 @@ def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
         assert point["systems"]["paged"]["kv_bytes"] == point["batch"] * 64 * 30 * 2 * 3 * 64 * 2
 
 
+def test_prefix_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
+    ours = "paged,dynamic,copied"
+    prefix.main(["--quick", "--systems", ours, "--dtype", "float32", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "prefix.json").read_text())
+    assert document["left_out"] == ["continuous", "vllm"]
+    assert out.index("ceiling") < out.index("warm / cold") < out.index("not run: HF continuous")
+    # Pages of 64: of a prefix of 100 tokens one is full, so 36 + 8 tokens a row are computed.
+    assert document["first_token"]["paged"]["computed_warm"] == 44
+    cases = document["shared"]["cases"]
+    assert {name: case["computed_tokens"] for name, case in cases.items()} == {
+        "paged": 88, "dynamic": 216, "copied": 16
+    }  # fmt: skip
+    assert all(case["tokens_as_dynamic"] == 1.0 for case in cases.values())
+    # Three pages for two rows: the shared one once.
+    assert cases["paged"]["kv_bytes"] == 3 * 64 * 30 * 2 * 3 * 64 * 4
+    assert cases["dynamic"]["kv_bytes"] == document["shared"]["kv_bytes_dense"]
+    assert document["chat"]["dynamic"]["computed_tokens"] == [10, 26]
+    assert document["chat"]["copied"]["computed_tokens"] == [10, 11]
+
+
 def test_host_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
     host.main(["--quick", "--out", str(tmp_path)])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(document["allocator"]) == {"1", "1024"}
     assert set(document["step"]) == {"1", "32", "256"}
+    assert set(document["prompt"]) == {"64", "16"}
     assert all(
         time > 0
-        for part in ("allocator", "step")
+        for part in ("allocator", "step", "prompt")
         for t in document[part].values()
         for time in t.values()
     )

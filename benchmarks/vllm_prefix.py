@@ -1,0 +1,85 @@
+"""vLLM as benchmarks.prefix drives it: requests as JSON lines on stdin, answers on stdout.
+
+Run by an interpreter that has vLLM, and nothing of this tree:
+
+    python vllm_prefix.py MODEL DTYPE LENGTH ROWS BLOCK
+
+A request is `{"prompts": [[ids]], "new": n, "reset": true}`: greedy, without an end of sequence,
+with an empty prefix cache if `reset`. The answer to it is one line:
+
+    {"total_s": ..., "first_s": ..., "cached": prompt tokens found, "tokens": [[ids]]}
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from importlib import import_module
+from typing import Any, TextIO
+
+MEMORY_GIB = 4
+
+
+def make_engine(folder: str, dtype: str, length: int, rows: int, block: int) -> Any:
+    """vLLM's engine in this process, on all cores, with automatic prefix caching."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its loop runs in `serve`
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(MEMORY_GIB))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    llm = import_module("vllm").LLM(
+        model=folder,
+        dtype=dtype,
+        max_model_len=length,
+        max_num_seqs=rows,
+        block_size=block,
+        enable_prefix_caching=True,
+    )
+    return llm.llm_engine
+
+
+def serve(engine: Any, number: int, request: dict[str, Any]) -> dict[str, Any]:
+    """Compute one request's prompts together."""
+    if request["reset"] and not engine.reset_prefix_cache():
+        raise RuntimeError("vLLM kept its prefix cache")
+    settings = import_module("vllm").SamplingParams(
+        temperature=0, max_tokens=request["new"], ignore_eos=True, detokenize=False
+    )
+    names = [f"{number}-{row}" for row in range(len(request["prompts"]))]
+    firsts: dict[str, float] = {}
+    done: dict[str, Any] = {}
+    start = time.perf_counter()
+    for name, ids in zip(names, request["prompts"], strict=True):
+        engine.add_request(name, {"prompt_token_ids": ids}, settings)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            firsts.setdefault(output.request_id, time.perf_counter())
+            if output.finished:
+                done[output.request_id] = output
+    end = time.perf_counter()
+    return {
+        "total_s": end - start,
+        "first_s": statistics.median(firsts.values()) - start,
+        "cached": sum(done[name].num_cached_tokens or 0 for name in names),
+        "tokens": [list(done[name].outputs[0].token_ids) for name in names],
+    }
+
+
+def main(answers: TextIO) -> None:
+    """Say what runs, then answer until stdin ends."""
+    folder, dtype, *sizes = sys.argv[1:]
+    engine = make_engine(folder, dtype, *map(int, sizes))
+    block = engine.vllm_config.cache_config.block_size
+    hello = {name: import_module(name).__version__ for name in ("vllm", "torch")}
+    print(json.dumps({**hello, "block_size": block}), file=answers, flush=True)
+    for number, line in enumerate(sys.stdin):
+        answer = serve(engine, number, json.loads(line))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    # vLLM logs to stdout: that goes to stderr, and answers keep what was stdout.
+    own = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    main(own)
