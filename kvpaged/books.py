@@ -83,6 +83,7 @@ class CacheBooks:
         groups = _as_groups(geometry, torch.device(device))
         self.config = _config(groups, memory, layout, backend, checksums)
         self._namespace = bytes(namespace)
+        self._epoch = 0
         self.groups = tuple(
             group.with_layout(self.config.layout_on(group.device.type), self.config.page_size)
             for group in groups
@@ -248,8 +249,12 @@ class CacheBooks:
             self.index.clear()
 
     def current_identity(self) -> object:
-        """What the namespace stands for now: equal things give equal pages."""
-        return self._namespace
+        """What the namespace stands for now: equal things give equal pages.
+
+        How often the namespace has changed: one that was left and taken up again is not what a
+        sequence began with, for it may have taken tokens meanwhile.
+        """
+        return self._epoch
 
     def is_identity(self, identity: object) -> bool:
         """Whether that is still so."""

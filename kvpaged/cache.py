@@ -174,7 +174,9 @@ class PagedKVCache(CacheBooks):
         elif namespace is None:
             raise UsageError("a cache of your own geometry is refreshed with a new namespace")
         else:
-            self._namespace = bytes(namespace)
+            with self.lock:
+                self._epoch += namespace != self._namespace
+                self._namespace = bytes(namespace)
 
     # -- in a loop of one's own --------------------------------------------------------------------
 

@@ -42,8 +42,8 @@ class TokenBatch(Batch):
                         length = match.longest(len(tokens) - 1)
                         self.attach(row, match, tokens[:length])
             self.reused = self.lengths.copy()
-            cache.count_reuse(self._trails, [len(tokens) for tokens in ids], self.reused.tolist())
             self._prepare([tokens[n:] for tokens, n in zip(ids, self.reused.tolist(), strict=True)])
+            cache.count_reuse(self._trails, [len(tokens) for tokens in ids], self.reused.tolist())
         except BaseException:
             self.close()
             raise
@@ -86,6 +86,19 @@ class TokenBatch(Batch):
         self.select([*range(rows), *[row] * n])
         return list(range(rows, rows + n))
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Become the sequences `rows` (indices; they may repeat or be left out), in that order;
+        tokens that wait to be computed are dropped.
+
+        Raises:
+            UsageError: no such row.
+        """
+        self.check_open()
+        self._chosen(rows)
+        if self._complete():
+            self._settle()
+        super().select(rows)
+
     def rewind(self, row: int, *, to: int) -> None:
         """Forget row `row`'s tokens from `to` on; tokens that wait to be computed are dropped on
         all rows.
@@ -93,9 +106,8 @@ class TokenBatch(Batch):
         Raises:
             UsageError: no such row, or see `Batch.rewind_all`.
         """
-        if self.step is not None and self._complete():
-            self.commit(self._pending)
-            self.publish()
+        if self._complete():
+            self._settle()
         if not 0 <= row < self.rows:
             raise UsageError(f"row {row} is not in 0..{self.rows - 1}")
         lengths = self.lengths.copy()

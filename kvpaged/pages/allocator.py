@@ -412,6 +412,8 @@ class PageAllocator:
         """Raise `IntegrityError` naming the first invariant that does not hold."""
         free = np.zeros(self.capacity, bool)
         for extent, mask in enumerate(self._masks):
+            if not mask:
+                continue
             first = self._first_page(extent)
             for bit in range(mask.bit_length()):
                 free[first + bit] = mask >> bit & 1
@@ -420,7 +422,7 @@ class PageAllocator:
                 if mask == self._full_mask(extent)
                 else self._in_partial[extent]
             )
-            if mask and not queued:
+            if not queued:
                 raise IntegrityError(
                     f"extent {extent} has free pages (mask {mask:b}) and is in no queue"
                 )
@@ -429,12 +431,12 @@ class PageAllocator:
                 f"{int(free.sum())} pages are marked free, the count says {self.free_pages}"
             )
         owned = np.zeros(self.capacity, bool)
+        in_use = (~free).reshape(-1, self.pages_per_frame).sum(1).tolist()
         for frame, used in self._used.items():
-            pages = slice(frame * self.pages_per_frame, (frame + 1) * self.pages_per_frame)
-            owned[pages] = True
-            if int((~free[pages]).sum()) != used:
+            owned[frame * self.pages_per_frame : (frame + 1) * self.pages_per_frame] = True
+            if in_use[frame] != used:
                 raise IntegrityError(
-                    f"frame {frame}: {int((~free[pages]).sum())} pages in use, count says {used}"
+                    f"frame {frame}: {in_use[frame]} pages in use, count says {used}"
                 )
         leased = np.zeros(self.capacity, bool)
         leased[list(self._leases)] = True

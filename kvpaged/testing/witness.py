@@ -1,0 +1,345 @@
+"""A cache, what its batches must hold, and everything that can be compared between the two."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvpaged.batch import Batch
+from kvpaged.cache import PagedKVCache
+from kvpaged.config import Layout
+from kvpaged.errors import OutOfPagesError
+from kvpaged.geometry import LayerGroup, PageGeometry
+from kvpaged.pages.allocator import CACHED, SEALED
+from kvpaged.pages.prefix import Node
+from kvpaged.testing.dense import DIM, LAYERS, PAGE, Found, Offers, Origin, Row, attention
+from kvpaged.token_batch import TokenBatch
+
+NAMESPACES = (b"one", b"two")
+DEEP = 64
+"""Steps between two checks of the checksums: bytes are compared after every one."""
+
+_SLOTS = np.arange(PAGE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A cache to drive.
+
+    Attributes:
+        layout: of its pages.
+        windows: of its groups; one alone has both layers, two have one each.
+        memory: bytes of the pool; a layer's part of a page takes 1 KiB.
+    """
+
+    layout: Layout
+    windows: tuple[int | None, ...]
+    memory: int
+
+    def make(self) -> PagedKVCache:
+        """The cache."""
+        each = LAYERS // len(self.windows)
+        geometry = PageGeometry(
+            layers=each, kv_heads=1, head_dim=DIM, page_size=PAGE, dtype=torch.float32
+        )
+        groups = [
+            LayerGroup(geometry=geometry, layers=tuple(range(n * each, (n + 1) * each)), window=w)
+            for n, w in enumerate(self.windows)
+        ]
+        name = NAMESPACES[0]
+        return PagedKVCache(groups, self.memory, namespace=name, layout=self.layout, backend="cpu")
+
+
+LAYOUTS: tuple[Layout, ...] = ("page-major", "layer-major")
+SHAPES = {
+    f"{name}, {layout}": Shape(layout=layout, windows=windows, memory=memory << 10)
+    for layout in LAYOUTS
+    for name, windows, memory in (
+        ("full", (None,), 72),
+        ("full and window", (None, 24), 72),
+        ("windows", (24, 40), 56),
+    )
+}
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A batch, and what its rows must be.
+
+    Attributes:
+        epoch: changes of the namespace before it began.
+        waiting: tokens of each row in a step that has begun.
+        new: what `Row.next` says of them, once they are computed.
+        dropped: pages of a dropped step may still be held.
+    """
+
+    batch: Batch
+    rows: list[Row]
+    epoch: int
+    waiting: list[list[int]] | None = None
+    new: list[tuple[list[int], np.ndarray]] | None = None
+    dropped: bool = False
+
+
+class Witness:
+    """A cache and a plain account of everything that holds pages of it. One thread.
+
+    Attributes:
+        cache: to be driven.
+        counts: what came of it, by name.
+    """
+
+    def __init__(self, shape: Shape, counts: Counter[str] | None = None) -> None:
+        self.cache = shape.make()
+        self.counts: Counter[str] = Counter() if counts is None else counts
+        self._windows = shape.windows
+        self._held: list[Held] = []
+        self._offers = Offers()
+        self._there: dict[bytes, list[int | None]] = {}
+        self._waits: dict[bytes, int] = {}  # cached pages, and the step in which they were let go
+        self._waited: set[bytes] = set()  # those of the step before
+        self._namespace, self._epoch, self._step = NAMESPACES[0], 0, 0
+        self._reuse: Counter[bytes | None] = Counter()
+        self._asked = self._evicted = 0
+        self._entries = [
+            c.entries(np.arange(c.allocator.capacity, dtype=np.int32)) for c in self.cache.classes
+        ]
+        self._views = [self._views_of(group) for group in range(len(shape.windows))]
+        each = LAYERS // len(shape.windows) * 2 * DIM
+        self._columns = [slice(n * each, (n + 1) * each) for n in range(len(shape.windows))]
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    def _compute(self, held: Held, *, attend: bool = False, count: bool = False) -> None:
+        """Keys and values of a step's tokens, and attention if asked; then count them, if asked."""
+        assert held.waiting is not None
+        step = held.batch.step
+        assert step is not None
+        pairs = list(zip(held.rows, held.waiting, strict=True))
+        held.new = [row.next(ids, self._namespace) for row, ids in pairs]
+        flat = np.concatenate([new for _, new in held.new])
+        assert held.batch.lengths.tolist() == [len(row.tokens) for row in held.rows]
+        states = torch.from_numpy(flat).view(-1, LAYERS, 2, 1, DIM)
+        for layer in range(LAYERS):
+            k, v = states[:, layer, 0], states[:, layer, 1]
+            if attend and len(k):
+                out = self.cache.attend(layer, k, k, v, held.batch, scale=1.0)
+                self._check_attention(held, layer, out[:, 0].numpy())
+            else:
+                held.batch.write(layer, k, v)
+                step.attended.add(layer)
+        self.counts["computed tokens"] += len(flat)
+        if not isinstance(held.batch, TokenBatch):
+            held.batch.commit([np.array(ids, np.int64) for ids in held.waiting])
+            held.batch.publish()
+            self._count(held)
+        elif count:
+            held.batch.commit_computed()
+            self._count(held)
+
+    def _count(self, held: Held) -> None:
+        """A step counts if it was computed; full pages are others' too, unless the namespace has
+        changed since the batch began.
+        """
+        if held.new is not None and held.waiting is not None:
+            for row, ids, new in zip(held.rows, held.waiting, held.new, strict=True):
+                row.add(ids, new)
+            due = any(r.shared and len(r.tokens) // PAGE > len(r.keys) for r in held.rows)
+            for row in held.rows:
+                row.shared = row.shared and not (due and held.epoch != self._epoch)
+                known = len(row.keys)
+                if row.shared:
+                    self._offers.add(row)
+                for key in row.keys[known:]:  # perhaps taken up, and let go in the same step
+                    self._waits.pop(key, None)
+        held.waiting = held.new = None
+
+    def _refused(self, error: OutOfPagesError, begins: Sequence[Found]) -> None:
+        """There was no room: rightly? `begins`: pages that were taken up for it, and let go."""
+        self.counts["out of pages"] += 1
+        assert (error.needed or 0) > (error.available or 0)
+        for found in begins:
+            for key in (*found.path, *found.nearest):
+                self._waits.pop(key, None)
+        if len(self._windows) == 1 and not begins:
+            allocator = self.cache.classes[0].allocator
+            assert error.available == int((allocator.refs == 0).sum())
+
+    # -- what is compared --------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare everything.
+
+        Raises:
+            AssertionError, IntegrityError: something is not as it must be.
+        """
+        self.cache.check_integrity(deep=self._step % DEEP == 0)
+        self._read_tree()
+        frames = 0
+        for group, page_class in enumerate(self.cache.classes):
+            pool = self._pool(group)
+            self._check_rows(group, pool)
+            self._check_tree(group, pool)
+            allocator = page_class.allocator
+            owned = allocator.pages_per_frame * len(allocator._used)
+            held = int((allocator.refs > 0).sum())
+            assert allocator.free_pages + allocator.cached_pages() + held == owned, "a page leaked"
+            frames += len(allocator._used)
+            if self._windows[group] is None:
+                self._check_order(group)
+        budget = self.cache.pools[0].frames
+        assert frames + len(budget.free_frames()) == budget.frames
+        counters = self.cache.counters
+        assert counters.reused == sum(self._reuse.values())
+        assert counters.asked == self._asked
+        self.counts["evicted pages"] += self.cache.index.evicted - self._evicted
+        self._evicted = self.cache.index.evicted
+
+    def _views_of(self, group: int) -> list[np.ndarray]:
+        """K and V of the group's layers, `[entries, slots, dim]` each, as words."""
+        return [
+            pages.numpy().view(np.uint32)[:, 0]
+            for layer in self.cache.classes[group].layers
+            for pages in (layer.k_pages, layer.v_pages)
+            if pages is not None
+        ]
+
+    def _pool(self, group: int) -> np.ndarray:
+        """The words of all pages of a group, `[pages, slots, columns]`."""
+        entries = self._entries[group]
+        return np.concatenate([view[entries] for view in self._views[group]], axis=2)
+
+    def _check_rows(self, group: int, pool: np.ndarray) -> None:
+        """Rows hold their tokens' bytes, in pages that are theirs, full ones sealed."""
+        allocator, columns = self.cache.classes[group].allocator, self._columns[group]
+        whole = any(window is None for window in self._windows)
+        slots, expected, full, all_pages = [], [], [], []
+        for held in self._held:
+            table = held.batch._groups[group].table
+            assert held.batch.rows == table.rows == len(held.rows)
+            waiting = held.waiting or [[]] * len(held.rows)
+            for number, (row, ids) in enumerate(zip(held.rows, waiting, strict=True)):
+                first, count = int(table.first[number]), int(table.count[number])
+                size = len(row.tokens)
+                need = -(-(size + len(ids)) // PAGE)
+                assert count == need or (held.dropped and count > need)
+                pages = table.pages[number, first:count]
+                slots.append(
+                    (pages[:, None] * PAGE + _SLOTS).ravel()[: max(size - first * PAGE, 0)]
+                )
+                expected.append(row.dense[first * PAGE :])
+                full.append(pages[: max(size // PAGE - first, 0)])
+                all_pages.append(pages)
+                if whole and row.keys:
+                    self._check_kept(group, row, pages.tolist(), first)
+            assert held.batch.lengths.tolist() == [len(row.tokens) for row in held.rows]
+        if not slots:
+            assert not allocator.refs.any()
+            return
+        found = pool.reshape(-1, pool.shape[2])[np.concatenate(slots)]
+        dense = np.concatenate(expected)[:, columns].view(np.uint32)
+        assert np.array_equal(found, dense), "a row holds other bytes than its tokens'"
+        assert (allocator.states[np.concatenate(full)] == SEALED).all()
+        refs = np.bincount(np.concatenate(all_pages), minlength=allocator.capacity)
+        assert np.array_equal(refs, allocator.refs), "references are not those of the rows"
+
+    def _check_kept(self, group: int, row: Row, pages: list[int], first: int) -> None:
+        """A row's offered pages are those that are kept, where nothing it held can have gone."""
+        for key, page in zip(row.keys[first:], pages, strict=False):
+            assert self._there[key][group] == page, "a row holds a copy of its own"
+
+    def _read_tree(self) -> None:
+        """The pages that are kept, by key: each was offered, and can be reached."""
+        there: dict[bytes, list[int | None]] = {}
+        for node in self.cache.index.nodes():
+            up: Node | None = node
+            while up is not None and up.key not in there:
+                assert up.reachable(), "a page that is kept can't be reached"
+                if up.tokens:
+                    assert up.key in self._offers.dense, "nobody offered this page"
+                    there[up.key] = up.pages
+                    for group, window in enumerate(self._windows):
+                        assert up.pages[group] is not None or window is not None, "a gap"
+                up = up.parent
+        self._there = there
+
+    def _check_tree(self, group: int, pool: np.ndarray) -> None:
+        """Kept pages hold what their tokens say; those that nobody holds are cached, no others."""
+        allocator = self.cache.classes[group].allocator
+        kept = np.zeros(allocator.capacity, bool)
+        have = [(k, page) for k, pages in self._there.items() if (page := pages[group]) is not None]
+        if have:
+            ids = [page for _, page in have]
+            kept[ids] = True
+            assert int(kept.sum()) == len(ids), "two places for one page"
+            dense = np.stack([self._offers.dense[key] for key, _ in have])
+            expected = dense[:, :, self._columns[group]].view(np.uint32)
+            assert np.array_equal(pool[ids], expected), "a kept page has other bytes"
+        cached = allocator.states == CACHED
+        assert np.array_equal(cached, kept & (allocator.refs == 0))
+
+    def _check_order(self, group: int) -> None:
+        """What was evicted had waited at least as long as what still waits."""
+        states = self.cache.classes[group].allocator.states
+        now = {k for k, pages in self._there.items() if states[pages[group] or 0] == CACHED}
+        gone = [step for key, step in self._waits.items() if key not in self._there]
+        stay = [step for key, step in self._waits.items() if key in now]
+        if gone and stay:
+            assert max(gone) <= min(stay), "a page went before one that had waited longer"
+        # A page that is not in `_waits` though it waited: when it was let go is not known.
+        self._waits = {
+            key: self._waits.get(key, self._step)
+            for key in now
+            if key in self._waits or key not in self._waited
+        }
+        self._waited = now
+
+    def _check_reused(self, reused: int, origin: Origin, prompt: list[int], found: Found) -> None:
+        """A row begins with the most that is there for it, and no more than was ever offered."""
+        ever = self._offers.find(origin, prompt[:-1], self._offers.dense)
+        assert reused <= ever.tokens < len(prompt), "found what nobody offered"
+        if not self.cache.index.evicted:
+            assert reused == ever.tokens, "what was offered, and never evicted, was not found"
+        if all(window is None for window in self._windows):
+            assert reused == found.tokens, "what is there was not found"
+        nearest: list[bytes | None] = [*found.nearest] or [None]
+        assert reused in {self._longest(found, key) for key in nearest}
+        self.counts["rows opened"] += 1
+        self.counts["hits"] += reused > 0
+        self.counts["hits within a page"] += reused % PAGE > 0
+        self.counts["reused tokens"] += reused
+
+    def _longest(self, found: Found, nearest: bytes | None) -> int:
+        """The most tokens after which a sequence can go on, the last page being `nearest`'s: every
+        group has what the next token sees.
+        """
+        pages = [self._there[key] for key in found.path]
+        if nearest is not None:
+            pages.append(self._there[nearest])
+
+        def goes_on(size: int) -> bool:
+            return all(
+                pages[page][group] is not None
+                for group, window in enumerate(self._windows)
+                for page in range(
+                    0 if window is None else max(size + 1 - window, 0) // PAGE, -(-size // PAGE)
+                )
+            )
+
+        return next(size for size in range(found.tokens, -1, -1) if goes_on(size))
+
+    def _check_attention(self, held: Held, layer: int, out: np.ndarray) -> None:
+        """Attention of a step is that over the dense rows."""
+        assert held.new is not None
+        window = self.cache.groups[self.cache.place_of(layer)[0]].window
+        start = 0
+        for row, (_, new) in zip(held.rows, held.new, strict=True):
+            both = np.concatenate((row.dense, new))[:, layer * 2 * DIM : (layer + 1) * 2 * DIM]
+            k, v = both[:, :DIM], both[:, DIM:]
+            expected = attention(k, v, k[len(row.tokens) :], window)
+            error = np.abs(out[start : start + len(new)] - expected).max(initial=0)
+            assert error < 1e-5, f"attention is off by {error}"
+            start += len(new)
+        self.counts["attended steps"] += 1
