@@ -311,13 +311,24 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         passes.clear()  # what an interrupt left: nothing is around the outermost model
     given = kwargs
     if args:
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = _by_name(inspect.signature(module.forward), args, kwargs)
     past = given.get("past_key_values")
     session = past if isinstance(past, ServedCache) else None
     nested = bool(passes) and session is not None and passes[-1].session is session
     if session is not None and not nested:
         session.enter(module, given)
     passes.append(Pass(module, session, owner=session is not None and not nested))
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, those the function takes by `**` too."""
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -9,8 +9,9 @@ Two questions, one dear and one cheap:
                   is published, and in each pass of a model with adapters
 
 A tensor's digest is kept as long as the tensor is the same and was not written to, so switching
-adapters digests nothing anew. Writes through `tensor.data` (and to tensors made in inference mode)
-leave no trace that torch shows: after those, call `PagedKVCache.refresh()`.
+adapters digests nothing anew. torch counts most writes; those it does not (fused optimizers, writes
+through `tensor.data`, tensors made in inference mode) show in a sample of the values of each
+tensor, unless they are to a few elements: after such, call `PagedKVCache.refresh()`.
 """
 
 import hashlib
@@ -41,6 +42,9 @@ NOT_BYTES = {
 """Entries of a config that no key or value depends on."""
 
 OURS = "kvpaged.integrations"
+
+SAMPLE = 8
+"""Values of each tensor that are looked at, spread over it."""
 
 
 class _Seen(NamedTuple):
@@ -92,7 +96,12 @@ class ModelIdentity:
         self._lock = threading.Lock()
         self._digests: dict[str, tuple[_Seen, bytes]] = {}
         self._seen: list[_Seen] = []
+        self._samples: list[Tensor] = []
+        """Views of some values of each tensor."""
+        self._values: list[Tensor] = []
+        """What they were when the digests were made."""
         self._others: tuple[Any, ...] = ()
+        self._adapted = False
         self.epoch = 0
         self.private: str | None = None
         """Why its pages must not serve others, or `None`."""
@@ -102,7 +111,7 @@ class ModelIdentity:
     @property
     def has_adapters(self) -> bool:
         """Whether adapter layers are in the model: they may be switched between any two passes."""
-        return bool(self._others) and bool(self._others[0])
+        return self._adapted
 
     def check(self) -> int:
         """The present epoch, after a look at the model."""
@@ -112,6 +121,9 @@ class ModelIdentity:
             if not same or not all(
                 seen.is_now(tensor) for seen, (_, tensor) in zip(self._seen, tensors, strict=True)
             ):
+                self._renew(tensors, others)
+            elif not all(map(torch.equal, self._values, _joined(self._samples))):
+                self._digests.clear()
                 self._renew(tensors, others)
             return self.epoch
 
@@ -136,6 +148,9 @@ class ModelIdentity:
         self._digests = {name: self._digests[name] for name, _ in tensors}
         self._seen = [self._digests[name][0] for name, _ in tensors]
         self._others = others
+        self._adapted = any(_is_adapter(module) for _, module in _modules("", self._model))
+        self._samples = [_sample(tensor) for _, tensor in tensors]
+        self._values = _joined(self._samples)
         self.namespace = self._digest(tensors, others)
 
     def _digest(self, tensors: list[tuple[str, Tensor]], others: tuple[Any, ...]) -> bytes:
@@ -188,7 +203,8 @@ def _look(model: nn.Module) -> tuple[list[tuple[str, Tensor]], tuple[Any, ...]]:
         for kept in (module._parameters, module._buffers):
             for key, tensor in kept.items():
                 if tensor is not None and not _moves(module, key):
-                    tensors.append((name + key, tensor))
+                    # A layer that was wrapped to take adapters is still the layer it was.
+                    tensors.append(((name + key).replace(".base_layer.", "."), tensor))
         if module._forward_hooks or module._forward_pre_hooks:
             for table in (module._forward_hooks, module._forward_pre_hooks):
                 hooks += [
@@ -196,8 +212,8 @@ def _look(model: nn.Module) -> tuple[list[tuple[str, Tensor]], tuple[Any, ...]]:
                     for number, hook in table.items()
                     if not getattr(hook, "__module__", "").startswith(OURS)
                 ]
-        if _is_adapter(module):
-            adapters.append((name, _adapter_state(module)))
+        if _is_adapter(module) and (state := _adapter_state(module)) is not None:
+            adapters.append((name, *state))
     return tensors, (tuple(adapters), tuple(hooks))
 
 
@@ -240,18 +256,45 @@ def _active(module: nn.Module) -> set[str]:
     return {active} if isinstance(active, str) else set(active)
 
 
-def _adapter_state(module: nn.Module) -> tuple[Any, ...]:
-    """What of an adapter layer is not a tensor."""
-    active = sorted(_active(module))
-    scaling = getattr(module, "scaling", {})
-    scales = [(name, scaling.get(name)) for name in active] if isinstance(scaling, dict) else []
+def _adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
+    """What of the adapters in use on a layer is not a tensor; `None`: it has none of them."""
+    active = _active(module)
+    kinds = getattr(type(module), "adapter_layer_names", ())
+    if kinds:
+        holders = [module._modules.get(kind) for kind in kinds]
+        here = [holder for holder in holders if holder is not None]
+        active &= {name for h in here for name in (*h._modules, *h._parameters, *h._buffers)}
     merged = tuple(getattr(module, "merged_adapters", ()))
-    return tuple(active), tuple(scales), merged
+    if not active and not merged:
+        return None
+    scaling = getattr(module, "scaling", {})
+    scales = scaling if isinstance(scaling, dict) else {}
+    return tuple(sorted((name, scales.get(name)) for name in active)), merged
 
 
 def _moves(module: nn.Module, buffer: str) -> bool:
     """Whether a buffer is rewritten by the forward pass itself: angles that follow the length."""
     return "inv_freq" in buffer and changes_with_length(module)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some values of a tensor, as a view of it as far as it has one: integers of their width."""
+    values = tensor.detach()
+    flat = values.view(-1) if values.is_contiguous() else values.reshape(-1)[:0]
+    if flat.dtype.is_complex or not flat.numel():
+        flat = flat[:0].to(torch.uint8)
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = flat.view(kinds[flat.element_size()])  # a NaN is not equal to itself
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+
+
+def _joined(samples: list[Tensor]) -> list[Tensor]:
+    """Samples by device and width, on the host."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for sample in samples:
+        alike.setdefault((sample.device, sample.dtype), []).append(sample)
+    with torch.no_grad():
+        return [torch.cat(some).cpu() for some in alike.values()]
 
 
 # -- bytes ----------------------------------------------------------------------------------------

@@ -222,6 +222,9 @@ class SessionCache(Cache, ServedCache):
             raise UsageError(f"the session has {self.batch.rows} rows, the forward pass {rows}")
         times = rows // self.batch.rows
         mask = given.get("attention_mask")
+        if self.reused and not self._begun and ids is not None and self._is_whole(ids, given):
+            self.rewind(0)
+            self.reused = 0
         pads = self.pads if self._pads_known else self._pads_of(mask, width)
         check_mask(mask, np.repeat(pads, times), self.columns, width)
         positions = given.get("position_ids")
@@ -234,6 +237,24 @@ class SessionCache(Cache, ServedCache):
         self._watch(given)
         self._ids = None if ids is None else ids.detach().clone()
         self._positions = None if positions is None else positions.detach().clone()
+
+    def _is_whole(self, ids: Tensor, given: dict[str, Any]) -> bool:
+        """Whether a first pass has the whole prompt, found or not: so does assisted generation, and
+        who feeds a model by hand may. Then all of it is computed.
+        """
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        rows, columns = self._prompt.shape
+        width = ids.shape[1]
+        if width < columns:
+            return False
+        if isinstance(mask, Tensor) and mask.shape[-1] != width:
+            return False
+        if mask is None and isinstance(positions, Tensor) and int(positions.max()) != width - 1:
+            return False
+        times = len(ids) // rows
+        same = to_host(ids[:, :columns]) == np.repeat(self._prompt, times, axis=0)
+        padded = np.arange(columns) < np.repeat(self.pads, times)[:, None]
+        return bool((same | padded).all())
 
     def _begin(self, pads: Ids, times: int, width: int, device: torch.device) -> None:
         """Take a step's pages, `times` rows for each row; as before if there is no room."""

@@ -208,9 +208,9 @@ def test_out_of_pages_in_the_middle_of_a_generation():
         prompt = ids(1, 30)
         other = cache.session(prompt)
         first = generate(model, other, prompt, max_new_tokens=10)
-        with cache.session(prompt) as past:
+        with cache.session(ids(1, 30, 9)) as past:
             with pytest.raises(OutOfPagesError, match="out of pages: 1 new tokens in 1 sequences"):
-                generate(model, past, prompt, max_new_tokens=200)
+                generate(model, past, ids(1, 30, 9), max_new_tokens=200)
             assert past.get_seq_length() == 7 * 16
             cache.check_integrity()
         assert cache.stats().used == 3 * page, "all its pages are back"
