@@ -21,17 +21,22 @@ QUESTIONS = (
     "Explain in one sentence why the sky is blue.",
     "Write two lines of a poem about memory.",
 )
+SYSTEM_TOKENS = 600
+"""About how long the system prompt is that all questions share: text of Python's own manual."""
 INDENT = "      "
 PAGE_SIZE = 16  # short chats: less is empty at the end of a row than with the default of 64
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One generated answer: its token ids, and when they came (seconds after the call)."""
+    """One generated answer: its token ids, when they came (seconds after the call), and how much of
+    its prompt was in the cache.
+    """
 
     tokens: list[int]
     first_s: float
     total_s: float
+    reused: int = 0
 
 
 class Printer:
@@ -93,6 +98,7 @@ def answer(
     """One answer by unmodified `generate()`, and the cache that it filled."""
     printer = Printer(tokenizer, show=show)
     past = open_cache()
+    reused = past.get_seq_length()
     model.generate(
         **prompt,
         past_key_values=past,
@@ -101,7 +107,15 @@ def answer(
         streamer=printer,
     )
     first_s, total_s = printer.first - printer.start, printer.last - printer.start
-    return Answer(printer.tokens, first_s, total_s), past
+    return Answer(printer.tokens, first_s, total_s, reused), past
+
+
+def system_prompt(tokenizer: Any) -> str:
+    """A long instruction, as assistants have: what they are, and pages of text to go by."""
+    from pydoc_data.topics import topics
+
+    manual = tokenizer(str(topics["strings"]))["input_ids"][:SYSTEM_TOKENS]
+    return f"You are a helpful assistant. You know Python:\n{tokenizer.decode(manual)}"
 
 
 def rate(answers: list[Answer]) -> str:
@@ -154,12 +168,20 @@ class Side:
 
 
 def ask_both(
-    model: Any, tokenizer: Any, questions: Sequence[str], ours: Side, theirs: Side, new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[str],
+    ours: Side,
+    theirs: Side,
+    *,
+    new_tokens: int,
+    forget: Callable[[], object],
 ) -> None:
-    """Ask every question of both sides, and print ours as it comes."""
+    """Ask every question of both sides, and print ours as it comes; `forget` empties our cache."""
+    system = system_prompt(tokenizer)
     for number, question in enumerate(questions, 1):
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
+            [{"role": "system", "content": system}, {"role": "user", "content": question}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
@@ -169,17 +191,22 @@ def ask_both(
                 warm = functools.partial(side.open, prompt)
                 _, past = answer(model, tokenizer, prompt, warm, new_tokens=2, show=False)
             past.close()
+            forget()
         print(textwrap.fill(f"{number}/{len(questions)}   {question}", 88))
         ours.ask(model, tokenizer, prompt, new_tokens=new_tokens, show=True)
         theirs.ask(model, tokenizer, prompt, new_tokens=new_tokens, show=False)
         same = agreement(ours.answers[-1].tokens, theirs.answers[-1].tokens)
-        print(f"{INDENT}[DynamicCache: {same}]\n", flush=True)
+        mine, peer = ours.answers[-1], theirs.answers[-1]
+        print(
+            f"{INDENT}[{mine.reused} of {prompt['input_ids'].shape[1]} prompt tokens were there: "
+            f"first after {mine.first_s * 1e3:.0f} ms, DynamicCache {peer.first_s * 1e3:.0f}]\n"
+            f"{INDENT}[DynamicCache: {same}]\n",
+            flush=True,
+        )
 
 
-def comparison(ours: Side, theirs: Side) -> str:
-    """The figures of both sides, over all answers."""
-    held = sum(session.memory_bytes() for session in ours.filled)
-    pages = sum(session.pages() for session in ours.filled)
+def comparison(ours: Side, theirs: Side, *, held: int, pages: int) -> str:
+    """The figures of both sides, over all answers; ours hold `pages` pages, shared ones once."""
     held_by_peer = sum(
         layer.keys.nbytes + layer.values.nbytes for past in theirs.filled for layer in past.layers
     )
@@ -227,8 +254,13 @@ def main() -> None:
 
         ours, theirs = Side(paged), Side(lambda prompt: DynamicCache(config=model.config))
         questions = QUESTIONS[: arguments.questions]
-        ask_both(model, tokenizer, questions, ours, theirs, arguments.new_tokens)
-        print(comparison(ours, theirs))
+        ask_both(
+            model, tokenizer, questions, ours, theirs,
+            new_tokens=arguments.new_tokens, forget=cache.clear,
+        )  # fmt: skip
+        group = cache.stats().groups[0]
+        pages = group.open_pages + group.sealed_pages
+        print(comparison(ours, theirs, held=pages * group.page_bytes, pages=pages))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ EXAMPLES = common.ROOT / "examples"
 # File: the arguments that make it short, and what its output must contain, in this order.
 EXPECTED = {
     "demo.py": (
-        ["--new-tokens", "12", "--questions", "1"],
+        ["--new-tokens", "12", "--questions", "2"],
         [
-            r"1/1 .*France",
+            r"1/2 .*France",
             r"Paris",
-            r"\[DynamicCache: the same 12 tokens\]",
+            r"\[0 of \d+ prompt tokens were there",
+            r"\[DynamicCache: the same \d+ tokens\]",
+            r"\[[1-9]\d+ of \d+ prompt tokens were there",
             r"tokens/s +[\d.]+ +[\d.]+",
         ],
     ),
