@@ -84,7 +84,7 @@ def test_any_history(name):
 def test_a_long_history(name):
     """Long enough for pages to be evicted, and for memory to run out, again and again."""
     counts: Counter[str] = Counter()
-    drive(SHAPES[name], 20 * DEEP, 1, counts)
+    drive(SHAPES[name], 30 * DEEP, list(SHAPES).index(name), counts)
     assert counts["evicted pages"] > 100
     assert counts["out of pages"] > 10
     assert counts["hits"] > 50

@@ -27,11 +27,11 @@ SALT_FROM = (0, 5, 16, 20, 32, 50)
 
 RULES: dict[str, tuple[int, dict[str, int]]] = {
     "open": (10, {"path": 9, "length": 19, "rows": 2, "salt": 4, "start": 5, "how": 7}),
-    "extend": (12, {"pick": 4, "count": 40, "path": 9, "how": 15}),
+    "extend": (12, {"pick": 4, "count": 60, "path": 9, "how": 15}),
     "decode": (30, {"pick": 4, "path": 9, "how": 15}),
     "fork": (6, {"pick": 4, "row": 3}),
     "branch": (3, {"pick": 4, "row": 3, "n": 2}),
-    "spawn": (3, {"pick": 4, "row": 3, "more": 1}),
+    "spawn": (6, {"pick": 4, "row": 3, "more": 1}),
     "rewind": (14, {"pick": 4, "row": 3, "back": 60}),
     "select": (8, {"pick": 4, "count": 3, "rows": 255}),
     "drop": (4, {"pick": 4, "count": 40, "how": 3}),
@@ -107,7 +107,7 @@ class Histories(Witness):
         is left waiting.
         """
         if (held := self._picked(pick)) is not None:
-            counts = [(count + 9 * r * (how & 1)) % 41 for r in range(len(held.rows))]
+            counts = [(count + 9 * r * (how & 1)) % 61 for r in range(len(held.rows))]
             begun = self._begin(held, self._ids(held, counts, path))
             if begun and (how < 14 or not isinstance(held.batch, TokenBatch)):
                 self._compute(held, attend=how % 4 == 3, count=bool(how & 4))

@@ -100,6 +100,7 @@ class Witness:
         self._there: dict[bytes, list[int | None]] = {}
         self._waits: dict[bytes, int] = {}  # cached pages, and the step in which they were let go
         self._waited: set[bytes] = set()  # those of the step before
+        self._fresh: list[bytes] = []  # pages offered in this step
         self._namespace, self._epoch, self._step = NAMESPACES[0], 0, 0
         self._reuse: Counter[bytes | None] = Counter()
         self._asked = self._evicted = 0
@@ -132,7 +133,12 @@ class Witness:
                 step.attended.add(layer)
         self.counts["computed tokens"] += len(flat)
         if not isinstance(held.batch, TokenBatch):
-            held.batch.commit([np.array(ids, np.int64) for ids in held.waiting])
+            ids_of = [np.array(ids, np.int64) for ids in held.waiting]
+            held.batch.commit(ids_of if count else None)
+            if not count:  # a session on a GPU knows the ids of a pass only after the next
+                held.batch.publish()
+                for log, ids in zip(held.batch.logs, ids_of, strict=True):
+                    log.extend(ids)
             held.batch.publish()
             self._count(held)
         elif count:
@@ -154,6 +160,7 @@ class Witness:
                     self._offers.add(row)
                 for key in row.keys[known:]:  # perhaps taken up, and let go in the same step
                     self._waits.pop(key, None)
+                self._fresh += row.keys[known:]
         held.waiting = held.new = None
 
     def _refused(self, error: OutOfPagesError, begins: Sequence[Found]) -> None:
@@ -194,8 +201,12 @@ class Witness:
         counters = self.cache.counters
         assert counters.reused == sum(self._reuse.values())
         assert counters.asked == self._asked
-        self.counts["evicted pages"] += self.cache.index.evicted - self._evicted
-        self._evicted = self.cache.index.evicted
+        evicted, self._evicted = self._evicted, self.cache.index.evicted
+        self.counts["evicted pages"] += self._evicted - evicted
+        if None in self._windows and evicted == self._evicted:  # else gone again
+            for key in self._fresh:
+                assert None not in self._there[key], "a full page was not kept"
+        self._fresh.clear()
 
     def _views_of(self, group: int) -> list[np.ndarray]:
         """K and V of the group's layers, `[entries, slots, dim]` each, as words."""
@@ -214,7 +225,8 @@ class Witness:
     def _check_rows(self, group: int, pool: np.ndarray) -> None:
         """Rows hold their tokens' bytes, in pages that are theirs, full ones sealed."""
         allocator, columns = self.cache.classes[group].allocator, self._columns[group]
-        whole = any(window is None for window in self._windows)
+        window = self._windows[group]
+        whole = None in self._windows
         slots, expected, full, all_pages = [], [], [], []
         for held in self._held:
             table = held.batch._groups[group].table
@@ -225,6 +237,8 @@ class Witness:
                 size = len(row.tokens)
                 need = -(-(size + len(ids)) // PAGE)
                 assert count == need or (held.dropped and count > need)
+                if window is not None:
+                    assert first <= max(size + 1 - window, 0) // PAGE, "the next token sees more"
                 pages = table.pages[number, first:count]
                 slots.append(
                     (pages[:, None] * PAGE + _SLOTS).ravel()[: max(size - first * PAGE, 0)]
