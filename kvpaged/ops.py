@@ -288,7 +288,7 @@ def decode_lane(pages: LayerPages, plan: DecodePlan) -> Lane | None:
 
 def prefill_lane(pages: LayerPages, plan: SpanPlan) -> Lane | None:
     """The same for rows that are nothing but new tokens."""
-    if plan.uniform is None or pages.v_pages is None:
+    if plan.uniform is None or plan.trunks or pages.v_pages is None:
         return None
     return cpu_lane.prefill_lane(pages.k_pages, pages.v_pages, plan.uniform)
 

@@ -99,7 +99,9 @@ class RowSpan(NamedTuple):
 
 
 class Uniform(NamedTuple):
-    """Rows without a history, of `tokens` each, one run each, `distance` slots apart: one call."""
+    """Rows of `tokens` new tokens each, one run each, `distance` slots apart: one call. What they
+    have before those is in trunks.
+    """
 
     rows: int
     tokens: int
@@ -108,10 +110,15 @@ class Uniform(NamedTuple):
 
 
 class SpanPlan(NamedTuple):
-    """Where a step's ragged queries read and write; `uniform` says the same where it is simple."""
+    """Where a step's ragged queries read and write; `uniform` says the same where it is simple.
+
+    Runs leave out what `trunks` have; `trunk_queries`: the queries of each trunk's rows, int64.
+    """
 
     rows: tuple[RowSpan, ...]
     uniform: Uniform | None
+    trunks: tuple[Trunk, ...] = ()
+    trunk_queries: tuple[Tensor, ...] = ()
 
 
 def plan_decode(
@@ -302,33 +309,71 @@ def plan_spans(
     - `table`, `lengths`, `page_size`, `step`, `joined`, `window`: as in `plan_decode`.
     - `cu_q`: int64 `[rows + 1]`; row `i`'s queries are `[cu_q[i], cu_q[i + 1])`.
     """
+    starts = lengths - np.diff(cu_q)
+    trunks, alone = _history_trunks(
+        table, starts, cu_q, page_size, step if joined else None, window
+    )
     spans = []
     for row, length in enumerate(lengths.tolist()):
         q_first, q_last = int(cu_q[row]), int(cu_q[row + 1])
-        start = length - (q_last - q_first)
-        low = 0 if window is None else max(0, start - window + 1)
-        first, last = low // page_size, -(-length // page_size)
-        entry = table[row, first:last].astype(np.int64)
-        cuts = np.diff(entry) != step if joined else np.ones(max(len(entry) - 1, 0), bool)
+        low = 0 if window is None else max(0, int(starts[row]) - window + 1)
+        page = np.arange(low // page_size, -(-length // page_size))
+        if trunks:
+            page = page[alone[row, page]]
+        entry = table[row, page].astype(np.int64)
+        cuts = np.diff(page) != 1
+        cuts |= np.diff(entry) != step if joined else True
         bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(entry)]
         runs = tuple(
             Run(
-                (first + a) * page_size,
-                min((first + b) * page_size, length),
+                int(page[a]) * page_size,
+                min((int(page[b - 1]) + 1) * page_size, length),
                 int(entry[a]) * page_size,
             )
             for a, b in itertools.pairwise(bounds)
             if b > a
         )
         spans.append(RowSpan(q_first, q_last, length, runs))
-    return SpanPlan(tuple(spans), _uniform(spans) if joined else None)
+    queries = tuple(
+        torch.cat([torch.arange(*cu_q[row : row + 2].tolist()) for row in trunk.rows.tolist()])
+        for trunk in trunks
+    )
+    return SpanPlan(tuple(spans), _uniform(spans) if joined else None, trunks, queries)
+
+
+def _history_trunks(
+    table: npt.NDArray[np.int32],
+    starts: Ints,
+    cu_q: Ints,
+    page_size: int,
+    step: int | None,
+    window: int | None,
+) -> tuple[tuple[Trunk, ...], npt.NDArray[np.bool_]]:
+    """Trunks among the pages before each row's new tokens, and which of `table` are in none.
+
+    `starts`: tokens before the new ones, int64 `[rows]`. Rows without new tokens take no part, nor
+    does anything under a window, which each query sees from elsewhere on.
+    """
+    alone = np.ones(table.shape, bool)
+    full = np.where(np.diff(cu_q) > 0, starts // page_size, 0)
+    if window is not None or int((full > 0).sum()) < 2:
+        return (), alone
+    row, page = np.nonzero(np.arange(table.shape[1]) < full[:, None])
+    entry = table[row, page].astype(np.int64)
+    trunks, apart = _trunks(row, page, entry, np.ones(len(row), bool), page_size, step)
+    alone[row, page] = apart
+    return trunks, alone
 
 
 def _uniform(spans: list[RowSpan]) -> Uniform | None:
-    """What all rows have in common, if they are alike, without a history and regularly placed."""
-    tokens = spans[0].length
+    """What all rows have in common, if they are alike, regularly placed, and have nothing before
+    their new tokens that is not in a trunk.
+    """
+    tokens = spans[0].q_last - spans[0].q_first
     alike = all(
-        span.length == tokens == span.q_last - span.q_first and len(span.runs) == 1
+        tokens == span.q_last - span.q_first
+        and len(span.runs) == 1
+        and span.runs[0].first == span.length - tokens
         for span in spans
     )
     if not alike or not tokens:

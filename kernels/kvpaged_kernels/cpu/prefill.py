@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_pair
-from kvpaged_kernels.cpu.plan import RowSpan, Run, SpanPlan, uniform_tokens
+from kvpaged_kernels.cpu.plan import (
+    RowSpan,
+    Run,
+    SpanPlan,
+    Trunk,
+    Uniform,
+    trunk_tokens,
+    uniform_tokens,
+)
 
 WINDOW_BLOCK = 256
 """Queries of one masked call where a window cuts into the history."""
@@ -42,11 +50,15 @@ def paged_prefill(
     `plan` stands for the block table, the lengths and `cu_q`; the new tokens are in the pages.
     """
     head_sinks = None if sinks is None else sinks.unsqueeze(-1)
+    if plan.trunks:
+        part = _own_parts(q, k_pages, v_pages, plan, scale, softcap)
+        for trunk, queries in zip(plan.trunks, plan.trunk_queries, strict=True):
+            _merge_trunk(part, q, k_pages, v_pages, trunk, queries, scale, softcap)
+        out = part[0] if sinks is None else apply_sinks(*part, sinks)
+        return out.to(q.dtype)
     uniform = plan.uniform
     if uniform is not None and (window is None or uniform.tokens <= window):
-        k, v = (uniform_tokens(pages, uniform) for pages in (k_pages, v_pages))
-        queries = q.unflatten(0, (uniform.rows, uniform.tokens)).transpose(1, 2)
-        part = attend_part(queries, k, v, scale=scale, softcap=softcap, causal=True)
+        part = _uniform_part(q, k_pages, v_pages, uniform, scale, softcap)
         out = part[0] if head_sinks is None else apply_sinks(*part, head_sinks)
         return out.transpose(1, 2).flatten(0, 1).to(q.dtype)
     result = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[3])
@@ -67,6 +79,67 @@ def paged_prefill(
             out = part[0] if head_sinks is None else apply_sinks(*part, head_sinks)
             result[a:b] = out.squeeze(0).transpose(0, 1)
     return result
+
+
+def _uniform_part(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    uniform: Uniform,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """New tokens over one another, all rows in one call: `[rows, heads, tokens, dim]`."""
+    k, v = (uniform_tokens(pages, uniform) for pages in (k_pages, v_pages))
+    queries = q.unflatten(0, (uniform.rows, uniform.tokens)).transpose(1, 2)
+    return attend_part(queries, k, v, scale=scale, softcap=softcap, causal=True)
+
+
+def _own_parts(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: SpanPlan,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Each row's queries over what only it has: fp32 `[tokens, heads, dim]`, `[tokens, heads]`."""
+    if plan.uniform is not None:
+        out, lse = _uniform_part(q, k_pages, v_pages, plan.uniform, scale, softcap)
+        return out.transpose(1, 2).flatten(0, 1).float(), lse.transpose(1, 2).flatten(0, 1)
+    outs = torch.zeros(q.shape[0], q.shape[1], v_pages.shape[3])
+    lses = torch.empty(q.shape[:2])
+    for span in plan.rows:
+        if span.q_last == span.q_first:
+            continue
+        queries = q[span.q_first : span.q_last].transpose(0, 1).unsqueeze(0)
+        start = span.length - (span.q_last - span.q_first)
+        out, lse = _causal(queries, start, k_pages, v_pages, span.runs, scale, softcap)
+        outs[span.q_first : span.q_last] = out.squeeze(0).transpose(0, 1)
+        lses[span.q_first : span.q_last] = lse.squeeze(0).transpose(0, 1)
+    return outs, lses
+
+
+def _merge_trunk(
+    part: tuple[Tensor, Tensor],
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    trunk: Trunk,
+    queries: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Add to `part` (as `_own_parts` gives it) what `queries` see of a trunk: all of it, one
+    call.
+    """
+    k, v = trunk_tokens(k_pages, trunk), trunk_tokens(v_pages, trunk)
+    mine = q[queries].transpose(0, 1).unsqueeze(0)
+    out, lse = (
+        x.squeeze(0).transpose(0, 1) for x in attend_part(mine, k, v, scale=scale, softcap=softcap)
+    )
+    merged = merge_pair((part[0][queries], part[1][queries]), (out, lse))
+    part[0][queries], part[1][queries] = merged
 
 
 def _causal(
