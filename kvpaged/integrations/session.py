@@ -1,0 +1,456 @@
+"""A session: prompts and what is generated after them, as a `transformers.Cache` over pages."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvpaged.batch import Batch
+from kvpaged.books import CacheBooks
+from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
+from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag
+from kvpaged.integrations.layer import SessionLayer
+from kvpaged.integrations.prompts import (
+    check_mask,
+    check_not_again,
+    check_prompt,
+    left_pads,
+    own_positions,
+    to_host,
+)
+from kvpaged.tokens import Ids
+from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
+
+PLAIN = {
+    "attention_mask", "cache_position", "input_ids", "inputs_embeds", "labels", "logits_to_keep",
+    "output_attentions", "output_hidden_states", "past_key_values", "position_ids", "return_dict",
+    "use_cache",
+}  # fmt: skip
+"""Arguments of a forward pass that a token's keys do not depend on, or that are looked at."""
+
+
+class SessionCache(Cache, ServedCache):
+    """Some prompts and what is generated after them, as a `transformers.Cache` over pages.
+
+    A context manager; one thread at a time. A session that holds the whole of a prompt must not be
+    given to `generate()` with that prompt again: transformers then feeds all of it once more (a
+    `UsageError` says so where positions show it); crop its last token first. Rows are padded on the
+    left only, and pads take no pages: row `r` holds tokens `columns - pads[r]` once its prompt has
+    begun. Beams and several returned sequences multiply its rows by themselves: a step with `n`
+    times as many rows shares each row's pages `n` ways.
+
+    Attributes:
+        columns: token columns held, pads included: what transformers calls the sequence length.
+        reused: columns that were in the cache when the session began. transformers computes the
+            same columns for all rows, so it is the least of (pads + tokens found) over the rows,
+            and at most the columns of the prompt but one.
+        batch: the rows and their pages.
+    """
+
+    def __init__(
+        self,
+        cache: CacheBooks,
+        preparation: Preparation,
+        batch: Batch,
+        *,
+        prompt: Ids,
+        pads: Ids,
+        columns: int,
+        regime: bytes | None,
+    ) -> None:
+        """See `open_session`. `prompt`: ids `[rows, columns]`; `columns`: those the batch holds
+        already; `regime`: of its passes (`LengthRule`).
+        """
+        self._cache = cache
+        self._preparation = preparation
+        self._prompt = prompt
+        self.pads = pads
+        self.columns = self.reused = columns
+        self._regime = regime
+        self._begun = False
+        self._pads_known = True
+        self.batch = batch
+        self._width = 0
+        self._take: Tensor | None = None
+        self._ids: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._unlogged: list[tuple[Tensor | None, Tensor | None, Ids, Ids]] = []
+        self._lanes: dict[int, Lane] | None = None
+        self._windows = {layer: group.window for group in cache.groups for layer in group.layers}
+        layers = [SessionLayer(self, i, self._windows.get(i)) for i in range(max(cache.layers) + 1)]
+        super().__init__(layers=layers)
+
+    # -- for its user ------------------------------------------------------------------------------
+
+    def __enter__(self) -> "SessionCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the pages back; full ones wait in the cache for the next that begins so. Closing
+        twice is nothing; any other use afterwards is a `UsageError`.
+        """
+        if not self.batch.closed and not self._cache.closed:
+            self._write_logs()
+            self.batch.publish()
+        self.batch.close()
+
+    @property
+    def private(self) -> str | None:
+        """Why nothing more of it is kept for others, or `None`."""
+        return self.batch.private
+
+    def branch(self, n: int) -> "list[SessionCache]":
+        """`n` new sessions that go on from where this one is, each by itself, sharing its pages.
+
+        Raises:
+            UsageError: `n` is below 1, or a forward pass is running.
+        """
+        if n < 1:
+            raise UsageError(f"a session branches into at least 1 more, got {n}")
+        self._write_logs()
+        return [self._branched() for _ in range(n)]
+
+    def fork(self) -> "SessionCache":
+        """`branch(1)`, the one session."""
+        return self.branch(1)[0]
+
+    def _branched(self) -> "SessionCache":
+        other = SessionCache(
+            self._cache,
+            self._preparation,
+            self.batch.spawn(range(self.batch.rows)),
+            prompt=self._prompt[:, : self.columns],
+            pads=self.pads.copy(),
+            columns=self.columns,
+            regime=self._regime,
+        )
+        other._begun, other._pads_known = self._begun, self._pads_known
+        return other
+
+    def rewind(self, to: int) -> None:
+        """Forget the columns from `to` on.
+
+        Raises:
+            ValueError, UsageError: see `crop`.
+        """
+        self.crop(to - self.columns)
+
+    def pages(self) -> int:
+        """Pages held, over all layer groups, shared ones once."""
+        return self.batch.pages()
+
+    def memory_bytes(self) -> int:
+        """Bytes of those pages."""
+        return self.batch.memory_bytes()
+
+    def tokens(self, row: int) -> Ids | None:
+        """Token ids a row holds, without pads; `None` where a forward pass came without ids
+        (embeddings).
+        """
+        self._write_logs()
+        return self.batch.logs[row].ids
+
+    # -- a forward pass ----------------------------------------------------------------------------
+
+    def enter(self, module: torch.nn.Module, given: dict[str, Any]) -> None:
+        """Begin a step for a forward pass: check it, multiply rows for beams, find pages.
+
+        Raises:
+            UsageError, UnsupportedModelError: this pass can't be served; nothing changed.
+            OutOfPagesError: no room; nothing changed.
+        """
+        self.batch.check_open()
+        self._check_model(module)
+        ids = given.get("input_ids")
+        source = ids if ids is not None else given.get("inputs_embeds")
+        if source is None:
+            raise UsageError("a forward pass with a session needs input_ids or inputs_embeds")
+        rows, width = source.shape[:2]
+        if not self._pads_known and rows != self.batch.rows:  # after a reset
+            self.batch.close()
+            self.batch = Batch(self._cache, rows)
+            self._prompt = np.zeros((rows, 0), np.int64)
+        if rows % self.batch.rows or rows < self.batch.rows:
+            raise UsageError(f"the session has {self.batch.rows} rows, the forward pass {rows}")
+        times = rows // self.batch.rows
+        mask = given.get("attention_mask")
+        if self.reused and not self._begun and ids is not None and self._is_whole(ids, given):
+            self.rewind(0)
+            self.reused = 0
+        pads = self.pads if self._pads_known else self._pads_of(mask, width)
+        check_mask(mask, np.repeat(pads, times), self.columns, width)
+        positions = given.get("position_ids")
+        if ids is not None:
+            if self.columns < self._prompt.shape[1]:
+                check_prompt(ids, np.repeat(self._prompt, times, axis=0), pads, self.columns)
+            check_not_again(positions, self.columns - pads, width)
+        self._begin(pads, times, width, source.device)
+        self._begun = True
+        self._watch(given)
+        self._ids = None if ids is None else ids.detach().clone()
+        self._positions = None if positions is None else positions.detach().clone()
+
+    def _is_whole(self, ids: Tensor, given: dict[str, Any]) -> bool:
+        """Whether a first pass has the whole prompt, found or not: so does assisted generation, and
+        who feeds a model by hand may. Then all of it is computed.
+        """
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        rows, columns = self._prompt.shape
+        width = ids.shape[1]
+        if width < columns:
+            return False
+        if isinstance(mask, Tensor) and mask.shape[-1] != width:
+            return False
+        if mask is None and isinstance(positions, Tensor) and int(positions.max()) != width - 1:
+            return False
+        times = len(ids) // rows
+        same = to_host(ids[:, :columns]) == np.repeat(self._prompt, times, axis=0)
+        padded = np.arange(columns) < np.repeat(self.pads, times)[:, None]
+        return bool((same | padded).all())
+
+    def _begin(self, pads: Ids, times: int, width: int, device: torch.device) -> None:
+        """Take a step's pages, `times` rows for each row; as before if there is no room."""
+        before = self.batch.rows
+        if times > 1:
+            self.batch_repeat_interleave(times)
+        many = np.repeat(pads, times)
+        counts = np.clip(self.columns + width - many, 0, width).astype(np.int64)
+        try:
+            self.batch.begin(counts)
+        except OutOfPagesError:
+            if times > 1:
+                self._select([row * times for row in range(before)])
+            raise
+        self.pads, self._pads_known = many, True
+        self._take = None
+        if (counts < width).any():
+            seen = np.arange(width) >= (width - counts)[:, None]
+            self._take = torch.from_numpy(np.flatnonzero(seen)).to(device)
+        self._lanes = self.batch.lanes() if self._take is None else None
+        self._width = width
+
+    def _watch(self, given: dict[str, Any]) -> None:
+        """Keep to itself what a pass computes that others could not reproduce."""
+        if self.batch.private is not None:
+            return
+        beyond = [name for name, value in given.items() if value is not None and name not in PLAIN]
+        step = self.batch.step
+        length = 0 if step is None else int((step.starts + step.counts).max())
+        if beyond:
+            self.batch.keep_private(f"a forward pass was given {', '.join(sorted(beyond))}")
+        elif self._preparation.lengths.regime(length) != self._regime:
+            self.batch.keep_private(
+                f"the rotary embedding has other angles for {length} tokens than before"
+            )
+        elif not self.batch.watch():
+            self.batch.keep_private("the model has changed since the session began")
+
+    def _check_model(self, module: torch.nn.Module) -> None:
+        implementation = self._preparation.config._attn_implementation
+        if implementation != NAME:
+            raise UsageError(f"the model's attention was set to {implementation!r} since for_model")
+        if module.training:
+            raise UsageError("the model is in training mode: call model.eval() first")
+        if self.reused and not self._begun and not self.batch.is_current():
+            raise UsageError(
+                f"the model has changed since the session found {self.reused} columns of its "
+                "prompts in the cache: begin another session"
+            )
+
+    def leave(self) -> None:
+        """Count the step's tokens, if every layer attended over its pages.
+
+        Raises:
+            UnsupportedModelError: a layer's keys went to another attention than ours; the step does
+                not count.
+        """
+        step = self.batch.step
+        if step is None:
+            return
+        if len(step.attended) < len(self._cache.layers):
+            missing = set(self._cache.layers) - step.attended
+            self.batch.step = None
+            raise UnsupportedModelError(
+                f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
+            )
+        self.batch.commit()
+        self._unlogged.append((self._ids, self._positions, step.starts, step.counts))
+        self.columns += self._width
+        # On a GPU the ids of this step may still be on their way; those of the step before are not.
+        self._write_logs(but=0 if self._ids is None or self._ids.device.type == "cpu" else 1)
+        self.batch.publish()
+
+    def note_attended(self, layer: int) -> None:
+        """See `ServedCache`."""
+        if self.batch.step is not None:
+            self.batch.step.attended.add(layer)
+
+    def has_written(self, layer: int) -> bool:
+        """Whether the running step put this layer's keys into pages."""
+        return self.batch.step is not None and layer in self.batch.step.written
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put a layer's new keys and values (`[rows, kv_heads, columns, width]`) into pages.
+
+        Returns them as they came, the keys tagged: attention over them is attention over the pages.
+        """
+        step = self.batch.step
+        if self._lanes is not None and step is not None and layer_idx in self._lanes:
+            lane = self._lanes[layer_idx]
+            graded = key_states.requires_grad or value_states.requires_grad
+            if fits_lane(lane, key_states, value_states) and not graded:
+                write_lane(lane, key_states, value_states)
+                step.written.add(layer_idx)
+                setattr(key_states, TAG, Tag(self, layer_idx, lane, self._windows[layer_idx]))
+                return key_states, value_states
+        if step is None:
+            self.batch.check_open()
+            raise UsageError("keys came outside a forward pass of the model given to for_model")
+        if key_states.shape[0] != self.batch.rows or key_states.shape[2] != self._width:
+            raise UsageError(
+                f"layer {layer_idx}: keys of {key_states.shape[0]} rows and {key_states.shape[2]} "
+                "columns "
+                f"in a pass of {self.batch.rows} and {self._width}"
+            )
+        graded = key_states.requires_grad or value_states.requires_grad
+        if graded and torch.is_grad_enabled():
+            raise UsageError("keys that require gradients can't be cached: use torch.no_grad()")
+        self.batch.write(layer_idx, self._flat(key_states), self._flat(value_states))
+        setattr(key_states, TAG, Tag(self, layer_idx))
+        return key_states, value_states
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of `query` (`[rows, q_heads, columns, width]`) over the pages.
+
+        Returns `[rows, columns, q_heads, width]`, zeros where a row is padded.
+        """
+        expected = self._cache.groups[self._cache.place_of(layer)[0]].window
+        if window != expected:
+            raise UnsupportedModelError(
+                f"layer {layer} attends with a window of {window}; its pages were made for "
+                f"{expected}"
+            )
+        rows, heads, columns, width = query.shape
+        scale = width**-0.5 if scale is None else scale
+        out = self.batch.attend(layer, self._flat(query), scale=scale, softcap=softcap, sinks=sinks)
+        if self._take is not None:
+            padded = out.new_zeros(rows * columns, heads, out.shape[-1])
+            padded[self._take] = out
+            out = padded
+        return out.view(rows, columns, heads, -1)
+
+    def _flat(self, states: Tensor) -> Tensor:
+        """`[rows, heads, columns, width]` as the step's tokens, `[tokens, heads, width]`, without
+        pads.
+        """
+        single = states.shape[2] == 1
+        flat = states.squeeze(2) if single else states.transpose(1, 2).flatten(0, 1)
+        return flat if self._take is None else flat[self._take]
+
+    # -- what transformers may do to a cache -------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns held, pads included."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns a mask would have, and the first."""
+        return self.columns + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns of every row.
+
+        Raises:
+            ValueError: positive, or more than there are.
+            UsageError: so far back that pages a window would see were given back.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
+            raise ValueError(
+                f"crop takes minus the columns to remove, -{self.columns} to 0, got "
+                f"{tokens_to_remove}"
+            )
+        self._write_logs()
+        self.batch.publish()
+        columns = self.columns + tokens_to_remove
+        lengths = np.maximum(columns - self.pads, 0)
+        self.batch.rewind_all(lengths.astype(np.int64))
+        self.columns = columns
+        self._prompt = self._prompt[:, :columns]
+
+    def reset(self) -> None:
+        """Forget everything; the next forward pass says how many rows there are, and their pads.
+
+        Nothing is searched for it then, and nothing of it is kept for others.
+        """
+        self.batch.check_open()
+        self.close()
+        self.batch = Batch(self._cache, self.batch.rows)
+        self._unlogged.clear()
+        self.columns = self.reused = 0
+        self.pads = np.zeros(self.batch.rows, np.int64)
+        self._prompt = np.zeros((self.batch.rows, 0), np.int64)
+        self._pads_known = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row `i` what row `beam_idx[i]` is: tables change, pages are shared, nothing is
+        copied.
+        """
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """`repeats` rows for each row, side by side, sharing its pages."""
+        self._select([row for row in range(self.batch.rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (ints, or a bool for each row) and give back the others'
+        pages.
+        """
+        chosen = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        self._select(chosen.tolist())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, beams included."""
+        return self.batch.rows
+
+    def _select(self, rows: list[int]) -> None:
+        self._write_logs()
+        self.batch.select(rows)
+        self.pads = self.pads[rows]
+        self._prompt = self._prompt[rows]
+
+    def _pads_of(self, mask: Any, width: int) -> Ids:
+        """After a reset, the padding that the first pass's mask says."""
+        shape = (self.batch.rows, width)
+        return left_pads(mask if isinstance(mask, Tensor) and mask.shape == shape else None, *shape)
+
+    def _write_logs(self, but: int = 0) -> None:
+        """Move the ids of committed steps to the rows' logs, but for those of the last `but` steps.
+
+        Tokens at other positions than their own are not known: their keys are rotated otherwise,
+        and nobody else can use them.
+        """
+        due = self._unlogged[: len(self._unlogged) - but]
+        del self._unlogged[: len(due)]
+        for ids, positions, starts, counts in due:
+            host = None if ids is None else to_host(ids)
+            own = own_positions(positions, starts, counts, padded=bool(self.pads.any()))
+            for row, count in enumerate(counts.tolist()):
+                if count:
+                    known = None if host is None or not own[row] else host[row, -count:]
+                    self.batch.logs[row].extend(known)
