@@ -23,6 +23,14 @@ EXPECTED = {
             r"tokens/s +[\d.]+ +[\d.]+",
         ],
     ),
+    "tree.py": (
+        ["--questions", "2", "--new-tokens", "3", "--tokens", "70"],
+        [
+            r"a document of 70 tokens, 4 answers",
+            r"Who is it written for\? +\d+ tokens",
+            r"\d+ pages hold them all",
+        ],
+    ),
     "plain_loop.py": (
         [],
         [r"\d+ pages, [\d,]+ bytes", r"the same tokens without a cache: True"],
