@@ -59,12 +59,13 @@ def grow(
             computed = past.columns - document.shape[1]
             branches.append(Branch(question, computed, past.batch.page_map()[0].tolist()))
         # What was generated last has not been fed to the model yet: it comes with the next turn.
-        before = answers[0].columns
+        before, place = answers[0].columns, 1
         for follow_up, past in zip(FOLLOW_UPS, answers[0].branch(len(FOLLOW_UPS)), strict=True):
             answers.append(past)
             ask(model, tokenizer, past, texts[0], follow_up, new_tokens)
             pages = past.batch.page_map()[0].tolist()
-            branches.append(Branch(f"  .. {follow_up}", past.columns - before, pages))
+            branches.insert(place, Branch(f"  .. {follow_up}", past.columns - before, pages))
+            place += 1
         stats = cache.stats()
         for past in answers:
             past.close()

@@ -27,6 +27,7 @@ EXPECTED = {
         ["--questions", "2", "--new-tokens", "3", "--tokens", "70"],
         [
             r"a document of 70 tokens, 4 answers",
+            r"Why\? +\d+ tokens computed",
             r"Who is it written for\? +\d+ tokens",
             r"\d+ pages hold them all",
         ],
