@@ -131,6 +131,8 @@ class Batch:
         nodes = match.nodes[: -(-length // size)]
         for number, group in enumerate(self._groups):
             first = match.first_page(number, length)
+            if first and nodes[first - 1].pages[number] is not None:
+                first -= 1  # as much room for a rewind as a row that left its window has
             pages = [node.pages[number] for node in nodes[first:]]
             group.attach(row, first, np.array(pages, np.int32))
         trail = self._trails[row]
@@ -151,10 +153,12 @@ class Batch:
         due = np.flatnonzero(full > self.settled).tolist()
         if not due and all(group.window is None for group in self._groups):
             return
-        if due and not self._cache.is_identity(self._identity):
+        if due and not self._cache.closed and not self._cache.is_identity(self._identity):
             self.keep_private("the model or the namespace has changed since it began")
             due = []
         with self._cache.lock:
+            if self._cache.closed:
+                return
             for row in due:
                 self._publish_row(row, int(full[row]))
             for group in self._groups:

@@ -248,20 +248,22 @@ class CacheBooks:
             self.collect_garbage()
             self.index.clear()
 
-    def current_identity(self) -> object:
-        """What the namespace stands for now: equal things give equal pages.
+    def current(self) -> tuple[object, bytes, str | None]:
+        """What the namespace stands for now (equal things give equal pages), the namespace, and why
+        nothing is kept for others now, or `None`.
 
-        How often the namespace has changed: one that was left and taken up again is not what a
-        sequence began with, for it may have taken tokens meanwhile.
+        What it stands for is how often it has changed: one that was left and taken up again is not
+        what a sequence began with, for it may have taken tokens meanwhile.
         """
-        return self._epoch
+        with self.lock:
+            return self._epoch, self._namespace, self.private
 
     def is_identity(self, identity: object) -> bool:
-        """Whether that is still so."""
-        return identity == self.current_identity()
+        """Whether the namespace stands for that still."""
+        return identity == self.current()[0]
 
     def watch(self, identity: object) -> bool:
-        """Whether that is still so, where it may change between any two passes."""
+        """The same at a glance, for each pass."""
         return True
 
     def trails(
@@ -285,14 +287,14 @@ class CacheBooks:
         """
         self.check_open()
         salts = [encode_salt(s) for s in _one_each("salt", salt, rows, (bytes, str, type(None)))]
-        starts = _one_each("salt_from", salt_from, rows, (int,))
+        starts = _one_each("salt_from", salt_from, rows, (int, np.integer))
         if any(start < 0 for start in starts):
             raise UsageError(f"salt_from is a token's place, 0 or more, got {min(starts)}")
-        identity = self.current_identity()
-        if not self.namespace or self.private is not None:
+        identity, namespace, private = self.current()
+        if not namespace or private is not None:
             return [None] * rows
         with self.lock:
-            root = self.index.root(self.namespace, extra)
+            root = self.index.root(namespace, extra)
         size = self.config.page_size
         return [
             Trail(root, each, start // size, identity)
@@ -300,12 +302,12 @@ class CacheBooks:
         ]
 
     def count_reuse(
-        self, trails: Sequence[Trail | None], asked: Sequence[int], reused: Sequence[int]
+        self, salts: Salt | Sequence[Salt], asked: Sequence[int], reused: Sequence[int]
     ) -> None:
         """Note what sequences asked for and what was found, for each salt too."""
+        each = _one_each("salt", salts, len(asked), (bytes, str, type(None)))
         with self.lock:
-            for trail, wanted, found in zip(trails, asked, reused, strict=True):
-                salt = None if trail is None else trail.salt
+            for salt, wanted, found in zip(map(encode_salt, each), asked, reused, strict=True):
                 tenant = self._tenants.setdefault(salt, Counters())
                 self._tenants.move_to_end(salt)
                 for counters in (self.counters, tenant):

@@ -97,6 +97,7 @@ class PagedKVCache(CacheBooks):
         salt: Salt | Sequence[Salt] = None,
         *,
         salt_from: int | Sequence[int] = 0,
+        private: bool = False,
     ) -> "SessionCache":
         """A `transformers.Cache` to hand to `generate(past_key_values=...)`, for these prompts.
 
@@ -111,6 +112,9 @@ class PagedKVCache(CacheBooks):
                 under the same salt only.
             salt_from: the token (pads not counted) from whose page on the salt counts, for all rows
                 or for each; the pages before it are everybody's.
+            private: search for nothing and keep nothing for others: for forward passes that are
+                given more than ids, mask and the tokens' own positions, which nothing found is
+                valid for.
 
         Returns:
             A context manager; its pages go back on exit, on `close`, and when it is forgotten.
@@ -127,8 +131,9 @@ class PagedKVCache(CacheBooks):
         from kvpaged.integrations.transformers import open_session
 
         return open_session(
-            self, self._preparation, input_ids, attention_mask, salt=salt, salt_from=salt_from
-        )
+            self, self._preparation, input_ids, attention_mask,
+            salt=salt, salt_from=salt_from, private=private,
+        )  # fmt: skip
 
     # -- what its pages are valid for --------------------------------------------------------------
 
@@ -137,23 +142,25 @@ class PagedKVCache(CacheBooks):
         """What makes the bytes of its pages valid: given, or the digest of a model as it was when
         last looked at. Empty: nothing is kept for others.
         """
-        return self._namespace if self._model is None else self._model.namespace
+        return self._namespace if self._model is None else self._model.standing.namespace
 
     @property
     def private(self) -> str | None:
         """Why nothing new is kept for others now, or `None`."""
         if self._model is not None:
-            return self._model.private
+            return self._model.standing.private
         return None if self._namespace else "the cache has no namespace"
 
-    def current_identity(self) -> object:
-        """See `CacheBooks`: the epoch of a model that is looked at now."""
-        return super().current_identity() if self._model is None else self._model.check()
+    def current(self) -> tuple[object, bytes, str | None]:
+        """See `CacheBooks`: of a model that is looked at now."""
+        if self._model is None:
+            return super().current()
+        standing = self._model.check()
+        return standing.epoch, standing.namespace, standing.private
 
     def watch(self, identity: object) -> bool:
-        """Whether the model still is as it was, where that may change between any two passes."""
-        model = self._model
-        return model is None or not model.has_adapters or self.is_identity(identity)
+        """See `CacheBooks`."""
+        return self._model is None or self._model.is_epoch(identity)
 
     def refresh(self, namespace: bytes | None = None) -> None:
         """Look anew at what makes the bytes of pages valid. Sessions that are open stay as they
@@ -207,7 +214,7 @@ class PagedKVCache(CacheBooks):
         self.check_open()
         if not len(sequences):
             raise UsageError("a batch has at least one sequence")
-        return TokenBatch(self, sequences, self.trails(len(sequences), salt, salt_from))
+        return TokenBatch(self, sequences, salt=salt, salt_from=salt_from)
 
     def attend(
         self,

@@ -198,7 +198,7 @@ class GroupRows:
         if self.window is None:
             return
         first = np.maximum(lengths - self.window + 1, 0) // self._size
-        wrong = np.flatnonzero((first < self.table.first) & (lengths < before))
+        wrong = np.flatnonzero((first < self.table.first) & (lengths < before) & (lengths > 0))
         if wrong.size:
             row = int(wrong[0])
             raise UsageError(

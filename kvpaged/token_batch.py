@@ -8,7 +8,7 @@ from torch import Tensor
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
-from kvpaged.pages.prefix import Trail
+from kvpaged.keys import Salt
 from kvpaged.tokens import Ids
 
 
@@ -30,10 +30,12 @@ class TokenBatch(Batch):
         self,
         cache: CacheBooks,
         sequences: Sequence[Sequence[int] | Tensor],
-        trails: Sequence[Trail | None] | None = None,
+        *,
+        salt: Salt | Sequence[Salt] = None,
+        salt_from: int | Sequence[int] = 0,
     ) -> None:
         ids = [_as_ids(sequence, row) for row, sequence in enumerate(sequences)]
-        super().__init__(cache, len(sequences), trails)
+        super().__init__(cache, len(ids), cache.trails(len(ids), salt, salt_from))
         self._pending: list[np.ndarray] = []
         try:
             with cache.lock:
@@ -43,7 +45,7 @@ class TokenBatch(Batch):
                         self.attach(row, match, tokens[:length])
             self.reused = self.lengths.copy()
             self._prepare([tokens[n:] for tokens, n in zip(ids, self.reused.tolist(), strict=True)])
-            cache.count_reuse(self._trails, [len(tokens) for tokens in ids], self.reused.tolist())
+            cache.count_reuse(salt, [len(tokens) for tokens in ids], self.reused.tolist())
         except BaseException:
             self.close()
             raise

@@ -49,6 +49,11 @@ class ServedCache(ABC):
     def leave(self) -> None:
         """End the step: the pass returned."""
 
+    @property
+    @abstractmethod
+    def preparation(self) -> "Preparation":
+        """Of the model it is of."""
+
     @abstractmethod
     def note_attended(self, layer: int) -> None:
         """A layer's attention over its pages was computed by who had its views."""
@@ -111,8 +116,9 @@ def _session_running() -> ServedCache | None:
 class Preparation:
     """A model whose attention goes through us, as long as caches of it are open.
 
-    Invariant: while `_holders` is above 0 the hooks are on and the text config names our attention;
-    at 0 the model is as it was found.
+    Invariant: while `_holders` or `_passes` is above 0 the hooks are on and the text config names
+    our attention; at 0 the model is as it was found. A cache that is closed while another thread is
+    in a pass lets that pass end first: half of one would attend to something else.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -121,6 +127,8 @@ class Preparation:
         self.original: str = self.config._attn_implementation
         self.lengths = LengthRule.of(model)
         self._holders = 0
+        self._passes = 0
+        self._lock = threading.RLock()
         self._handles: list[Any] = []
 
     @property
@@ -130,25 +138,45 @@ class Preparation:
 
     def hold(self) -> "Preparation":
         """Prepare the model, or count one more cache of it."""
-        self._holders += 1
-        if self._holders == 1:
-            AttentionInterface.register(NAME, attention)
-            AttentionMaskInterface.register(NAME, mask)
-            _originals[id(self.config)] = _of_type[type(self.config)] = self.original
-            self.config._attn_implementation = NAME
-            modules = (self.model, self.model.base_model, self.model.get_decoder())
-            for module in dict.fromkeys(modules):
-                self._handles += [
-                    module.register_forward_pre_hook(_before_forward, with_kwargs=True),
-                    module.register_forward_hook(_after_forward),
-                    module.register_forward_hook(_end_pass, always_call=True),
-                ]
+        with self._lock:
+            self._holders += 1
+            if not self._handles:
+                self._prepare()
         return self
+
+    def _prepare(self) -> None:
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, mask)
+        _originals[id(self.config)] = _of_type[type(self.config)] = self.original
+        self.config._attn_implementation = NAME
+        modules = (self.model, self.model.base_model, self.model.get_decoder())
+        for module in dict.fromkeys(modules):
+            self._handles += [
+                module.register_forward_pre_hook(_before_forward, with_kwargs=True),
+                module.register_forward_hook(_after_forward),
+                module.register_forward_hook(_end_pass, always_call=True),
+            ]
 
     def release(self) -> None:
         """One cache less; the last one restores the model."""
-        self._holders -= 1
-        if self._holders:
+        with self._lock:
+            self._holders -= 1
+            self._restore()
+
+    def begin_pass(self) -> None:
+        """A forward pass with a session begins."""
+        with self._lock:
+            self._passes += 1
+
+    def end_pass(self) -> None:
+        """It is over."""
+        with self._lock:
+            self._passes -= 1
+            self._restore()
+
+    def _restore(self) -> None:
+        """Leave the model as it was found, if nobody needs it otherwise."""
+        if self._holders or self._passes or not self._handles:
             return
         for handle in self._handles:
             handle.remove()
@@ -308,7 +336,8 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     """A pass begins, of the model given to `for_model` or of a model inside it."""
     passes = _running.passes
     if isinstance(module, PreTrainedModel) and id(module) in _preparations:
-        passes.clear()  # what an interrupt left: nothing is around the outermost model
+        while passes:  # what an interrupt left: nothing is around the outermost model
+            _end(passes.pop())
     given = kwargs
     if args:
         given = _by_name(inspect.signature(module.forward), args, kwargs)
@@ -316,7 +345,12 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     session = past if isinstance(past, ServedCache) else None
     nested = bool(passes) and session is not None and passes[-1].session is session
     if session is not None and not nested:
-        session.enter(module, given)
+        session.preparation.begin_pass()
+        try:
+            session.enter(module, given)
+        except BaseException:
+            session.preparation.end_pass()
+            raise
     passes.append(Pass(module, session, owner=session is not None and not nested))
 
 
@@ -341,4 +375,9 @@ def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], output: Any) 
 def _end_pass(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The pass is over, by return or by exception."""
     if _running.passes and _running.passes[-1].module is module:
-        _running.passes.pop()
+        _end(_running.passes.pop())
+
+
+def _end(ended: Pass) -> None:
+    if ended.owner and ended.session is not None:
+        ended.session.preparation.end_pass()

@@ -64,11 +64,12 @@ class SessionCache(Cache, ServedCache):
         already; `regime`: of its passes (`LengthRule`).
         """
         self._cache = cache
-        self._preparation = preparation
+        self._of = preparation
         self._prompt = prompt
         self.pads = pads
         self.columns = self.reused = columns
         self._regime = regime
+        self._device_type = cache.groups[0].device.type
         self._begun = False
         self._pads_known = True
         self.batch = batch
@@ -94,10 +95,17 @@ class SessionCache(Cache, ServedCache):
         """Give the pages back; full ones wait in the cache for the next that begins so. Closing
         twice is nothing; any other use afterwards is a `UsageError`.
         """
-        if not self.batch.closed and not self._cache.closed:
-            self._write_logs()
-            self.batch.publish()
-        self.batch.close()
+        try:
+            if not self.batch.closed and not self._cache.closed:
+                self._write_logs()
+                self.batch.publish()
+        finally:
+            self.batch.close()
+
+    @property
+    def preparation(self) -> Preparation:
+        """Of the model whose passes it takes part in."""
+        return self._of
 
     @property
     def private(self) -> str | None:
@@ -122,13 +130,14 @@ class SessionCache(Cache, ServedCache):
     def _branched(self) -> "SessionCache":
         other = SessionCache(
             self._cache,
-            self._preparation,
+            self.preparation,
             self.batch.spawn(range(self.batch.rows)),
             prompt=self._prompt[:, : self.columns],
             pads=self.pads.copy(),
             columns=self.columns,
             regime=self._regime,
         )
+        other.reused = self.reused
         other._begun, other._pads_known = self._begun, self._pads_known
         return other
 
@@ -185,6 +194,8 @@ class SessionCache(Cache, ServedCache):
         pads = self.pads if self._pads_known else self._pads_of(mask, width)
         check_mask(mask, np.repeat(pads, times), self.columns, width)
         positions = given.get("position_ids")
+        if self.reused and not self._begun:
+            self._check_found(given, np.repeat(pads, times), width)
         if ids is not None:
             if self.columns < self._prompt.shape[1]:
                 check_prompt(ids, np.repeat(self._prompt, times, axis=0), pads, self.columns)
@@ -195,6 +206,31 @@ class SessionCache(Cache, ServedCache):
         self._ids = None if ids is None else ids.detach().clone()
         self._positions = None if positions is None else positions.detach().clone()
 
+    def _check_found(self, given: dict[str, Any], pads: Ids, width: int) -> None:
+        """Raise unless the first pass goes on from what was found as a plain pass would: with
+        nothing but ids and mask, at the tokens' own positions, in the same regime.
+        """
+        beyond = [name for name, value in given.items() if value is not None and name not in PLAIN]
+        starts = np.maximum(self.columns - pads, 0)
+        counts = np.clip(self.columns + width - pads, 0, width)
+        positions = given.get("position_ids")
+        padded = bool(self.pads.any())
+        length = int((starts + counts).max())
+        if given.get("input_ids") is None:
+            what = "comes without token ids"
+        elif beyond:
+            what = f"is given {', '.join(sorted(beyond))}"
+        elif not all(own_positions(positions, starts, counts, padded=padded)):
+            what = "has other positions than the tokens' own"
+        elif self.preparation.lengths.regime(length) != self._regime:
+            what = f"ends at {length} tokens, where the rotary embedding has other angles"
+        else:
+            return
+        raise UsageError(
+            f"the session found {self.reused} columns of its prompts in the cache, and the forward "
+            f"pass {what}: what was found is not valid for it; open the session with private=True"
+        )
+
     def _is_whole(self, ids: Tensor, given: dict[str, Any]) -> bool:
         """Whether a first pass has the whole prompt, found or not: so does assisted generation, and
         who feeds a model by hand may. Then all of it is computed.
@@ -202,7 +238,7 @@ class SessionCache(Cache, ServedCache):
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         rows, columns = self._prompt.shape
         width = ids.shape[1]
-        if width < columns:
+        if width < columns or (mask is None and positions is None and width > columns):
             return False
         if isinstance(mask, Tensor) and mask.shape[-1] != width:
             return False
@@ -243,15 +279,17 @@ class SessionCache(Cache, ServedCache):
         length = 0 if step is None else int((step.starts + step.counts).max())
         if beyond:
             self.batch.keep_private(f"a forward pass was given {', '.join(sorted(beyond))}")
-        elif self._preparation.lengths.regime(length) != self._regime:
+        elif self.preparation.lengths.regime(length) != self._regime:
             self.batch.keep_private(
                 f"the rotary embedding has other angles for {length} tokens than before"
             )
+        elif torch.is_autocast_enabled(self._device_type):
+            self.batch.keep_private("a forward pass ran under autocast")
         elif not self.batch.watch():
             self.batch.keep_private("the model has changed since the session began")
 
     def _check_model(self, module: torch.nn.Module) -> None:
-        implementation = self._preparation.config._attn_implementation
+        implementation = self.preparation.config._attn_implementation
         if implementation != NAME:
             raise UsageError(f"the model's attention was set to {implementation!r} since for_model")
         if module.training:
@@ -316,8 +354,7 @@ class SessionCache(Cache, ServedCache):
         if key_states.shape[0] != self.batch.rows or key_states.shape[2] != self._width:
             raise UsageError(
                 f"layer {layer_idx}: keys of {key_states.shape[0]} rows and {key_states.shape[2]} "
-                "columns "
-                f"in a pass of {self.batch.rows} and {self._width}"
+                f"columns in a pass of {self.batch.rows} and {self._width}"
             )
         graded = key_states.requires_grad or value_states.requires_grad
         if graded and torch.is_grad_enabled():

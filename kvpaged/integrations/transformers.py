@@ -24,6 +24,7 @@ def open_session(
     *,
     salt: Salt | Sequence[Salt] = None,
     salt_from: int | Sequence[int] = 0,
+    private: bool = False,
 ) -> SessionCache:
     """A session for prompts, with what the cache has of them: see `PagedKVCache.session`."""
     check_prompts(input_ids, mask)
@@ -32,13 +33,15 @@ def open_session(
     pads = left_pads(mask, rows, width)
     regime = preparation.lengths.regime(int(width - pads.min()))
     trails = cache.trails(rows, salt, salt_from, extra=regime or b"")
-    batch = Batch(cache, rows, None if regime is None else trails)
-    if regime is None:
+    batch = Batch(cache, rows, None if regime is None or private else trails)
+    if private:
+        batch.keep_private("it was opened so")
+    elif regime is None:
         batch.keep_private("the rotary embedding's angles at this length are of one pass only")
     ids = [prompt[row, pads[row] :] for row in range(rows)]
     with cache.lock:
         columns = _reuse(batch, ids, pads)
-    cache.count_reuse(trails, [len(x) for x in ids], batch.lengths.tolist())
+    cache.count_reuse(salt, [len(x) for x in ids], batch.lengths.tolist())
     return SessionCache(
         cache, preparation, batch, prompt=prompt, pads=pads, columns=columns, regime=regime
     )

@@ -20,7 +20,7 @@ def tiny(**changes: Any) -> LlamaForCausalLM:
                 "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64,
                 "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": None,
-                "pad_token_id": 0,
+                "pad_token_id": 0, "initializer_range": 0.3,
             } | changes
         )
     )  # fmt: skip
