@@ -206,7 +206,7 @@ def test_quantised_weights_are_in_the_namespace():
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight.mul_(scale)
         quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
-        with fresh(quantised) as cache:
+        with fresh(quantised.eval()) as cache:
             return cache.namespace, cache.private
 
     one, other = namespace(1.0), namespace(2.0)
