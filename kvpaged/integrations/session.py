@@ -12,6 +12,7 @@ from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag
 from kvpaged.integrations.layer import SessionLayer
+from kvpaged.integrations.passes import is_whole_prompt, what_is_unusual
 from kvpaged.integrations.prompts import (
     check_mask,
     check_not_again,
@@ -22,13 +23,6 @@ from kvpaged.integrations.prompts import (
 )
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
-
-PLAIN = {
-    "attention_mask", "cache_position", "input_ids", "inputs_embeds", "labels", "logits_to_keep",
-    "output_attentions", "output_hidden_states", "past_key_values", "position_ids", "return_dict",
-    "use_cache",
-}  # fmt: skip
-"""Arguments of a forward pass that a token's keys do not depend on, or that are looked at."""
 
 
 class SessionCache(Cache, ServedCache):
@@ -188,7 +182,12 @@ class SessionCache(Cache, ServedCache):
             raise UsageError(f"the session has {self.batch.rows} rows, the forward pass {rows}")
         times = rows // self.batch.rows
         mask = given.get("attention_mask")
-        if self.reused and not self._begun and ids is not None and self._is_whole(ids, given):
+        if (
+            self.reused
+            and not self._begun
+            and ids is not None
+            and is_whole_prompt(ids, given, self._prompt, self.pads)
+        ):
             self.rewind(0)
             self.reused = 0
         pads = self.pads if self._pads_known else self._pads_of(mask, width)
@@ -210,44 +209,20 @@ class SessionCache(Cache, ServedCache):
         """Raise unless the first pass goes on from what was found as a plain pass would: with
         nothing but ids and mask, at the tokens' own positions, in the same regime.
         """
-        beyond = [name for name, value in given.items() if value is not None and name not in PLAIN]
         starts = np.maximum(self.columns - pads, 0)
         counts = np.clip(self.columns + width - pads, 0, width)
-        positions = given.get("position_ids")
         padded = bool(self.pads.any())
-        length = int((starts + counts).max())
+        what = self._unusual(given, int((starts + counts).max()))
         if given.get("input_ids") is None:
             what = "comes without token ids"
-        elif beyond:
-            what = f"is given {', '.join(sorted(beyond))}"
-        elif not all(own_positions(positions, starts, counts, padded=padded)):
+        elif not all(own_positions(given.get("position_ids"), starts, counts, padded=padded)):
             what = "has other positions than the tokens' own"
-        elif self.preparation.lengths.regime(length) != self._regime:
-            what = f"ends at {length} tokens, where the rotary embedding has other angles"
-        else:
-            return
-        raise UsageError(
-            f"the session found {self.reused} columns of its prompts in the cache, and the forward "
-            f"pass {what}: what was found is not valid for it; open the session with private=True"
-        )
-
-    def _is_whole(self, ids: Tensor, given: dict[str, Any]) -> bool:
-        """Whether a first pass has the whole prompt, found or not: so does assisted generation, and
-        who feeds a model by hand may. Then all of it is computed.
-        """
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        rows, columns = self._prompt.shape
-        width = ids.shape[1]
-        if width < columns or (mask is None and positions is None and width > columns):
-            return False
-        if isinstance(mask, Tensor) and mask.shape[-1] != width:
-            return False
-        if mask is None and isinstance(positions, Tensor) and int(positions.max()) != width - 1:
-            return False
-        times = len(ids) // rows
-        same = to_host(ids[:, :columns]) == np.repeat(self._prompt, times, axis=0)
-        padded = np.arange(columns) < np.repeat(self.pads, times)[:, None]
-        return bool((same | padded).all())
+        if what is not None:
+            raise UsageError(
+                f"the session found {self.reused} columns of its prompts in the cache, and the "
+                f"forward pass {what}: what was found is not valid for it; open the session with "
+                "private=True"
+            )
 
     def _begin(self, pads: Ids, times: int, width: int, device: torch.device) -> None:
         """Take a step's pages, `times` rows for each row; as before if there is no room."""
@@ -272,21 +247,18 @@ class SessionCache(Cache, ServedCache):
 
     def _watch(self, given: dict[str, Any]) -> None:
         """Keep to itself what a pass computes that others could not reproduce."""
-        if self.batch.private is not None:
+        if self.batch.private is not None or self.batch.step is None:
             return
-        beyond = [name for name, value in given.items() if value is not None and name not in PLAIN]
-        step = self.batch.step
-        length = 0 if step is None else int((step.starts + step.counts).max())
-        if beyond:
-            self.batch.keep_private(f"a forward pass was given {', '.join(sorted(beyond))}")
-        elif self.preparation.lengths.regime(length) != self._regime:
-            self.batch.keep_private(
-                f"the rotary embedding has other angles for {length} tokens than before"
-            )
-        elif torch.is_autocast_enabled(self._device_type):
-            self.batch.keep_private("a forward pass ran under autocast")
+        length = int((self.batch.step.starts + self.batch.step.counts).max())
+        what = self._unusual(given, length)
+        if what is not None:
+            self.batch.keep_private(f"a forward pass {what}")
         elif not self.batch.watch():
             self.batch.keep_private("the model has changed since the session began")
+
+    def _unusual(self, given: dict[str, Any], length: int) -> str | None:
+        rule = self.preparation.lengths
+        return what_is_unusual(given, length, rule, self._regime, self._device_type)
 
     def _check_model(self, module: torch.nn.Module) -> None:
         implementation = self.preparation.config._attn_implementation

@@ -44,7 +44,7 @@ def is_right(model: Any, cache: PagedKVCache) -> int:
     ("options", "why"),
     [
         ({"position_ids": torch.arange(32, 40)[None] * 2}, "other positions"),
-        ({"steering": torch.ones(1)}, "is given steering"),
+        ({"steering": torch.ones(1)}, "was given steering"),
     ],
 )
 def test_a_pass_that_is_not_plain_is_named_and_can_be_had_privately(small, options, why):
@@ -97,7 +97,7 @@ def test_token_types_after_a_hit():
     model = GPT2LMHeadModel(config).eval()
     with fresh(model) as cache:
         assert (is_right(model, cache), is_right(model, cache)) == (0, 32)
-        with pytest.raises(UsageError, match="is given token_type_ids"):
+        with pytest.raises(UsageError, match="was given token_type_ids"):
             logits(model, cache, token_type_ids=torch.ones(1, 8, dtype=torch.int64))
 
 
