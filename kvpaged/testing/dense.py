@@ -169,6 +169,6 @@ def attention(k: np.ndarray, v: np.ndarray, q: np.ndarray, window: int | None) -
     at = place[len(k) - len(q) :, None]
     hidden = (place > at) | (place <= at - (len(k) if window is None else window))
     scores = np.where(hidden, -np.inf, q.astype(np.float64) @ k.astype(np.float64).T)
-    weights = np.exp(scores - scores.max(1, keepdims=True))
+    weights = np.exp(scores - scores.max(1, keepdims=True, initial=-np.inf))
     out: np.ndarray = weights @ v.astype(np.float64) / weights.sum(1, keepdims=True)
     return out
