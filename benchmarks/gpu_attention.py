@@ -104,12 +104,12 @@ def calls_of(point: Point, setting: Setting) -> tuple[dict[str, Call], dict[str,
             pages.v_pages,
             found.block_table,
         )
-        options = {"max_len": point.length, "scale": point.dim**-0.5}
+        options: dict[str, Any] = {"scale": point.dim**-0.5}
         kernel: Any = paged_decode
         if point.phase == "prefill":
             ends = torch.arange(point.batch + 1, dtype=torch.int32, device=device) * queries
             arguments += (ends,)
-            options["max_q"] = queries
+            options |= {"max_q": queries, "max_len": point.length}
             kernel = paged_prefill
         call = functools.partial(kernel, *arguments, found.seq_lens, **options)
         calls[f"paged-{page_size}"] = call

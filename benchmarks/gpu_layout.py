@@ -54,9 +54,7 @@ def step_of(
     def step_call() -> None:
         for view in views:
             assert view.v_pages is not None
-            paged_decode(
-                q, view.k_pages, view.v_pages, table, lens, max_len=length, scale=DIM**-0.5
-            )
+            paged_decode(q, view.k_pages, view.v_pages, table, lens, scale=DIM**-0.5)
 
     return step_call, length
 

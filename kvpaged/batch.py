@@ -289,6 +289,7 @@ class Batch:
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """Attention of the new tokens' queries (`[tokens, q_heads, width]`) over all tokens of
         their row up to their own.
@@ -302,7 +303,7 @@ class Batch:
                 f"layer {layer} attends before its keys and values were written in this step"
             )
         home = self._cache.home_of(layer)
-        options = Options(scale, home.window, softcap, sinks)
+        options = Options(scale, home.window, softcap, sinks, alibi_slopes)
         group = step.groups[home.group]
         out = attend_layer(step, group, home.layers, home.place, q, options, backend=home.backend)
         step.attended.add(layer)

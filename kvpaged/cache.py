@@ -227,6 +227,7 @@ class PagedKVCache(CacheBooks):
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """Store a layer's new K and V and attend: causal, ragged, over everything the batch's rows
         hold.
@@ -241,6 +242,8 @@ class PagedKVCache(CacheBooks):
             scale: factor of `q . k`; `None`: `k_width ** -0.5`.
             softcap: cap of the scaled scores, `softcap * tanh(s / softcap)`.
             sinks: `[q_heads]` logits that join the softmax denominator only.
+            alibi_slopes: `[q_heads]`; a token's score gets `slope * (its position - the query's)`
+                after the cap (Press, Smith and Lewis, arXiv:2108.12409).
 
         Returns:
             `[tokens, q_heads, v_width]` of `q`'s dtype.
@@ -260,6 +263,7 @@ class PagedKVCache(CacheBooks):
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             softcap=softcap,
             sinks=sinks,
+            alibi_slopes=alibi_slopes,
         )
 
     # -- its end -----------------------------------------------------------------------------------

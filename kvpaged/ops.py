@@ -8,7 +8,7 @@ have fake implementations and name what they mutate.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from kvpaged_kernels.cpu import prefill as cpu_prefill
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
+if TYPE_CHECKING:
+    from kvpaged_kernels.gpu.plan import DecodePlan as SharePlan
+
 
 class Options(NamedTuple):
     """What attention may be asked for beside the softmax.
@@ -35,12 +38,14 @@ class Options(NamedTuple):
         window: tokens a query sees, itself included; `None`: all.
         softcap: `s -> softcap * tanh(s / softcap)` after the scale.
         sinks: logits `[q_heads]` that join the softmax denominator only.
+        alibi_slopes: `[q_heads]`; a token's score gets `slope * (its position - the query's)`.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
 
 class LayerPages(NamedTuple):
@@ -160,40 +165,63 @@ def decode(
     lengths: Tensor,
     options: Options,
     *,
-    max_len: int,
     backend: Backend,
-    plan: DecodePlan | None = None,
+    cu_q: Tensor | None = None,
+    max_q: int = 1,
+    plan: "DecodePlan | SharePlan | None" = None,
 ) -> Tensor:
-    """Attention of one query token a sequence over its pages.
+    """Attention of one or a few query tokens a sequence over its pages.
 
     Args:
         pages: what is read.
-        q: `[rows, q_heads, k_width]`.
+        q: `[tokens, q_heads, k_width]`, one query a row, or as `cu_q` says.
         table: int32 `[rows, width]` of entries.
-        lengths: int32 `[rows]`, the query's token included.
-        options: scale, window, soft cap, sinks.
-        max_len: an upper bound of `lengths`, known on the host.
+        lengths: int32 `[rows]`, the queries' tokens included.
+        options: scale, window, soft cap, sinks, slopes.
         backend: which implementation.
-        plan: what `plan_decode` made of table, lengths and window (CPU only; made anew if absent).
+        cu_q: int32 `[rows + 1]`: row `i`'s queries are `[cu_q[i], cu_q[i + 1])`, its last
+            positions; not for the CPU, where `prefill` is as good.
+        max_q: an upper bound of the queries of a row, at most `MAX_DECODE_QUERIES`.
+        plan: what `plan_decode` made of table, lengths, window and `cu_q` on a CPU, or
+            `plan_shares` for Triton; made anew if absent.
 
     Returns:
-        `[rows, q_heads, v_width]` of `q`'s dtype.
+        `[tokens, q_heads, v_width]` of `q`'s dtype.
     """
     if torch.compiler.is_compiling():
+        records = None if plan is None or isinstance(plan, DecodePlan) else plan.records
         return _decode_call(
-            pages.flat, q, table, lengths, pages.k_view, pages.v_view, max_len,
-            options.scale, options.window, options.softcap, options.sinks, backend,
+            pages.flat, q, table, lengths, cu_q, records, pages.k_view, pages.v_view, max_q,
+            *options, backend,
         )  # fmt: skip
     if backend == "cpu":
-        if plan is None:
-            plan = plan_decode(pages, table, lengths, options.window)
-        return cpu_decode.paged_decode(
-            q, pages.k_pages, _values(pages), plan,
-            scale=options.scale, softcap=options.softcap, sinks=options.sinks,
-        )  # fmt: skip
+        if cu_q is not None:
+            raise ConfigError("on a CPU several queries a row go through prefill")
+        return _decode_on_cpu(pages, q, table, lengths, options, plan)
+    more = {} if backend == "reference" else {"plan": plan}
     return _kernels(backend).paged_decode(
-        q, pages.k_pages, _values(pages), table, lengths, max_len=max_len, **options._asdict()
-    )
+        q, pages.k_pages, _values(pages), table, lengths, cu_q=cu_q, max_q=max_q,
+        **options._asdict(), **more,
+    )  # fmt: skip
+
+
+def _decode_on_cpu(
+    pages: LayerPages,
+    q: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    options: Options,
+    plan: "DecodePlan | SharePlan | None",
+) -> Tensor:
+    if options.alibi_slopes is not None:
+        cu_q = torch.arange(len(lengths) + 1, dtype=torch.int32)
+        return prefill(pages, q, table, cu_q, lengths, options, max_q=1, max_len=1, backend="cpu")
+    if not isinstance(plan, DecodePlan):
+        plan = plan_decode(pages, table, lengths, options.window)
+    return cpu_decode.paged_decode(
+        q, pages.k_pages, _values(pages), plan,
+        scale=options.scale, softcap=options.softcap, sinks=options.sinks,
+    )  # fmt: skip
 
 
 def prefill(
@@ -226,10 +254,13 @@ def prefill(
     if torch.compiler.is_compiling():
         return _prefill_call(
             pages.flat, q, table, cu_q, lengths, pages.k_view, pages.v_view, max_q, max_len,
-            options.scale, options.window, options.softcap, options.sinks, backend,
+            *options, backend,
         )  # fmt: skip
     if backend == "cpu":
-        if spans is None:
+        if options.alibi_slopes is not None:
+            window = cpu_prefill.NO_WINDOW if options.window is None else options.window
+            spans = plan_spans(pages, table, cu_q, lengths, window)
+        elif spans is None:
             spans = plan_spans(pages, table, cu_q, lengths, options.window)
         return cpu_prefill.paged_prefill(
             q, pages.k_pages, _values(pages), spans, **options._asdict()
@@ -279,6 +310,30 @@ def plan_decode(
     )  # fmt: skip
 
 
+def plan_shares(
+    pages: LayerPages,
+    q_heads: int,
+    lengths: Tensor,
+    window: int | None,
+    *,
+    cu_q: Tensor | None = None,
+    max_q: int = 1,
+    records: Tensor | None = None,
+) -> "SharePlan":
+    """How the Triton kernel's programs share a decode step, worked out on the device once for all
+    layers with these heads and widths; from `records` it is made without working it out again.
+    """
+    from kvpaged_kernels.gpu.plan import Shape, plan_decode
+
+    _, kv_heads, page_size, k_dim = pages.k_pages.shape
+    shape = Shape(
+        rows=lengths.shape[0], kv_heads=kv_heads, group=q_heads // kv_heads, k_dim=k_dim,
+        v_dim=_values(pages).shape[3], page_size=page_size, max_q=max_q, window=window,
+        dtype=pages.flat.dtype,
+    )  # fmt: skip
+    return plan_decode(shape, lengths, cu_q, records=records)
+
+
 def decode_lane(pages: LayerPages, plan: DecodePlan) -> Lane | None:
     """A layer's lane for a decode step (CPU); `None` where rows are not alike, or without V."""
     if not plan.has_lane or pages.v_pages is None:
@@ -316,10 +371,12 @@ _library.define(
     "str backend) -> ()"
 )
 _VIEWS = "int[] k_view, int[] v_view"
-_OPTIONS = "float scale, SymInt? window, float? softcap, Tensor? sinks, str backend"
+_OPTIONS = (
+    "float scale, SymInt? window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, str backend"
+)
 _library.define(
-    f"decode(Tensor flat, Tensor q, Tensor table, Tensor lengths, {_VIEWS}, SymInt max_len, "
-    f"{_OPTIONS}) -> Tensor"
+    f"decode(Tensor flat, Tensor q, Tensor table, Tensor lengths, Tensor? cu_q, Tensor? records, "
+    f"{_VIEWS}, SymInt max_q, {_OPTIONS}) -> Tensor"
 )
 _library.define(
     f"prefill(Tensor flat, Tensor q, Tensor table, Tensor cu_q, Tensor lengths, {_VIEWS}, "
@@ -340,23 +397,33 @@ def _append_op(
 
 
 def _decode_op(
-    flat: Tensor, q: Tensor, table: Tensor, lengths: Tensor, k_view: list[int], v_view: list[int],
-    max_len: int, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    flat: Tensor, q: Tensor, table: Tensor, lengths: Tensor, cu_q: Tensor | None,
+    records: Tensor | None, k_view: list[int], v_view: list[int], max_q: int, scale: float,
+    window: int | None, softcap: float | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
     backend: Backend,
 ) -> Tensor:  # fmt: skip
     pages = _op_pages(flat, k_view, v_view)
-    options = Options(scale, window, softcap, sinks)
-    return decode(pages, q, table, lengths, options, max_len=max_len, backend=backend)
+    options = Options(scale, window, softcap, sinks, alibi_slopes)
+    plan = None
+    if records is not None:
+        plan = plan_shares(
+            pages, q.shape[1], lengths, window, cu_q=cu_q, max_q=max_q, records=records
+        )
+    return decode(
+        pages, q, table, lengths, options, backend=backend, cu_q=cu_q, max_q=max_q, plan=plan
+    )
 
 
 def _prefill_op(
     flat: Tensor, q: Tensor, table: Tensor, cu_q: Tensor, lengths: Tensor,
     k_view: list[int], v_view: list[int], max_q: int, max_len: int, scale: float,
-    window: int | None, softcap: float | None, sinks: Tensor | None, backend: Backend,
+    window: int | None, softcap: float | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
+    backend: Backend,
 ) -> Tensor:  # fmt: skip
     return prefill(
         _op_pages(flat, k_view, v_view), q, table, cu_q, lengths,
-        Options(scale, window, softcap, sinks), max_q=max_q, max_len=max_len, backend=backend,
+        Options(scale, window, softcap, sinks, alibi_slopes), max_q=max_q, max_len=max_len,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -381,7 +448,7 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("kvpaged::append", lambda *_: None, lib=_library)
 torch.library.register_fake(
     "kvpaged::decode",
-    lambda flat, q, table, lengths, k_view, v_view, *_: _output(q, k_view, v_view),
+    lambda flat, q, table, lengths, cu_q, records, k_view, v_view, *_: _output(q, k_view, v_view),
     lib=_library,
 )
 torch.library.register_fake(

@@ -4,6 +4,7 @@ it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,12 @@ from kvpaged.config import Backend
 from kvpaged.group_rows import GroupRows
 from kvpaged.ops import LayerPages, Options
 from kvpaged.pages.stage import Stage
+from kvpaged_kernels.checks import MAX_DECODE_QUERIES
 from kvpaged_kernels.cpu.lane import Lane, attend_lane, fits_lane, write_lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
+
+if TYPE_CHECKING:
+    from kvpaged_kernels.gpu.plan import DecodePlan as SharePlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -35,6 +40,7 @@ class GroupStep:
         hint: the plan of the step before, if this one is that one a token on.
         decode_plan, lanes, spans: the CPU's calls, made when first needed and shared by the group's
             layers.
+        shares: how a GPU's programs share a decode, by the number of query heads.
     """
 
     table: Tensor
@@ -48,6 +54,7 @@ class GroupStep:
     spans: SpanPlan | None = None
     lanes: list[Lane] | None = None
     hint: DecodePlan | None = None
+    shares: dict[int, "SharePlan"] = field(default_factory=dict)
     _slots: Tensor | None = None
 
     @property
@@ -196,18 +203,37 @@ def attend_layer(
     """
     pages = layers[place]
     _check_queries(step, pages, q)
-    if group.lanes is not None and options.softcap is None and options.sinks is None:
+    plain = options.softcap is None and options.sinks is None and options.alibi_slopes is None
+    if group.lanes is not None and plain:
         out = attend_lane(_by_rows(q, len(step.counts)), group.lanes[place], options.scale)
         return out.transpose(1, 2).flatten(0, 1)
-    if step.decode:
+    few = backend != "cpu" and 0 < step.max_q <= MAX_DECODE_QUERIES
+    if step.decode or few:
+        cu_q = None if step.decode else group.cu_q
+        plan: DecodePlan | SharePlan | None = group.decode_plan
+        if backend == "triton" and not torch.compiler.is_compiling():
+            plan = _shares(step, group, pages, q.shape[1], options.window)
         return ops.decode(
             pages, q, group.table, group.lengths, options,
-            max_len=group.max_len, backend=backend, plan=group.decode_plan,
+            backend=backend, cu_q=cu_q, max_q=step.max_q, plan=plan,
         )  # fmt: skip
     return ops.prefill(
         pages, q, group.table, group.cu_q, group.lengths, options,
         max_q=step.max_q, max_len=group.max_len, backend=backend, spans=group.spans,
     )  # fmt: skip
+
+
+def _shares(
+    step: Step, group: GroupStep, pages: LayerPages, q_heads: int, window: int | None
+) -> "SharePlan":
+    """The plan of a step for layers of these heads: made for the first of them."""
+    plan = group.shares.get(q_heads)
+    if plan is None:
+        cu_q = None if step.decode else group.cu_q
+        plan = group.shares[q_heads] = ops.plan_shares(
+            pages, q_heads, group.lengths, window, cu_q=cu_q, max_q=step.max_q
+        )
+    return plan
 
 
 def _check_queries(step: Step, pages: LayerPages, q: Tensor) -> None:

@@ -38,7 +38,7 @@ def test_operators_keep_their_word(backend, layout):
     torch.library.opcheck(
         kvpaged.append.default, (pages.flat, k, v, group.slots, *views, backend), test_utils=checks
     )
-    options = (DIM**-0.5, None, None, None, backend)
+    options = (DIM**-0.5, None, None, None, None, backend)
     torch.library.opcheck(
         kvpaged.prefill.default,
         (pages.flat, q, group.table, group.cu_q, group.lengths, *views, 20, 20, *options),
@@ -46,7 +46,7 @@ def test_operators_keep_their_word(backend, layout):
     )
     torch.library.opcheck(
         kvpaged.decode.default,
-        (pages.flat, q[:2], group.table, group.lengths, *views, 20, *options),
+        (pages.flat, q[:2], group.table, group.lengths, None, None, *views, 1, *options),
         test_utils=checks,
     )
 
@@ -65,9 +65,7 @@ def test_a_compiled_layer_is_the_eager_one(backend, layout):
             ops.append(pages, k, v, group.slots, backend=backend)
             options = ops.Options(DIM**-0.5)
             if step.decode:
-                return ops.decode(
-                    pages, q, group.table, group.lengths, options, max_len=32, backend=backend
-                )
+                return ops.decode(pages, q, group.table, group.lengths, options, backend=backend)
             return ops.prefill(
                 pages, q, group.table, group.cu_q, group.lengths, options,
                 max_q=32, max_len=32, backend=backend,

@@ -24,6 +24,8 @@ MAX_DIM = 256
 MIN_PAGE_SIZE = 16
 MAX_PAGE_SIZE = 256
 MAX_CHECKSUM_WORDS = 2**32
+MAX_DECODE_QUERIES = 16
+"""Queries a row may have in `paged_decode`: drafts of speculation are few."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -166,37 +168,62 @@ def _check_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     )
 
 
-def _check_rows(block_table: Tensor, seq_lens: Tensor, max_len: int) -> None:
+def _check_table(block_table: Tensor, seq_lens: Tensor) -> None:
     _require_rank("block_table", block_table, "rows, width")
     _require_dtype("block_table", block_table, (torch.int32,))
     _require_dense_last("block_table", block_table)
-    _require_rank("seq_lens", seq_lens, "rows")
-    _require_dtype("seq_lens", seq_lens, (torch.int32,))
+    _check_lengths(seq_lens)
     require(
         block_table.shape[0] == seq_lens.shape[0],
         f"block_table has {block_table.shape[0]} rows, seq_lens {seq_lens.shape[0]}",
     )
-    require(0 <= max_len < 2**31, f"max_len must fit int32 and not be negative, got {max_len}")
 
 
-def _check_options(
-    q_heads: int, window: int | None, softcap: float | None, sinks: Tensor | None
-) -> None:
+def _check_lengths(seq_lens: Tensor) -> None:
+    _require_rank("seq_lens", seq_lens, "rows")
+    _require_dtype("seq_lens", seq_lens, (torch.int32,))
+
+
+def _check_cu_q(cu_q: Tensor, seq_lens: Tensor) -> None:
+    _require_rank("cu_q", cu_q, "rows + 1")
+    _require_dtype("cu_q", cu_q, (torch.int32,))
+    _require_device(seq_lens.device, cu_q=cu_q)
+    require(
+        cu_q.shape[0] == seq_lens.shape[0] + 1,
+        f"cu_q must have rows + 1 = {seq_lens.shape[0] + 1} elements, got {cu_q.shape[0]}",
+    )
+
+
+def _check_window(window: int | None) -> None:
     require(
         window is None or 0 < window < 2**31,
         f"window must be a positive int32 or None, got {window}",
     )
+
+
+def _check_options(
+    q_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    require(0 < scale < float("inf"), f"scale must be positive, got {scale}")
+    _check_window(window)
     require(
         softcap is None or softcap > 0,
         f"softcap must be positive or None, got {softcap}",
     )
-    if sinks is not None:
+    for name, of_heads in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if of_heads is None:
+            continue
         require(
-            tuple(sinks.shape) == (q_heads,),
-            f"sinks must be [q_heads] = [{q_heads}], got {tuple(sinks.shape)}",
+            tuple(of_heads.shape) == (q_heads,),
+            f"{name} must be [q_heads] = [{q_heads}], got {tuple(of_heads.shape)}",
         )
-        _require_dtype("sinks", sinks, ORACLE_FLOATS)
-        _require_dense_last("sinks", sinks)
+        _require_dtype(name, of_heads, ORACLE_FLOATS)
+        _require_dense_last(name, of_heads)
 
 
 def _check_attention(
@@ -205,16 +232,18 @@ def _check_attention(
     v_pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    max_len: int,
+    scale: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     dtypes: Sequence[torch.dtype],
 ) -> None:
+    _require_rank("q", q, "tokens, q_heads, k_dim")
     _check_pages_pair(k_pages, v_pages, dtypes)
     _check_queries(q, k_pages, v_pages)
-    _check_rows(block_table, seq_lens, max_len)
-    _check_options(q.shape[1], window, softcap, sinks)
+    _check_table(block_table, seq_lens)
+    _check_options(q.shape[1], scale, window, softcap, sinks, alibi_slopes)
     _require_device(
         q.device,
         k_pages=k_pages,
@@ -222,6 +251,7 @@ def _check_attention(
         block_table=block_table,
         seq_lens=seq_lens,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
 
 
@@ -232,21 +262,45 @@ def check_decode(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
-    max_len: int,
+    scale: float,
+    cu_q: Tensor | None = None,
+    max_q: int = 1,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> None:
     """Check the arguments of `paged_decode`."""
-    _require_rank("q", q, "rows, q_heads, k_dim")
     _check_attention(
-        q, k_pages, v_pages, block_table, seq_lens, max_len, window, softcap, sinks, dtypes
-    )
+        q, k_pages, v_pages, block_table, seq_lens, scale, window, softcap, sinks, alibi_slopes,
+        dtypes,
+    )  # fmt: skip
+    _check_few_queries(seq_lens, cu_q, max_q)
     require(
-        q.shape[0] == seq_lens.shape[0],
-        f"q has {q.shape[0]} rows, seq_lens {seq_lens.shape[0]}",
+        cu_q is not None or q.shape[0] == seq_lens.shape[0],
+        f"without cu_q each row has one query, got {q.shape[0]} for {seq_lens.shape[0]} rows",
     )
+
+
+def _check_few_queries(seq_lens: Tensor, cu_q: Tensor | None, max_q: int) -> None:
+    require(
+        1 <= max_q <= MAX_DECODE_QUERIES,
+        f"max_q must be in 1..{MAX_DECODE_QUERIES} for a decode, got {max_q}",
+    )
+    require(cu_q is not None or max_q == 1, f"max_q must be 1 without cu_q, got {max_q}")
+    if cu_q is not None:
+        _check_cu_q(cu_q, seq_lens)
+
+
+def check_plan(
+    seq_lens: Tensor, cu_q: Tensor | None, *, rows: int, max_q: int, window: int | None
+) -> None:
+    """Check the arguments of `plan_decode`."""
+    _check_lengths(seq_lens)
+    require(seq_lens.shape[0] == rows, f"seq_lens has {seq_lens.shape[0]} rows, expected {rows}")
+    _check_few_queries(seq_lens, cu_q, max_q)
+    _check_window(window)
 
 
 def check_prefill(
@@ -259,23 +313,20 @@ def check_prefill(
     *,
     max_q: int,
     max_len: int,
+    scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> None:
     """Check the arguments of `paged_prefill`."""
-    _require_rank("q", q, "tokens, q_heads, k_dim")
     _check_attention(
-        q, k_pages, v_pages, block_table, seq_lens, max_len, window, softcap, sinks, dtypes
-    )
-    _require_rank("cu_q", cu_q, "rows + 1")
-    _require_dtype("cu_q", cu_q, (torch.int32,))
-    _require_device(q.device, cu_q=cu_q)
-    require(
-        cu_q.shape[0] == seq_lens.shape[0] + 1,
-        f"cu_q must have rows + 1 = {seq_lens.shape[0] + 1} elements, got {cu_q.shape[0]}",
-    )
+        q, k_pages, v_pages, block_table, seq_lens, scale, window, softcap, sinks, alibi_slopes,
+        dtypes,
+    )  # fmt: skip
+    _check_cu_q(cu_q, seq_lens)
+    require(0 <= max_len < 2**31, f"max_len must fit int32 and not be negative, got {max_len}")
     require(0 <= max_q <= max_len, f"max_q must be in 0..max_len = {max_len}, got {max_q}")
 
 

@@ -102,11 +102,10 @@ def test_decode_equals_the_oracle(data):
     lens = torch.tensor(lengths, dtype=torch.int32)
     q = torch.randn(rows, kv_heads * group, dims[0]).to(dtype)
     sinks = torch.randn(kv_heads * group) if data.draw(st.booleans()) else None
-    options = Options(dims[0] ** -0.5, window, softcap, sinks)
-    out = ops.decode(pages, q, table, lens, options, max_len=max(lengths), backend="cpu")
-    exact = paged_decode(
-        q.double(), *in_fp64(pages), table, lens, max_len=max(lengths), **options._asdict()
-    )
+    slopes = torch.rand(kv_heads * group) if data.draw(st.integers(0, 3)) == 0 else None
+    options = Options(dims[0] ** -0.5, window, softcap, sinks, slopes)
+    out = ops.decode(pages, q, table, lens, options, backend="cpu")
+    exact = paged_decode(q.double(), *in_fp64(pages), table, lens, **options._asdict())
     assert out.shape == exact.shape
     assert out.dtype == dtype
     bound(exact, exact.to(dtype), out)
@@ -155,7 +154,8 @@ def test_prefill_equals_the_oracle(data):
     cu_q = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
     q = torch.randn(sum(counts), kv_heads * group, dims[0]).to(dtype)
     sinks = torch.randn(kv_heads * group) if data.draw(st.booleans()) else None
-    options = Options(dims[0] ** -0.5, window, softcap, sinks)
+    slopes = torch.rand(kv_heads * group) if data.draw(st.integers(0, 3)) == 0 else None
+    options = Options(dims[0] ** -0.5, window, softcap, sinks, slopes)
     bounds: dict[str, Any] = {"max_q": max(counts), "max_len": max(lengths)}
     out = ops.prefill(pages, q, table, cu_q, lens, options, backend="cpu", **bounds)
     k_pages, v_pages = in_fp64(pages)

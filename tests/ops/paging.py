@@ -75,7 +75,7 @@ class Case(NamedTuple):
     block_table: Tensor
     seq_lens: Tensor
 
-    def arguments(self) -> dict[str, Tensor]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments that decode and prefill share."""
         return {
             "k_pages": self.pool.k_pages,
@@ -145,6 +145,7 @@ def dense(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention as people write it, every step rounded to `q`'s dtype: `[n, q_heads, v_dim]`.
 
@@ -159,6 +160,8 @@ def dense(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     distance = torch.arange(length - n, length)[:, None] - torch.arange(length)[None, :]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * distance
     hidden = distance < 0
     if window is not None:
         hidden |= distance >= window

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -5,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpaged_kernels.gpu.configs import MAX_SPLITS, min_split_tokens, split_count
 from kvpaged_kernels.gpu.decode import decode_launches
 from kvpaged_kernels.gpu.decode import paged_decode as decode_gpu
 from kvpaged_kernels.gpu.launch import Device
+from kvpaged_kernels.gpu.plan import Shape, plan_decode, plan_launch
 from kvpaged_kernels.reference.attention import paged_decode as decode_reference
 from tests.ops.paging import Case, assert_close, cap_factor, expect, make_case
 
@@ -19,28 +21,36 @@ DECODES = [
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def queries(case: Case, group: int, *, seed: int = 1) -> torch.Tensor:
-    """`[rows, q_heads, k_dim]`, every second row and head of something larger."""
+def queries(case: Case, group: int, count: int, *, seed: int = 1) -> torch.Tensor:
+    """`[count, q_heads, k_dim]`, every second token and head of something larger."""
     generator = torch.Generator().manual_seed(seed)
     pages = case.pool.k_pages
-    shape = (2 * len(case.k), 2 * group * pages.shape[1], pages.shape[3])
+    shape = (2 * count, 2 * group * pages.shape[1], pages.shape[3])
     return torch.randn(shape, generator=generator).to(pages.dtype)[::2, 1::2]
 
 
-def check(decode: Any, case: Case, group: int, *, slack: int = 0, **options: Any) -> torch.Tensor:
-    """Run `decode`, compare with fp64, return the output."""
-    q = queries(case, group)
+def check(
+    decode: Any, case: Case, group: int, *, counts: Sequence[int] | None = None, **options: Any
+) -> torch.Tensor:
+    """Run `decode` for the last `counts[i]` tokens of row i (one if not given), compare with
+    fp64.
+    """
+    each = [1] * len(case.k) if counts is None else list(counts)
+    q = queries(case, group, sum(each))
     options.setdefault("scale", q.shape[2] ** -0.5)
-    max_len = max(int(case.seq_lens.max()), 1) + slack
-    out: torch.Tensor = decode(q, **case.arguments(), max_len=max_len, **options)
+    more: dict[str, Any] = {}
+    if counts is not None:
+        more = {"cu_q": torch.tensor([0, *accumulate(each)], dtype=torch.int32)}
+        more["max_q"] = max(*each, 1)
+    out: torch.Tensor = decode(q, **case.arguments(), **more, **options)
     assert out.is_contiguous()
     factor = cap_factor(out.dtype, options.get("softcap"))
-    assert_close(out, expect(case, list(q.split(1)), **options), factor=factor)
+    assert_close(out, expect(case, list(q.split(each)), **options), factor=factor)
     return out
 
 
 def lengths_around(page_size: int) -> list[int]:
-    """Nothing, one token, both sides of a page's end, odd ones, and enough for several splits."""
+    """Nothing, one token, both sides of a page's end, odd ones, and enough to be cut."""
     return [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size + 7, 531]
 
 
@@ -101,7 +111,7 @@ def test_softcap(decode, dtype, softcap):
 
 
 @pytest.mark.parametrize("decode", DECODES)
-@pytest.mark.parametrize("lengths", [[0, 1, 40, 5], [0, 1, 140, 531]], ids=["one split", "splits"])
+@pytest.mark.parametrize("lengths", [[0, 1, 40, 5], [0, 1, 140, 531]], ids=["whole", "cut"])
 @pytest.mark.parametrize("window", [None, 20])
 def test_sinks(decode, lengths, window):
     """They take part once, however many splits there are; -inf is none, a large one takes all."""
@@ -135,12 +145,70 @@ def test_scores_far_from_zero(decode):
     check(decode, case, 2, scale=40.0)
 
 
-def test_the_bound_of_lengths_does_not_matter():
-    case = make_case([5, 300], layout="page-major")
-    exact = check(decode_gpu, case, 2)
-    for slack in (1, 1000, 100_000):
-        out = check(decode_gpu, case, 2, slack=slack)
-        assert (out - exact).abs().max() <= 2**-8
+@pytest.mark.parametrize("decode", DECODES)
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_alibi(decode, window, softcap):
+    """Negative, zero and large slopes; the bias comes after the soft cap."""
+    lengths = [0, 1, 64, 531]
+    case = make_case(
+        lengths,
+        layout="page-major",
+        dtype=FP32,
+        needed_from=[0 if window is None else max(0, length - window) for length in lengths],
+    )
+    slopes = torch.tensor([0.5, 2**-8, 0.0, -(2**-6), 4.0, 1.0])
+    check(decode, case, 3, alibi_slopes=slopes, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("decode", DECODES)
+@pytest.mark.parametrize(
+    ("layout", "page_size", "group", "dtype"),
+    [
+        ("page-major", 16, 3, BF16),
+        ("layer-major", 64, 4, FP32),
+        ("page-major", 128, 8, FP16),  # 8 heads of 16 queries: two tiles of them
+        ("layer-major", 32, 1, FP32),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_few_queries(decode, layout, page_size, group, dtype, window):
+    """Drafts of unequal lengths: each query sees up to itself; rows without any, whole prompts."""
+    lengths, counts = [16, 0, 5, 531, 300, 77, 64], [16, 0, 5, 16, 1, 7, 0]
+    case = make_case(
+        lengths,
+        layout=layout,
+        page_size=page_size,
+        dtype=dtype,
+        needed_from=[
+            0 if window is None else max(0, n - max(q, 1) - window + 1)
+            for n, q in zip(lengths, counts, strict=True)
+        ],
+    )
+    check(decode, case, group, counts=counts, window=window)
+
+
+@pytest.mark.parametrize("decode", DECODES)
+def test_a_few_queries_with_all_options(decode):
+    case = make_case(
+        [200, 0, 61], layout="page-major", kv_heads=1, page_size=64, k_dim=128, dtype=FP32
+    )
+    check(
+        decode, case, 4, counts=[3, 0, 9], window=50, softcap=20.0,
+        sinks=torch.linspace(-2, 2, 4), alibi_slopes=torch.linspace(0, 0.5, 4),
+    )  # fmt: skip
+
+
+def test_a_plan_serves_every_layer():
+    """Made once, used with any pages of its shape; refused with another."""
+    cases = [make_case([5, 300, 0, 77], layout="page-major", seed=seed) for seed in (0, 1)]
+    plan = plan_decode(Shape(4, 2, 2, 64, 64, 16, 1, None, BF16), cases[0].seq_lens)
+    for case in cases:
+        q = queries(case, 2, 4)
+        planned = decode_gpu(q, **case.arguments(), scale=0.125, plan=plan)
+        assert torch.equal(planned, check(decode_gpu, case, 2))
+    with pytest.raises(ValueError, match="the plan is for"):
+        decode_gpu(queries(cases[0], 3, 4), **cases[0].arguments(), scale=1.0, plan=plan)
 
 
 @settings(max_examples=12, deadline=None)
@@ -154,11 +222,13 @@ def test_the_bound_of_lengths_does_not_matter():
     group=st.integers(1, 20),
     window=st.none() | st.integers(1, 300),
     softcap=st.none() | st.just(20.0),
+    most=st.sampled_from([1, 1, 5, 16]),
     seed=st.integers(0, 99),
 )
 def test_gpu_with_any_shape(
-    layout, lengths, dtype, page_size, k_dim, v_dim, group, window, softcap, seed
+    layout, lengths, dtype, page_size, k_dim, v_dim, group, window, softcap, most, seed
 ):
+    counts = None if most == 1 else [min(length, most - i) for i, length in enumerate(lengths)]
     case = make_case(
         lengths,
         layout=layout,
@@ -167,66 +237,41 @@ def test_gpu_with_any_shape(
         k_dim=k_dim,
         v_dim=v_dim,
         dtype=dtype,
-        needed_from=[0 if window is None else max(0, length - window) for length in lengths],
+        needed_from=[0 if window is None else max(0, length - window - 15) for length in lengths],
         seed=seed,
     )
-    check(decode_gpu, case, group, window=window, softcap=softcap)
+    check(decode_gpu, case, group, counts=counts, window=window, softcap=softcap)
 
 
 def test_no_rows():
     case = make_case([], layout="page-major")
     q = torch.empty(0, 6, 64, dtype=BF16)
     arguments: dict[str, Any] = {**case.arguments()}
-    out = decode_gpu(q, **arguments, max_len=100, scale=1.0)
+    out = decode_gpu(q, **arguments, scale=1.0)
     assert out.shape == (0, 6, 64)
 
 
-def launches_on_meta(rows: int, max_len: int, device: Device) -> list[Any]:
-    """Launches over a page-major pool of 4 TiB in units of 256 bytes."""
+def test_launches_on_a_pool_beyond_int32():
+    """A page-major pool of 4 TiB in units of 256 bytes, on a device of 132 multiprocessors."""
     shape, strides = (2**31, 8, 64, 128), (128, 2**32, 128, 1)
     pages = torch.empty_strided(shape, strides, dtype=BF16, device="meta")
-    q = torch.empty(rows, 32, 128, dtype=BF16, device="meta")
-    return decode_launches(
-        q,
-        pages,
-        pages,
-        torch.empty(rows, -(-max_len // 64), dtype=torch.int32, device="meta"),
-        torch.empty(rows, dtype=torch.int32, device="meta"),
-        torch.empty_like(q),
-        max_len=max_len,
-        scale=1.0,
-        window=None,
-        softcap=None,
-        sinks=torch.empty(32, device="meta"),
-        device=device,
-    )
-
-
-def test_launches_on_a_pool_beyond_int32():
-    (attend,) = launches_on_meta(256, 2**17, Device(132, 227 * 1024))
-    assert attend.grid == (256, 8, 1)
-    assert attend.arguments["stride_k_head"] == 2**32
-    assert attend.arguments["sinks"] is not None
-    attend, merge = launches_on_meta(2, 2**17, Device(132, 227 * 1024))
-    assert attend.grid == (2, 8, 17)
-    assert attend.arguments["sinks"] is None
-    assert attend.arguments["out"].shape == (2, 32, 17, 128)
-    assert attend.arguments["out"].dtype == torch.float32
-    assert merge.grid == (2, 32)
-    assert merge.arguments["sinks"] is not None
-
-
-def test_split_count():
-    assert split_count(2**20, 64, 1, 132, None) == MAX_SPLITS
-    assert split_count(2**17, 64, 264, 132, None) == 1
-    assert split_count(2**17, 64, 100, 132, None) == 3
-    for page_size in (16, 64, 256):
-        least = min_split_tokens(page_size)
-        assert least >= 2 * page_size
-        assert split_count(2 * least - 1, page_size, 1, 132, None) == 1
-        assert split_count(2 * least, page_size, 1, 132, None) == 2
-        assert split_count(2**20, page_size, 1, 132, 1) == 1
-    assert split_count(0, 16, 0, 132, None) == 1
+    for rows, length in ((256, 2**17), (2, 2**17), (1, 1)):
+        facts = Shape(rows, 8, 4, 128, 128, 64, 1, None, BF16)
+        lens = torch.empty(rows, dtype=torch.int32, device="meta")
+        plan, planning = plan_launch(facts, lens, None, Device("sm_90", 132, 227 * 1024))
+        q = torch.empty(rows, 32, 128, dtype=BF16, device="meta")
+        table = torch.empty(rows, -(-length // 64), dtype=torch.int32, device="meta")
+        attend, merge = decode_launches(
+            q, pages, pages, table, lens, torch.empty_like(q), plan=plan, scale=1.0,
+            sinks=torch.empty(32, device="meta"),
+        )  # fmt: skip
+        # The grid is the device's, whatever the batch: what CUDA graphs need.
+        assert attend.grid == (132 * plan.config.programs_per_sm,)
+        assert merge.grid == (attend.grid[0] - 1, 1)
+        assert planning.arguments["HEADS"] == plan.heads == 8
+        assert attend.arguments["stride_k_head"] == 2**32
+        assert attend.arguments["parts"].shape == (attend.grid[0], 2, 16, 128)
+        assert attend.arguments["parts"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("decode", DECODES)
@@ -235,10 +280,10 @@ def test_split_count():
     [
         ({"q": torch.zeros(2, 5, 64)}, "multiple of kv_heads"),
         ({"q": torch.zeros(2, 6, 80)}, "q has dimension 80"),
-        ({"q": torch.zeros(3, 6, 64)}, "q has 3 rows"),
+        ({"q": torch.zeros(3, 6, 64)}, "got 3 for 2 rows"),
         ({"q": torch.zeros(2, 6, 64).half()}, "one dtype"),
         ({"q": torch.zeros(2, 64, 6).mT}, "last stride 1"),
-        ({"q": torch.zeros(6, 64)}, "rows, q_heads"),
+        ({"q": torch.zeros(6, 64)}, "tokens, q_heads"),
         ({"block_table": torch.zeros(2, 4).long()}, "block_table must be one of torch.int32"),
         ({"block_table": torch.zeros(3, 4).int()}, "block_table has 3 rows"),
         ({"seq_lens": torch.zeros(2).long()}, "seq_lens must be one of"),
@@ -248,7 +293,12 @@ def test_split_count():
         ({"sinks": torch.zeros(5)}, "sinks must be"),
         ({"window": 0}, "window must be"),
         ({"softcap": 0.0}, "softcap must be"),
-        ({"max_len": -1}, "max_len must"),
+        ({"alibi_slopes": torch.zeros(5)}, "alibi_slopes must be"),
+        ({"scale": 0.0}, "scale must be positive"),
+        ({"max_q": 2}, "max_q must be 1 without cu_q"),
+        ({"max_q": 17, "cu_q": torch.tensor([0, 1, 2]).int()}, "max_q must be in 1..16"),
+        ({"cu_q": torch.tensor([0, 2]).int()}, "cu_q must have rows"),
+        ({"cu_q": torch.tensor([0, 1, 2])}, "cu_q must be one of torch.int32"),
         ({"seq_lens": torch.zeros(2, dtype=torch.int32, device="meta")}, "is on meta"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -260,7 +310,6 @@ def test_refusals(decode, change, message):
         "v_pages": torch.zeros(4, 2, 16, 64),
         "block_table": torch.zeros(2, 4).int(),
         "seq_lens": torch.zeros(2).int(),
-        "max_len": 64,
         "scale": 1.0,
     }
     with pytest.raises(ValueError, match=message):

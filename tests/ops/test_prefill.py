@@ -112,6 +112,12 @@ def test_sinks(prefill, window):
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
+def test_alibi(prefill):
+    case = make_case([1, 140, 33], layout="layer-major", page_size=32, dtype=FP32)
+    check(prefill, case, [1, 60, 33], 2, alibi_slopes=torch.tensor([0.5, 2**-8, 0.0, -0.125]))
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
 def test_all_options_together(prefill):
     case = make_case(
         [200, 61],
@@ -152,7 +158,7 @@ def test_chunks_equal_the_whole_prompt():
     whole = run(0, 150)
     chunked = torch.cat([run(0, 64), run(64, 65), run(65, 150)])
     assert (whole - chunked).abs().max() < 1e-6
-    last = paged_decode(q[149:], **shared, max_len=150, scale=0.125)
+    last = paged_decode(q[149:], **shared, scale=0.125)
     assert (whole[149] - last[0]).abs().max() < 1e-6
 
 
@@ -209,7 +215,8 @@ def test_launch_on_a_pool_beyond_int32(shared_memory):
         window=None,
         softcap=None,
         sinks=None,
-        device=Device(132, shared_memory * 1024),
+        alibi_slopes=None,
+        device=Device("sm_90", 132, shared_memory * 1024),
     )
     blocks = launch.arguments["blocks"]
     assert launch.grid == (5 * blocks, 8)

@@ -43,7 +43,7 @@ def attend_part(
     meaningless and the caller discards them.
     """
     if softcap is not None or k.shape[-1] != v.shape[-1]:
-        return _attend_general(q, k, v, scale, softcap, bias, causal)
+        return attend_general(q, k, v, scale, softcap, bias, causal)
     if q.shape[1] != k.shape[1] and not groups_are_native():
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if bias is not None:
@@ -52,7 +52,7 @@ def attend_part(
     return out, lse
 
 
-def _attend_general(
+def attend_general(
     q: Tensor,
     k: Tensor,
     v: Tensor,

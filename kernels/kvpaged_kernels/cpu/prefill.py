@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_pair
+from kvpaged_kernels.cpu.parts import apply_sinks, attend_general, attend_part, merge_pair
 from kvpaged_kernels.cpu.plan import (
     RowSpan,
     Run,
@@ -16,6 +16,9 @@ from kvpaged_kernels.cpu.plan import (
 
 WINDOW_BLOCK = 256
 """Queries of one masked call where a window cuts into the history."""
+
+NO_WINDOW = 2**31 - 1
+"""A window over everything: plans made with one have no trunks."""
 
 BLIND = -1e30
 """Log-sum-exp of a part a query sees nothing of; finite: merging two such parts is not NaN."""
@@ -44,38 +47,46 @@ def paged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries, as `reference.attention.paged_prefill` defines it.
 
-    `plan` stands for the block table, the lengths and `cu_q`; the new tokens are in the pages.
+    `plan` stands for the block table, the lengths and `cu_q`; the new tokens are in the pages. With
+    `alibi_slopes` it is one made with a window (`NO_WINDOW` if there is none).
     """
     head_sinks = None if sinks is None else sinks.unsqueeze(-1)
-    if plan.trunks:
+    if alibi_slopes is not None:
+        assert not plan.trunks
+        window = NO_WINDOW if window is None else window
+    elif plan.trunks:
         part = _own_parts(q, k_pages, v_pages, plan, scale, softcap)
         for trunk, queries in zip(plan.trunks, plan.trunk_queries, strict=True):
             _merge_trunk(part, q, k_pages, v_pages, trunk, queries, scale, softcap)
         out = part[0] if sinks is None else apply_sinks(*part, sinks)
         return out.to(q.dtype)
     uniform = plan.uniform
-    if uniform is not None and (window is None or uniform.tokens <= window):
+    simple = uniform is not None and (window is None or uniform.tokens <= window)
+    if uniform is not None and simple and alibi_slopes is None:
         part = _uniform_part(q, k_pages, v_pages, uniform, scale, softcap)
         out = part[0] if head_sinks is None else apply_sinks(*part, head_sinks)
         return out.transpose(1, 2).flatten(0, 1).to(q.dtype)
     result = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[3])
     for span in plan.rows:
-        if span.q_last == span.q_first:
+        if span.q_last == span.q_first or not span.length:
             continue
         blocks = [(span.q_first, span.q_last)]
-        if window is not None and span.length > window:
+        if window is not None and (span.length > window or alibi_slopes is not None):
             firsts = range(span.q_first, span.q_last, WINDOW_BLOCK)
             blocks = [(a, min(a + WINDOW_BLOCK, span.q_last)) for a in firsts]
         for a, b in blocks:
             start = span.length - (span.q_last - a)
             queries = q[a:b].transpose(0, 1).unsqueeze(0)
-            if window is None or start + (b - a) <= window:
+            if window is None or (start + (b - a) <= window and alibi_slopes is None):
                 part = _causal(queries, start, k_pages, v_pages, span.runs, scale, softcap)
             else:
-                part = _windowed(queries, start, k_pages, v_pages, span, window, scale, softcap)
+                part = _windowed(
+                    queries, start, k_pages, v_pages, span, window, scale, softcap, alibi_slopes
+                )
             out = part[0] if head_sinks is None else apply_sinks(*part, head_sinks)
             result[a:b] = out.squeeze(0).transpose(0, 1)
     return result
@@ -194,8 +205,12 @@ def _windowed(
     window: int,
     scale: float,
     softcap: float | None,
+    alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries at positions `start..` over the last `window` tokens of each, by explicit masks."""
+    """Queries at positions `start..` over the last `window` tokens of each, by explicit masks.
+
+    A slope's bias grows with the distance: it is added in fp32, whatever the dtype of `q`.
+    """
     stop = start + q.shape[2]
     seen = max(0, start - window + 1)
     position = torch.arange(start, stop).unsqueeze(1)
@@ -209,7 +224,12 @@ def _windowed(
         bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
         k = _tokens(k_pages, run, first, last)
         v = _tokens(v_pages, run, first, last)
-        out, lse = attend_part(q, k, v, scale=scale, softcap=softcap, bias=bias[None, None])
+        if alibi_slopes is None:
+            out, lse = attend_part(q, k, v, scale=scale, softcap=softcap, bias=bias[None, None])
+        else:
+            slopes = alibi_slopes.float().view(1, -1, 1, 1)
+            bias = bias.float() + slopes * (token - position)
+            out, lse = attend_general(q, k, v, scale, softcap, bias, False)
         blind = hidden.all(dim=1)
         if bool(blind.any()):
             out = out.float().masked_fill(blind.unsqueeze(-1), 0.0)

@@ -1,11 +1,11 @@
-"""Attention of one query token a sequence over its pages, split over the tokens and merged.
+"""Attention of one or a few query tokens a sequence over its pages: a persistent grid, and a merge.
 
-One program takes one row, one KV head and one split: the GQA group of the head is packed into the
-rows of the tile, so K and V are read once. Splits are laid out from each row's own length, so a
-short row in a batch with a long one leaves its spare splits empty instead of being cut to bits.
+Each program works off its share of a plan (`gpu/plan.py`): items, of which it may begin its first
+and end its last in the middle. The GQA group of a head and the queries of its row are packed into
+the rows of the tile, so K and V are read once for all of them. An item that one program does by
+itself goes straight to the output; parts of the others are left for the merge.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,36 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpaged_kernels.checks import check_decode
-from kvpaged_kernels.gpu.configs import (
-    MAX_SPLITS,
-    decode_blocks,
-    min_split_tokens,
-    split_count,
-)
-from kvpaged_kernels.gpu.launch import Device, Launch, attention_arguments, device_of
-from kvpaged_kernels.gpu.primitives import LOWEST, add_sinks, attend, window_begin
+from kvpaged_kernels.checks import check_decode, require
+from kvpaged_kernels.gpu.launch import Launch, attention_arguments, device_of
+from kvpaged_kernels.gpu.plan import DecodePlan, Shape, plan_launch, row_tokens
+from kvpaged_kernels.gpu.primitives import LOWEST, add_sinks, attend, load_slopes
 
-_MERGE_CHUNK = 16
-
-
-@triton.jit
-def _split_tokens(
-    length,
-    window,
-    splits,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """The first token that a row reads, and the tokens of one of its splits."""
-    begin = 0
-    if HAS_WINDOW:
-        begin = window_begin(length - 1, window, min(PAGE_SIZE, BLOCK_N))
-    tile: tl.constexpr = max(PAGE_SIZE, BLOCK_N)
-    share = tl.cdiv(tl.cdiv(length - begin, splits), tile) * tile
-    return begin, tl.maximum(share, MIN_TOKENS)
+_MERGE_ROWS = 4
+_MERGE_PARTS = 8
 
 
 @triton.jit
@@ -52,22 +29,28 @@ def _decode(
     v_pages,
     block_table,
     seq_lens,
+    cu_q,
+    records,
     sinks,
+    alibi_slopes,
     out,
+    parts,
     part_lse,
-    stride_q_row,
+    stride_q_token,
     stride_q_head,
     stride_k_entry,
     stride_k_head,
-    stride_k_slot,
     stride_v_entry,
     stride_v_head,
-    stride_v_slot,
     stride_table_row,
     q_heads,
     window,
     score_scale,
     cap,
+    STRIDE_K_SLOT: tl.constexpr,
+    STRIDE_V_SLOT: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILES_M: tl.constexpr,
     GROUP: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -76,106 +59,165 @@ def _decode(
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
 ):
-    """`out` is the result; with `IS_SPLIT` it is fp32 `[rows, q_heads, splits, V_DIM]`."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks_m: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
-    kv_head = (tl.program_id(1) // blocks_m).to(tl.int64)
-    member = tl.program_id(1) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
+    """`parts` is fp32 `[programs, 2, BLOCK_M, V_DIM]`, `part_lse` fp32 `[programs, 2, BLOCK_M]`.
 
-    length = tl.load(seq_lens + row)
-    begin, share = _split_tokens(length, window, splits, PAGE_SIZE, BLOCK_N, MIN_TOKENS, HAS_WINDOW)
-    start = begin + split * share
-    end = tl.minimum(start + share, length)
-    if IS_SPLIT:  # noqa: SIM102 - decided at compile time, the inner one at run time
-        if start >= length:
-            return
+    Place 1 of a program is for an item that it begins and does not end, place 0 for one that
+    another has begun.
+    """
+    record = records + tl.program_id(0) * 4
+    first_item = tl.load(record)
+    first_unit = tl.load(record + 1)
+    last_item = tl.load(record + 4)
+    last_unit = tl.load(record + 5)
+    for step in range(last_item - first_item + (last_unit > 0).to(tl.int32)):
+        item = first_item + step
+        row = (item // HEADS).to(tl.int64)
+        kv_head = (item % HEADS // TILES_M).to(tl.int64)
+        packed = item % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)
+        length, queries, begin = row_tokens(
+            row, True, seq_lens, cu_q, window, min(PAGE_SIZE, BLOCK_N), HAS_WINDOW
+        )
+        first_token = row
+        if cu_q is not None:
+            first_token = tl.load(cu_q + row).to(tl.int64)
+        continued = (item == first_item) & (first_unit > 0)
+        left = (item == last_item) & (last_unit > 0)
+        start = begin
+        if continued:
+            start += first_unit * BLOCK_N
+        # A row may have fewer queries than the tile has place for, or none: then nothing is read.
+        end = tl.where(item % TILES_M * BLOCK_M < queries * GROUP, length, start)
+        if left:
+            end = tl.minimum(begin + last_unit * BLOCK_N, end)
 
-    dim = tl.arange(0, BLOCK_K)
-    head = kv_head * GROUP + member
-    queries = q + row * stride_q_row + head[:, None] * stride_q_head + dim[None, :]
-    query = tl.load(queries, mask=(member < GROUP)[:, None] & (dim < K_DIM)[None, :], other=0.0)
-    k_pages += kv_head * stride_k_head
-    v_pages += kv_head * stride_v_head
-    table = block_table + row * stride_table_row
-    last = length - 1
-    position = tl.zeros([BLOCK_M], tl.int32) + last
-    acc, m, total = attend(
-        query, k_pages, v_pages, table, position, last, last, start, end,
-        stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
-        window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-        HAS_WINDOW, HAS_SOFTCAP,
-    )  # fmt: skip
+        mask = packed < queries * GROUP
+        index = packed // GROUP
+        member = packed % GROUP
+        head = kv_head * GROUP + member
+        dim = tl.arange(0, BLOCK_K)
+        places = q + first_token * stride_q_token + kv_head * GROUP * stride_q_head
+        query = tl.load(
+            places + (index * stride_q_token + member * stride_q_head)[:, None] + dim[None, :],
+            mask=mask[:, None] & (dim < K_DIM)[None, :],
+            other=0.0,
+        )
+        slope = load_slopes(alibi_slopes, head, mask)
+        low = length - queries
+        acc, m, total = attend(
+            query,
+            k_pages + kv_head * stride_k_head,
+            v_pages + kv_head * stride_v_head,
+            block_table + row * stride_table_row,
+            low + index, low, length - 1, start, end,
+            stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
+            STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, True,
+        )  # fmt: skip
 
-    place = row * q_heads + head
-    if IS_SPLIT:
-        place = place * splits + split
-        tl.store(part_lse + place, m + tl.log2(total), mask=member < GROUP)
-    elif sinks is not None:
-        m, total, alpha = add_sinks(m, total, sinks, head, member < GROUP)
-        acc *= alpha[:, None]
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
-    dim = tl.arange(0, BLOCK_V)
-    tl.store(
-        out + place[:, None] * V_DIM + dim[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=(member < GROUP)[:, None] & (dim < V_DIM)[None, :],
-    )
+        dim = tl.arange(0, BLOCK_V)
+        if continued | left:
+            place = tl.program_id(0) * 2 + (1 - continued.to(tl.int32))
+            row_of_tile = place.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            # A query that sees nothing of this part leaves LOWEST, which weighs nothing.
+            total = tl.where(total > 0, total, 1.0)
+            acc /= total[:, None]
+            tl.store(part_lse + row_of_tile, m + tl.log2(total), mask=mask)
+            tl.store(
+                parts + row_of_tile[:, None] * V_DIM + dim[None, :],
+                acc,
+                mask=mask[:, None] & (dim < V_DIM)[None, :],
+            )
+        else:
+            if sinks is not None:
+                m, total, alpha = add_sinks(m, total, sinks, head, mask)
+                acc *= alpha[:, None]
+            acc /= tl.where(total > 0, total, 1.0)[:, None]
+            target = (first_token * q_heads + kv_head * GROUP) * V_DIM
+            tl.store(
+                out + target + ((index * q_heads + member) * V_DIM)[:, None] + dim[None, :],
+                acc.to(out.dtype.element_ty),
+                mask=mask[:, None] & (dim < V_DIM)[None, :],
+            )
 
 
 @triton.jit
 def _merge(
     parts,
     part_lse,
-    seq_lens,
+    records,
+    cu_q,
     sinks,
     out,
     q_heads,
-    splits,
-    window,
+    HEADS: tl.constexpr,
+    TILES_M: tl.constexpr,
+    GROUP: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """Weigh the splits of one query head by their log-sum-exp; only the splits of its row."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    length = tl.load(seq_lens + row)
-    begin, share = _split_tokens(length, window, splits, PAGE_SIZE, BLOCK_N, MIN_TOKENS, HAS_WINDOW)
-    live = tl.cdiv(length - begin, share)
-    place = row * q_heads + head
-    split = tl.arange(0, BLOCK_S)
-    lse = tl.load(part_lse + place * splits + split, mask=split < live, other=-float("inf"))
-    m = tl.maximum(tl.max(lse, 0), LOWEST)
-    total = tl.sum(tl.exp2(lse - m), 0)
-    if sinks is not None:
-        m, total, _ = add_sinks(m, total, sinks, head, True)
+    """Weigh the parts of an item by their log-sum-exp, in the order of its tokens.
 
+    There is a program for each boundary of shares; the one at the first boundary inside an item
+    merges the item, `BLOCK_R` of its queries and heads at a time, and the others have nothing to
+    do.
+    """
+    begun_by = tl.program_id(0)
+    before = records + begun_by * 4
+    item = tl.load(before + 4)
+    unit = tl.load(before + 5)
+    inside_before = (tl.load(before) == item) & (tl.load(before + 1) > 0)
+    if (unit == 0) | inside_before:
+        return
+    count = tl.load(before + 6) - begun_by + 1
+
+    row = (item // HEADS).to(tl.int64)
+    kv_head = (item % HEADS // TILES_M).to(tl.int64)
+    queries = 1
+    first_token = row
+    if cu_q is not None:
+        first_token = tl.load(cu_q + row).to(tl.int64)
+        queries = (tl.load(cu_q + row + 1) - first_token).to(tl.int32)
+    line = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    packed = item % TILES_M * BLOCK_M + line
+    mask = (line < BLOCK_M) & (packed < queries * GROUP)
     dim = tl.arange(0, BLOCK_V)
-    acc = tl.zeros([BLOCK_V], tl.float32)
-    for first in range(0, live, CHUNK):
-        some = first + tl.arange(0, CHUNK)
-        part = place * splits + some
-        weight = tl.exp2(tl.load(part_lse + part, mask=some < live, other=-float("inf")) - m)
+    m = tl.full([BLOCK_R], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for first in range(0, count, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        place = ((begun_by + part) * 2 + (part == 0).to(tl.int32)).to(tl.int64)
+        lines = place[None, :] * BLOCK_M + line[:, None]
+        there = mask[:, None] & (part < count)[None, :]
+        lse = tl.load(part_lse + lines, mask=there, other=-float("inf"))
         values = tl.load(
-            parts + part[:, None] * V_DIM + dim[None, :],
-            mask=(some < live)[:, None] & (dim < V_DIM)[None, :],
+            parts + lines[:, :, None] * V_DIM + dim[None, None, :],
+            mask=there[:, :, None] & (dim < V_DIM)[None, None, :],
             other=0.0,
         )
-        acc += tl.sum(values * weight[:, None], 0)
-    acc /= tl.where(total > 0, total, 1.0)
-    tl.store(out + place * V_DIM + dim, acc.to(out.dtype.element_ty), mask=dim < V_DIM)
+        m_new = tl.maximum(m, tl.max(lse, 1))
+        weight = tl.exp2(lse - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        total = total * alpha + tl.sum(weight, 1)
+        acc = acc * alpha[:, None] + tl.sum(values * weight[:, :, None], 1)
+        m = m_new
+    member = packed % GROUP
+    if sinks is not None:
+        m, total, alpha = add_sinks(m, total, sinks, kv_head * GROUP + member, mask)
+        acc *= alpha[:, None]
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    target = out + (first_token * q_heads + kv_head * GROUP) * V_DIM
+    tl.store(
+        target + ((packed // GROUP * q_heads + member) * V_DIM)[:, None] + dim[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=mask[:, None] & (dim < V_DIM)[None, :],
+    )
 
 
 def decode_launches(
@@ -186,70 +228,58 @@ def decode_launches(
     seq_lens: Tensor,
     out: Tensor,
     *,
-    max_len: int,
+    plan: DecodePlan,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    device: Device,
+    cu_q: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> list[Launch]:
-    """The launches of `paged_decode` into `out`: one, or with several splits two."""
-    rows, q_heads, k_dim = q.shape
-    _, kv_heads, page_size, v_dim = v_pages.shape
-    group = q_heads // kv_heads
-    blocks = decode_blocks(q.element_size(), k_dim, v_dim, group, device.shared_memory)
-    programs_m = kv_heads * triton.cdiv(group, blocks.m)
-    splits = split_count(max_len, page_size, rows * programs_m, device.multiprocessors, window)
-    target, part_lse = out, None
-    if splits > 1:
-        target = torch.empty(rows, q_heads, splits, v_dim, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(rows, q_heads, splits, dtype=torch.float32, device=q.device)
-    arguments = attention_arguments(
-        q, k_pages, v_pages, block_table, scale=scale, window=window, softcap=softcap
-    ) | {
-        "seq_lens": seq_lens,
-        "sinks": sinks if splits == 1 else None,
-        "out": target,
+    """The launches of `paged_decode` into `out`: of the attention and of the merge."""
+    shape, config = plan.shape, plan.config
+    places = plan.programs, 2, config.block_m
+    parts = torch.empty(*places, shape.v_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(places, dtype=torch.float32, device=q.device)
+    both: dict[str, Any] = {
+        "parts": parts,
         "part_lse": part_lse,
-        "stride_q_row": q.stride(0),
-        "stride_q_head": q.stride(1),
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "MIN_TOKENS": max(min_split_tokens(page_size), blocks.n),
-        "IS_SPLIT": splits > 1,
+        "records": plan.records,
+        "cu_q": cu_q,
+        "sinks": sinks,
+        "out": out,
+        "q_heads": q.shape[1],
+        "HEADS": plan.heads,
+        "TILES_M": plan.heads // shape.kv_heads,
+        "BLOCK_M": config.block_m,
     }
+    arguments = attention_arguments(
+        q, k_pages, v_pages, block_table, scale=scale, window=shape.window, softcap=softcap
+    )
     attending = Launch(
         kernel=_decode,
-        grid=(rows, programs_m, splits),
-        arguments=arguments,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-    )
-    if splits == 1:
-        return [attending]
-    return [attending, _merging(arguments, splits, sinks, out)]
-
-
-def _merging(
-    attending: Mapping[str, Any], splits: int, sinks: Tensor | None, out: Tensor
-) -> Launch:
-    """The launch that merges what a launch with these arguments leaves, into `out`."""
-    sizes = ("V_DIM", "BLOCK_V", "PAGE_SIZE", "BLOCK_N", "MIN_TOKENS", "HAS_WINDOW")
-    same = ("part_lse", "seq_lens", "q_heads", "window", *sizes)
-    rows, q_heads, _ = out.shape
-    return Launch(
-        kernel=_merge,
-        grid=(rows, q_heads),
-        arguments={name: attending[name] for name in same}
+        grid=(plan.programs,),
+        arguments=arguments
+        | both
         | {
-            "parts": attending["out"],
-            "sinks": sinks,
-            "out": out,
-            "splits": splits,
-            "BLOCK_S": MAX_SPLITS,
-            "CHUNK": _MERGE_CHUNK,
+            "seq_lens": seq_lens,
+            "alibi_slopes": alibi_slopes,
+            "stride_q_token": q.stride(0),
+            "stride_q_head": q.stride(1),
+            "BLOCK_N": config.block_n,
         },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
+    lines = min(config.block_m, shape.group * shape.max_q)
+    same = ("GROUP", "V_DIM", "BLOCK_V")
+    merging = Launch(
+        kernel=_merge,
+        grid=(plan.programs - 1, triton.cdiv(lines, _MERGE_ROWS)),
+        arguments=both
+        | {name: arguments[name] for name in same}
+        | {"BLOCK_R": _MERGE_ROWS, "BLOCK_P": _MERGE_PARTS},
+    )
+    return [attending, merging]
 
 
 def paged_decode(
@@ -259,46 +289,61 @@ def paged_decode(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
-    max_len: int,
     scale: float,
+    cu_q: Tensor | None = None,
+    max_q: int = 1,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    plan: DecodePlan | None = None,
 ) -> Tensor:
-    """Attention of one query token a sequence over its paged history.
+    """Attention of one or a few query tokens a sequence over its paged history.
 
-    - `q`: `[rows, q_heads, k_dim]`, last stride 1.
+    - `q`: `[tokens, q_heads, k_dim]`, last stride 1: one query a row, or as `cu_q` says.
     - `k_pages`, `v_pages`: `[entries, kv_heads, page_size, k_dim or v_dim]` of `q`'s dtype;
       `q_heads` is a multiple of `kv_heads`, query head `h` reads KV head `h // group`.
     - `block_table`: int32 `[rows, width]`, last stride 1: entry of each logical page. Entries
       wholly before the window or past the length are never used.
-    - `seq_lens`: int32 `[rows]`, tokens of each row *including* the query's own, the last one,
+    - `seq_lens`: int32 `[rows]`, tokens of each row *including* the queries' own, the last ones,
       already in the pages. A row of length 0 gives zeros.
-    - `max_len`: an upper bound of `seq_lens`; sizes the launch, never changes what is attended to
-      (the splits it leads to change the order of sums).
-    - `scale`: factor of the dot products.
+    - `scale`: factor of the dot products, positive.
+    - `cu_q`: int32 `[rows + 1]`: the queries of row i are `q[cu_q[i]:cu_q[i + 1]]`, its last
+      tokens. A row may have none. Without it each row has one.
+    - `max_q`: the most queries of a row, at most 16.
     - `window`: W, or None. A query at position p sees positions p-W < j <= p: W tokens with itself.
     - `softcap`: c, or None: scores become c*tanh(s/c), after `scale` (Gemma 2).
     - `sinks`: `[q_heads]` logits that join the softmax's denominator only (GPT-OSS), or None.
+    - `alibi_slopes`: `[q_heads]`, or None: slope * (j - p) is added to the score of token j, after
+      the soft cap (Press, Smith and Lewis, arXiv:2108.12409).
+    - `plan`: what `plan_decode` made of `seq_lens`, `cu_q` and `window` for these shapes; made anew
+      where absent. It decides the order of sums and nothing else.
 
-    Returns `[rows, q_heads, v_dim]`, contiguous, in `q`'s dtype; sums are fp32. Raises ValueError
-    where shapes, strides, dtypes or devices disagree. Splitting over tokens is Flash-Decoding's.
+    Returns `[tokens, q_heads, v_dim]`, contiguous, in `q`'s dtype; sums are fp32. Raises ValueError
+    where shapes, strides, dtypes or devices disagree. Splitting over tokens is Flash-Decoding's,
+    equal shares of all work are Stream-K's (Osama et al., arXiv:2301.03598).
     """
     tensors = (q, k_pages, v_pages, block_table, seq_lens)
-    check_decode(*tensors, max_len=max_len, window=window, softcap=softcap, sinks=sinks)
+    check_decode(
+        *tensors, scale=scale, cu_q=cu_q, max_q=max_q, window=window, softcap=softcap,
+        sinks=sinks, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
     if q.shape[0] == 0:
         return out
+    _, kv_heads, page_size, v_dim = v_pages.shape
+    shape = Shape(
+        rows=seq_lens.shape[0], kv_heads=kv_heads, group=q.shape[1] // kv_heads, k_dim=q.shape[2],
+        v_dim=v_dim, page_size=page_size, max_q=max_q, window=window, dtype=q.dtype,
+    )  # fmt: skip
+    if plan is None:
+        plan, planning = plan_launch(shape, seq_lens, cu_q, device_of(q))
+        planning.run(q.device)
+    require(plan.shape == shape, f"the plan is for {plan.shape}, this is {shape}")
     launches = decode_launches(
-        *tensors,
-        out,
-        max_len=max_len,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        device=device_of(q),
-    )
+        *tensors, out, plan=plan, scale=scale, cu_q=cu_q, softcap=softcap, sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     for launch in launches:
         launch.run(q.device)
     return out

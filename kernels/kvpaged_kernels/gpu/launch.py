@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvpaged_kernels.gpu.configs import padded
+from kvpaged_kernels.gpu.decode_configs import padded
 
 LOG2_E = 1.4426950408889634
 
@@ -24,14 +24,17 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Device(NamedTuple):
-    """What sizes a launch: multiprocessors, and bytes of shared memory one block may take."""
+    """What sizes a launch: architecture (`sm_90`, `gfx942`), multiprocessors, and bytes of shared
+    memory one block may take.
+    """
 
+    arch: str
     multiprocessors: int
     shared_memory: int
 
 
-WITHOUT_GPU = Device(multiprocessors=8, shared_memory=99 * 1024)
-"""Stands in for a device under the interpreter: few multiprocessors, so that splits are few."""
+WITHOUT_GPU = Device(arch="sm_80", multiprocessors=4, shared_memory=99 * 1024)
+"""Stands in for a device under the interpreter: few multiprocessors, so that programs are few."""
 
 
 @cache
@@ -39,7 +42,9 @@ def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     # ROCm builds of torch lack the opt-in limit; there the ordinary one is the limit.
     shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    amd = str(getattr(properties, "gcnArchName", "")).split(":")[0]
     return Device(
+        arch=amd or f"sm_{properties.major}{properties.minor}",
         multiprocessors=properties.multi_processor_count,
         shared_memory=shared or properties.shared_memory_per_block,
     )
@@ -104,15 +109,15 @@ def attention_arguments(
         "block_table": block_table,
         "stride_k_entry": k_pages.stride(0),
         "stride_k_head": k_pages.stride(1),
-        "stride_k_slot": k_pages.stride(2),
         "stride_v_entry": v_pages.stride(0),
         "stride_v_head": v_pages.stride(1),
-        "stride_v_slot": v_pages.stride(2),
         "stride_table_row": block_table.stride(0),
         "q_heads": q.shape[1],
         "window": 0 if window is None else window,
         "score_scale": score_scale,
         "cap": cap,
+        "STRIDE_K_SLOT": k_pages.stride(2),
+        "STRIDE_V_SLOT": v_pages.stride(2),
         "GROUP": q.shape[1] // k_pages.shape[1],
         "K_DIM": k_pages.shape[3],
         "V_DIM": v_pages.shape[3],

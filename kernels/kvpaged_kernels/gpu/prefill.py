@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpaged_kernels.checks import check_prefill
 from kvpaged_kernels.gpu.configs import prefill_blocks
 from kvpaged_kernels.gpu.launch import Device, Launch, attention_arguments, device_of
-from kvpaged_kernels.gpu.primitives import add_sinks, attend, window_begin
+from kvpaged_kernels.gpu.primitives import add_sinks, attend, load_slopes, window_begin
 
 
 @triton.jit
@@ -23,21 +23,22 @@ def _prefill(
     cu_q,
     seq_lens,
     sinks,
+    alibi_slopes,
     out,
     stride_q_token,
     stride_q_head,
     stride_k_entry,
     stride_k_head,
-    stride_k_slot,
     stride_v_entry,
     stride_v_head,
-    stride_v_slot,
     stride_table_row,
     q_heads,
     blocks,
     window,
     score_scale,
     cap,
+    STRIDE_K_SLOT: tl.constexpr,
+    STRIDE_V_SLOT: tl.constexpr,
     GROUP: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -78,6 +79,8 @@ def _prefill(
     v_pages += kv_head * stride_v_head
     table = block_table + row * stride_table_row
 
+    slope = load_slopes(alibi_slopes, kv_head * GROUP + member, mask)
+
     low = length - queries + first
     high = tl.minimum(length - queries + (block * BLOCK_M + BLOCK_M - 1) // GROUP, length - 1)
     start = 0
@@ -85,9 +88,9 @@ def _prefill(
         start = window_begin(low, window, min(PAGE_SIZE, BLOCK_N))
     acc, m, total = attend(
         query, k_pages, v_pages, table, position, low, high, start, high + 1,
-        stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
-        window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-        HAS_WINDOW, HAS_SOFTCAP,
+        stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
+        STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+        HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
 
     if sinks is not None:
@@ -117,6 +120,7 @@ def prefill_launch(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     device: Device,
 ) -> Launch:
     """The launch of `paged_prefill` into `out`."""
@@ -135,6 +139,7 @@ def prefill_launch(
             "cu_q": cu_q,
             "seq_lens": seq_lens,
             "sinks": sinks,
+            "alibi_slopes": alibi_slopes,
             "out": out,
             "stride_q_token": q.stride(0),
             "stride_q_head": q.stride(1),
@@ -161,6 +166,7 @@ def paged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged new tokens over their paged histories.
 
@@ -184,7 +190,9 @@ def paged_prefill(
         max_len=max_len,
         window=window,
         softcap=softcap,
+        scale=scale,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
     if q.shape[0] == 0 or max_q == 0:
@@ -202,6 +210,7 @@ def paged_prefill(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
         device=device_of(q),
     ).run(q.device)
     return out

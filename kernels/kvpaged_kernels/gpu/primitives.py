@@ -42,22 +42,30 @@ def load_entries(table, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constex
 def load_tokens(
     pages,
     entry,
-    slot,
+    start,
     stride_entry,
-    stride_slot,
     valid,
+    STRIDE_SLOT: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The vectors of some tokens of one head, `[BLOCK_N, BLOCK_D]`, zero where not `valid`.
+    """The vectors of the tokens `start .. start + BLOCK_N` of one head, zero where not `valid`.
 
-    Only the offset of the entry is int64: the launcher checks that a page's own extent fits int32.
-    Slots past the length may hold anything, NaN included, and 0 * NaN is NaN: hence the zeros.
+    `entry`, int64, is as `load_entries` gave it. Within a page offsets are int32 (the launcher
+    checks that they fit) and, the slots' stride being a constant, immediates of the loads. Slots
+    past the length may hold anything, NaN included, and 0 * NaN is NaN: hence the zeros.
     """
     dim = tl.arange(0, BLOCK_D)
-    rows = pages + entry * stride_entry + slot * stride_slot
-    pointers = rows[:, None] + dim[None, :]
+    slot = tl.arange(0, BLOCK_N)
+    if BLOCK_N > PAGE_SIZE:  # a tile of several pages starts at slot 0 of one
+        rows = pages + entry * stride_entry + slot % PAGE_SIZE * STRIDE_SLOT
+        pointers = rows[:, None] + dim[None, :]
+    else:
+        page = pages + entry * stride_entry + start % PAGE_SIZE * STRIDE_SLOT
+        pointers = page + (slot * STRIDE_SLOT)[:, None] + dim[None, :]
     if MASKED:
         if BLOCK_D > DIM:
             return tl.load(pointers, mask=valid[:, None] & (dim < DIM)[None, :], other=0.0)
@@ -97,12 +105,13 @@ def attend_tile(
     position,
     end,
     stride_k_entry,
-    stride_k_slot,
     stride_v_entry,
-    stride_v_slot,
+    slope,
     window,
     score_scale,
     cap,
+    STRIDE_K_SLOT: tl.constexpr,
+    STRIDE_V_SLOT: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -112,37 +121,45 @@ def attend_tile(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
+    SUM_LATER: tl.constexpr,
 ):
     """One step of online softmax over the tokens `start .. start + BLOCK_N`, below `end`.
 
     `q` is `[BLOCK_M, BLOCK_K]`, `position` int32 `[BLOCK_M]`; `acc` `[BLOCK_M, BLOCK_V]`, `m` and
-    `total` `[BLOCK_M]` are fp32 and returned anew. Milakov and Gimelshein, arXiv:1805.02867.
+    `total` `[BLOCK_M]` are fp32 and returned anew. With `SUM_LATER`, `total` is
+    `[BLOCK_M, BLOCK_N]`: each column's own sum, which saves a reduction a tile. `slope` is that of
+    ALiBi, `[BLOCK_M]` in units of log2, or None. Milakov and Gimelshein, arXiv:1805.02867.
     """
     token = start + tl.arange(0, BLOCK_N)
     valid = token < end
-    # A tile inside one page starts at any slot of it; a tile over several starts at slot 0.
-    slot = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
-    if BLOCK_N > PAGE_SIZE:
-        slot = tl.arange(0, BLOCK_N) % PAGE_SIZE
     entry = entry.to(tl.int64)
     k = load_tokens(
-        k_pages, entry, slot, stride_k_entry, stride_k_slot, valid, K_DIM, BLOCK_K, MASKED
-    )
-    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * score_scale
+        k_pages, entry, start, stride_k_entry, valid,
+        STRIDE_K_SLOT, K_DIM, BLOCK_K, PAGE_SIZE, BLOCK_N, MASKED,
+    )  # fmt: skip
+    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+    # The factor goes into the exponent's multiply-add, which costs nothing; a cap needs it before.
+    factor = score_scale
     if HAS_SOFTCAP:
-        scores = capped(scores, cap, q.dtype == tl.float32)
+        scores = capped(scores * score_scale, cap, q.dtype == tl.float32)
+        factor = 1.0
+    if slope is not None:
+        distance = (token[None, :] - position[:, None]).to(tl.float32)
+        scores = scores * factor + slope[:, None] * distance
+        factor = 1.0
     if MASKED:
         seen = token[None, :] <= position[:, None]
         if HAS_WINDOW:
             seen &= token[None, :] > position[:, None] - window
         scores = tl.where(seen, scores, -float("inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1))
-    p = tl.exp2(scores - m_new[:, None])
+    m_new = tl.maximum(m, tl.max(scores, 1) * factor)
+    p = tl.exp2(scores * factor - m_new[:, None])
     alpha = tl.exp2(m - m_new)
-    total = total * alpha + tl.sum(p, 1)
+    total = total * alpha[:, None] + p if SUM_LATER else total * alpha + tl.sum(p, 1)
     v = load_tokens(
-        v_pages, entry, slot, stride_v_entry, stride_v_slot, valid, V_DIM, BLOCK_V, MASKED
-    )
+        v_pages, entry, start, stride_v_entry, valid,
+        STRIDE_V_SLOT, V_DIM, BLOCK_V, PAGE_SIZE, BLOCK_N, MASKED,
+    )  # fmt: skip
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, m_new, total
 
@@ -159,12 +176,13 @@ def attend(
     start,
     end,
     stride_k_entry,
-    stride_k_slot,
     stride_v_entry,
-    stride_v_slot,
+    slope,
     window,
     score_scale,
     cap,
+    STRIDE_K_SLOT: tl.constexpr,
+    STRIDE_V_SLOT: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -173,6 +191,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SUM_LATER: tl.constexpr,
 ):
     """Attention of a block of queries to the tokens `start .. end` of one KV head.
 
@@ -187,7 +206,7 @@ def attend(
     whole = edge + tl.maximum(tl.minimum(low + 1, end) - edge, 0) // BLOCK_N * BLOCK_N
 
     m = tl.full([q.shape[0]], LOWEST, tl.float32)
-    total = tl.zeros([q.shape[0]], tl.float32)
+    total = tl.zeros([q.shape[0], BLOCK_N] if SUM_LATER else [q.shape[0]], tl.float32)
     acc = tl.zeros([q.shape[0], BLOCK_V], tl.float32)
     # Entries are loaded a tile ahead: a load whose address waits for another load in the same turn
     # of the loop would take pipeline stages from K and V.
@@ -197,30 +216,40 @@ def attend(
             following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
             acc, m, total = attend_tile(
                 acc, m, total, q, k_pages, v_pages, entry, token, position, end,
-                stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
-                window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-                HAS_WINDOW, HAS_SOFTCAP, True,
+                stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
+                STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+                HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
             )  # fmt: skip
             entry = following
     for token in range(edge, whole, BLOCK_N):
         following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         acc, m, total = attend_tile(
             acc, m, total, q, k_pages, v_pages, entry, token, position, end,
-            stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
-            window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-            HAS_WINDOW, HAS_SOFTCAP, False,
+            stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
+            STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, False, SUM_LATER,
         )  # fmt: skip
         entry = following
     for token in tl.range(whole, end, BLOCK_N, num_stages=1):
         following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         acc, m, total = attend_tile(
             acc, m, total, q, k_pages, v_pages, entry, token, position, end,
-            stride_k_entry, stride_k_slot, stride_v_entry, stride_v_slot,
-            window, score_scale, cap, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-            HAS_WINDOW, HAS_SOFTCAP, True,
+            stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
+            STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
         )  # fmt: skip
         entry = following
+    if SUM_LATER:
+        total = tl.sum(total, 1)
     return acc, m, total
+
+
+@triton.jit
+def load_slopes(alibi_slopes, head, mask):
+    """The ALiBi slope of each `head` in units of log2, or None."""
+    if alibi_slopes is None:
+        return None
+    return tl.load(alibi_slopes + head, mask=mask, other=0.0).to(tl.float32) * _LOG2_E
 
 
 @triton.jit

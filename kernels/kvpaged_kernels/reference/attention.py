@@ -28,6 +28,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """Causal attention of the last `len(q)` of `length` tokens: `[n, q_heads, v_dim]` in fp64."""
     n, q_heads, _ = q.shape
@@ -43,6 +44,8 @@ def _attend(
         scores = softcap * torch.tanh(scores / softcap)
     position = torch.arange(start, length, device=q.device)[:, None]
     token = torch.arange(first, length, device=q.device)[None, :]
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes.double()[:, None, None] * (token - position)
     hidden = token > position
     if window is not None:
         hidden |= token <= position - window
@@ -62,58 +65,47 @@ def paged_decode(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
-    max_len: int,
     scale: float,
+    cu_q: Tensor | None = None,
+    max_q: int = 1,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query token a sequence over its paged history.
+    """Attention of one or a few query tokens a sequence over its paged history.
 
-    - `q`: `[rows, q_heads, k_dim]`, last stride 1.
+    - `q`: `[tokens, q_heads, k_dim]`, last stride 1: one query a row, or as `cu_q` says.
     - `k_pages`, `v_pages`: `[entries, kv_heads, page_size, k_dim or v_dim]` of `q`'s dtype;
       `q_heads` is a multiple of `kv_heads`, query head `h` reads KV head `h // group`.
     - `block_table`: int32 `[rows, width]`, last stride 1: entry of each logical page. Entries
       wholly before the window or past the length are never used.
-    - `seq_lens`: int32 `[rows]`, tokens of each row *including* the query's own, the last one,
+    - `seq_lens`: int32 `[rows]`, tokens of each row *including* the queries' own, the last ones,
       already in the pages. A row of length 0 gives zeros.
-    - `max_len`: an upper bound of `seq_lens`; sizes the launch, never changes the result.
-    - `scale`: factor of the dot products.
+    - `scale`: factor of the dot products, positive.
+    - `cu_q`: int32 `[rows + 1]`: the queries of row i are `q[cu_q[i]:cu_q[i + 1]]`, its last
+      tokens. A row may have none. Without it each row has one.
+    - `max_q`: the most queries of a row, at most 16.
     - `window`: W, or None. A query at position p sees positions p-W < j <= p: W tokens with itself.
     - `softcap`: c, or None: scores become c*tanh(s/c), after `scale` (Gemma 2).
     - `sinks`: `[q_heads]` logits that join the softmax's denominator only (GPT-OSS), or None.
+    - `alibi_slopes`: `[q_heads]`, or None: slope * (j - p) is added to the score of token j, after
+      the soft cap (Press, Smith and Lewis, arXiv:2108.12409).
 
-    Returns `[rows, q_heads, v_dim]`, contiguous, in `q`'s dtype. Raises ValueError where shapes,
+    Returns `[tokens, q_heads, v_dim]`, contiguous, in `q`'s dtype. Raises ValueError where shapes,
     strides, dtypes or devices disagree.
     """
     check_decode(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        seq_lens,
-        max_len=max_len,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
+        q, k_pages, v_pages, block_table, seq_lens, scale=scale, cu_q=cu_q, max_q=max_q,
+        window=window, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
         dtypes=ORACLE_FLOATS,
-    )
-    out = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[3])
-    for row, length in enumerate(seq_lens.tolist()):
-        if length == 0:
-            continue
-        out[row] = _attend(
-            q[row : row + 1],
-            k_pages,
-            v_pages,
-            block_table[row],
-            length,
-            scale,
-            window,
-            softcap,
-            sinks,
-        )[0].to(q.dtype)
-    return out
+    )  # fmt: skip
+    if cu_q is None:
+        cu_q = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+    return _ragged(
+        q, k_pages, v_pages, block_table, cu_q, seq_lens, scale, window, softcap, sinks,
+        alibi_slopes,
+    )  # fmt: skip
 
 
 def paged_prefill(
@@ -130,6 +122,7 @@ def paged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged new tokens over their paged histories.
 
@@ -143,34 +136,38 @@ def paged_prefill(
     strides, dtypes or devices disagree.
     """
     check_prefill(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        cu_q,
-        seq_lens,
-        max_q=max_q,
-        max_len=max_len,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
+        q, k_pages, v_pages, block_table, cu_q, seq_lens, max_q=max_q, max_len=max_len,
+        scale=scale, window=window, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
         dtypes=ORACLE_FLOATS,
-    )
+    )  # fmt: skip
+    return _ragged(
+        q, k_pages, v_pages, block_table, cu_q, seq_lens, scale, window, softcap, sinks,
+        alibi_slopes,
+    )  # fmt: skip
+
+
+def _ragged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_q: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """The attention of each row's queries, zeros for rows of length 0."""
     out = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[3])
     bounds = cu_q.tolist()
     for row, length in enumerate(seq_lens.tolist()):
         queries = slice(bounds[row], bounds[row + 1])
-        if queries.start == queries.stop:
+        if queries.start == queries.stop or length == 0:
             continue
         out[queries] = _attend(
-            q[queries],
-            k_pages,
-            v_pages,
-            block_table[row],
-            length,
-            scale,
-            window,
-            softcap,
-            sinks,
-        ).to(q.dtype)
+            q[queries], k_pages, v_pages, block_table[row], length, scale, window, softcap, sinks,
+            alibi_slopes,
+        ).to(q.dtype)  # fmt: skip
     return out
