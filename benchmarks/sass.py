@@ -61,17 +61,25 @@ class Loop(NamedTuple):
     classes: dict[str, int]
 
     @property
-    def warp_bytes(self) -> int:
-        """Bytes that one warp loads from global memory in a turn."""
-        return LANES * sum(width * count for width, count in self.loads.items())
+    def widest(self) -> int:
+        """Bytes a lane of the widest load: K and V; narrower loads are page numbers and scales."""
+        return max(self.loads, default=0)
 
-    def lane_operations(self, *, warps: int, tile_bytes: int) -> float:
+    @property
+    def warp_bytes(self) -> int:
+        """Bytes that one warp loads from global memory in a turn by the widest loads."""
+        return LANES * self.widest * self.loads.get(self.widest, 0)
+
+    def lane_operations(
+        self, *, warps: int, tile_bytes: float, padded_bytes: float | None = None
+    ) -> float:
         """Lane operations a byte of K and V.
 
-        `tile_bytes`: K and V of one tile, which the block's `warps` share. A turn may hold several
-        tiles (the compiler unrolls): as many as its loads carry.
+        `tile_bytes`: K and V of one tile, which the block's `warps` share; `padded_bytes`: with
+        what its loads mask out. A turn may hold several tiles (the compiler unrolls): as many as
+        its loads carry.
         """
-        tiles = max(1, round(self.warp_bytes * warps / tile_bytes))
+        tiles = max(1, round(self.warp_bytes * warps / (padded_bytes or tile_bytes)))
         return self.instructions * LANES * warps / (tiles * tile_bytes)
 
 

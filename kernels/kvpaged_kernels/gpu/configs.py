@@ -68,8 +68,8 @@ def prefill_blocks(element: int, k_dim: int, v_dim: int, shared_memory: int) -> 
 class Shipped(NamedTuple):
     """A specialisation that is compiled ahead of time for every target, at most 60 in all.
 
-    `options` names what is on, of window, softcap, sinks and, for decode, split. `v_dim` 0 is a
-    group without V. Blocks, warps and stages are those the launcher chooses for it.
+    `options` names what is on, of window, softcap, sinks, alibi and, for decode, queries (up to 8 a
+    row). `v_dim` 0 is a group without V. Blocks, warps and stages are those the launcher chooses for it.
     """
 
     kernel: str
@@ -89,27 +89,32 @@ SHIPPED = (
     Shipped("copy", "int64"),
     Shipped("copy", "int8"),
     Shipped("checksum", "int32", 128, 128, 64),
+    Shipped("plan", "int32"),
+    Shipped("plan", "int32", 128, 128, 64, 8, 4, ("window", "queries")),
     Shipped("merge", "bfloat16", 128, 128),
     Shipped("merge", "float32", 256, 256, 64, 4, 4, ("window", "sinks")),
     # Plain models, by head dimension, element and page size.
-    Shipped("decode", "bfloat16", 128, 128, 64, 8, 4, ("split",)),
-    Shipped("decode", "bfloat16", 128, 128, 16, 8, 4, ("split",)),
-    Shipped("decode", "bfloat16", 128, 128, 128, 8, 16, ("split",)),
+    Shipped("decode", "bfloat16", 128, 128, 64, 8, 4),
+    Shipped("decode", "bfloat16", 128, 128, 16, 8, 4),
+    Shipped("decode", "bfloat16", 128, 128, 128, 8, 16),
     Shipped("decode", "bfloat16", 128, 128, 256, 1, 48),
-    Shipped("decode", "bfloat16", 64, 64, 64, 3, 3, ("split",)),
+    Shipped("decode", "bfloat16", 64, 64, 64, 3, 3),
     Shipped("decode", "bfloat16", 64, 64, 16, 3, 3),
     Shipped("decode", "bfloat16", 80, 80, 64, 32, 1),
     Shipped("decode", "bfloat16", 96, 96, 64, 32, 1),
     Shipped("decode", "bfloat16", 192, 128, 64, 16, 1),
-    Shipped("decode", "bfloat16", 256, 256, 64, 1, 4, ("split",)),
-    Shipped("decode", "float16", 128, 128, 64, 8, 4, ("split",)),
+    Shipped("decode", "bfloat16", 256, 256, 64, 1, 4),
+    Shipped("decode", "float16", 128, 128, 64, 8, 4),
     Shipped("decode", "float32", 64, 64, 64, 3, 3),
-    Shipped("decode", "float32", 128, 128, 64, 8, 4, ("split",)),
+    Shipped("decode", "float32", 128, 128, 64, 8, 4),
     Shipped("decode", "float32", 256, 256, 64, 1, 4),
     # Models with options: Mistral, Gemma 2 (window and full layers), Gemma 3, GPT-OSS.
     Shipped("decode", "bfloat16", 128, 128, 64, 8, 4, ("window",)),
     Shipped("decode", "bfloat16", 256, 256, 64, 4, 2, ("window", "softcap")),
     Shipped("decode", "bfloat16", 64, 64, 64, 8, 8, ("window", "sinks")),
+    Shipped("decode", "bfloat16", 128, 128, 64, 32, 1, ("alibi",)),
+    Shipped("decode", "bfloat16", 128, 128, 64, 8, 4, ("queries",)),
+    Shipped("decode", "bfloat16", 128, 128, 16, 8, 8, ("queries",)),
     Shipped("prefill", "bfloat16", 128, 128, 64, 8, 4),
     Shipped("prefill", "bfloat16", 128, 128, 16, 8, 4),
     Shipped("prefill", "bfloat16", 64, 64, 64, 3, 3),

@@ -161,14 +161,23 @@ def _plan(
     tl.store(record + 3, boundary * 0, mask=mask)
 
 
-def plan_launch(
-    shape: Shape, seq_lens: Tensor, cu_q: Tensor | None, device: Device
-) -> tuple[DecodePlan, Launch]:
-    """The plan of a step, and the launch that fills it in."""
-    config = decode_config(
+def config_of(shape: Shape, device: Device) -> DecodeConfig:
+    """The table's configuration for a decode on a device."""
+    return decode_config(
         device.arch, device.shared_memory, element=shape.dtype.itemsize, k_dim=shape.k_dim,
         v_dim=shape.v_dim, rows=shape.group * shape.max_q, page_size=shape.page_size,
     )  # fmt: skip
+
+
+def plan_launch(
+    shape: Shape,
+    seq_lens: Tensor,
+    cu_q: Tensor | None,
+    device: Device,
+    config: DecodeConfig | None = None,
+) -> tuple[DecodePlan, Launch]:
+    """The plan of a step, and the launch that fills it in; `config` takes the table's place."""
+    config = config or config_of(shape, device)
     heads = shape.kv_heads * triton.cdiv(shape.group * shape.max_q, config.block_m)
     programs = device.multiprocessors * config.programs_per_sm
     records = torch.empty(programs + 1, 4, dtype=torch.int32, device=seq_lens.device)

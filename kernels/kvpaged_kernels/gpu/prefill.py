@@ -27,9 +27,7 @@ def _prefill(
     out,
     stride_q_token,
     stride_q_head,
-    stride_k_entry,
     stride_k_head,
-    stride_v_entry,
     stride_v_head,
     stride_table_row,
     q_heads,
@@ -37,6 +35,8 @@ def _prefill(
     window,
     score_scale,
     cap,
+    STRIDE_K_ENTRY: tl.constexpr,
+    STRIDE_V_ENTRY: tl.constexpr,
     STRIDE_K_SLOT: tl.constexpr,
     STRIDE_V_SLOT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -88,8 +88,8 @@ def _prefill(
         start = window_begin(low, window, min(PAGE_SIZE, BLOCK_N))
     acc, m, total = attend(
         query, k_pages, v_pages, table, position, low, high, start, high + 1,
-        stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
-        STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+        slope, window, score_scale, cap,
+        STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
         HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
 

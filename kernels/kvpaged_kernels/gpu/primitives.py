@@ -32,10 +32,12 @@ def load_entries(table, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constex
     `start` is a multiple of min(PAGE_SIZE, BLOCK_N). A tile inside one page has one scalar entry,
     a tile over several pages has one entry a token.
     """
-    token = start
+    page = start // PAGE_SIZE
     if BLOCK_N > PAGE_SIZE:
-        token = start + tl.arange(0, BLOCK_N)
-    return tl.load(table + token // PAGE_SIZE, mask=token < end, other=0)
+        # A page number and its mask are the same for all tokens of the page, and the compiler sees
+        # it: a lane that holds several of them loads once.
+        page += tl.arange(0, BLOCK_N) // PAGE_SIZE
+    return tl.load(table + page, mask=page * PAGE_SIZE < end, other=0)
 
 
 @triton.jit
@@ -43,8 +45,8 @@ def load_tokens(
     pages,
     entry,
     start,
-    stride_entry,
     valid,
+    STRIDE_ENTRY: tl.constexpr,
     STRIDE_SLOT: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,11 +63,11 @@ def load_tokens(
     dim = tl.arange(0, BLOCK_D)
     slot = tl.arange(0, BLOCK_N)
     if BLOCK_N > PAGE_SIZE:  # a tile of several pages starts at slot 0 of one
-        rows = pages + entry * stride_entry + slot % PAGE_SIZE * STRIDE_SLOT
-        pointers = rows[:, None] + dim[None, :]
+        lanes = pages + (slot % PAGE_SIZE * STRIDE_SLOT)[:, None] + dim[None, :]
+        pointers = lanes + (entry * STRIDE_ENTRY)[:, None]
     else:
-        page = pages + entry * stride_entry + start % PAGE_SIZE * STRIDE_SLOT
-        pointers = page + (slot * STRIDE_SLOT)[:, None] + dim[None, :]
+        lanes = pages + (slot * STRIDE_SLOT)[:, None] + dim[None, :]
+        pointers = lanes + (entry * STRIDE_ENTRY + start % PAGE_SIZE * STRIDE_SLOT)
     if MASKED:
         if BLOCK_D > DIM:
             return tl.load(pointers, mask=valid[:, None] & (dim < DIM)[None, :], other=0.0)
@@ -104,12 +106,12 @@ def attend_tile(
     start,
     position,
     end,
-    stride_k_entry,
-    stride_v_entry,
     slope,
     window,
     score_scale,
     cap,
+    STRIDE_K_ENTRY: tl.constexpr,
+    STRIDE_V_ENTRY: tl.constexpr,
     STRIDE_K_SLOT: tl.constexpr,
     STRIDE_V_SLOT: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -134,8 +136,7 @@ def attend_tile(
     valid = token < end
     entry = entry.to(tl.int64)
     k = load_tokens(
-        k_pages, entry, start, stride_k_entry, valid,
-        STRIDE_K_SLOT, K_DIM, BLOCK_K, PAGE_SIZE, BLOCK_N, MASKED,
+        k_pages, entry, start, valid, STRIDE_K_ENTRY, STRIDE_K_SLOT, K_DIM, BLOCK_K, PAGE_SIZE, BLOCK_N, MASKED,
     )  # fmt: skip
     scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
     # The factor goes into the exponent's multiply-add, which costs nothing; a cap needs it before.
@@ -157,8 +158,7 @@ def attend_tile(
     alpha = tl.exp2(m - m_new)
     total = total * alpha[:, None] + p if SUM_LATER else total * alpha + tl.sum(p, 1)
     v = load_tokens(
-        v_pages, entry, start, stride_v_entry, valid,
-        STRIDE_V_SLOT, V_DIM, BLOCK_V, PAGE_SIZE, BLOCK_N, MASKED,
+        v_pages, entry, start, valid, STRIDE_V_ENTRY, STRIDE_V_SLOT, V_DIM, BLOCK_V, PAGE_SIZE, BLOCK_N, MASKED,
     )  # fmt: skip
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, m_new, total
@@ -175,12 +175,12 @@ def attend(
     high,
     start,
     end,
-    stride_k_entry,
-    stride_v_entry,
     slope,
     window,
     score_scale,
     cap,
+    STRIDE_K_ENTRY: tl.constexpr,
+    STRIDE_V_ENTRY: tl.constexpr,
     STRIDE_K_SLOT: tl.constexpr,
     STRIDE_V_SLOT: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -216,8 +216,8 @@ def attend(
             following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
             acc, m, total = attend_tile(
                 acc, m, total, q, k_pages, v_pages, entry, token, position, end,
-                stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
-                STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+                slope, window, score_scale, cap,
+                STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
                 HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
             )  # fmt: skip
             entry = following
@@ -225,8 +225,8 @@ def attend(
         following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         acc, m, total = attend_tile(
             acc, m, total, q, k_pages, v_pages, entry, token, position, end,
-            stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
-            STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            slope, window, score_scale, cap,
+            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
             HAS_WINDOW, HAS_SOFTCAP, False, SUM_LATER,
         )  # fmt: skip
         entry = following
@@ -234,8 +234,8 @@ def attend(
         following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         acc, m, total = attend_tile(
             acc, m, total, q, k_pages, v_pages, entry, token, position, end,
-            stride_k_entry, stride_v_entry, slope, window, score_scale, cap,
-            STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            slope, window, score_scale, cap,
+            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
             HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
         )  # fmt: skip
         entry = following
@@ -247,9 +247,10 @@ def attend(
 @triton.jit
 def load_slopes(alibi_slopes, head, mask):
     """The ALiBi slope of each `head` in units of log2, or None."""
-    if alibi_slopes is None:
-        return None
-    return tl.load(alibi_slopes + head, mask=mask, other=0.0).to(tl.float32) * _LOG2_E
+    slopes = alibi_slopes
+    if alibi_slopes is not None:
+        slopes = tl.load(alibi_slopes + head, mask=mask, other=0.0).to(tl.float32) * _LOG2_E
+    return slopes
 
 
 @triton.jit
