@@ -60,7 +60,7 @@ def keys() -> list[Key]:
 
 
 def candidates(key: Key) -> list[DecodeConfig]:
-    """What is tried for an entry: with fp32 also no pipeline at all, which takes fewest registers."""
+    """What is tried for an entry: with fp32 also no pipeline, which takes fewest registers."""
     found = []
     for block_n, warps in itertools.product((16, 32, 64, 128), (4, 8)):
         tile = block_n * 2 * key.head_dim * key.element

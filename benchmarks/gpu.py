@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, triton_peers
 from benchmarks.gpu_common import Record, Setting
 
-PARTS = ("report", "correctness", "attention", "layout", "end_to_end")
+PARTS = ("report", "correctness", "tune", "decode", "prefill", "layout", "end_to_end")
 HARD_LIMIT_S = 540
 
 
@@ -43,6 +43,8 @@ def run_in_process_of_its_own(name: str, setting: Setting) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--out", str(setting.out)]
     command += ["--device", str(setting.device), *(["--quick"] if setting.quick else [])]
+    for peer, folder in setting.folders.items():
+        command += [] if folder is None else [f"--{peer}", str(folder)]
     try:
         done = subprocess.run(
             command,
@@ -87,6 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "gpu", help="results folder")
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
+    for peer in triton_peers.PEERS:
+        parser.add_argument(
+            f"--{peer}",
+            type=Path,
+            metavar="FOLDER",
+            help="its wheel, unpacked: run its kernels too",
+        )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     chosen = parser.parse_args(arguments)
     if chosen.device.type == "cuda" and not torch.cuda.is_available():
@@ -99,7 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not (INTERPRETED and chosen.quick):
             parser.error("on a CPU only --quick runs, and only with TRITON_INTERPRET=1")
-    setting = Setting(device=chosen.device, quick=chosen.quick, out=chosen.out.resolve())
+    folders = {peer: getattr(chosen, peer) for peer in triton_peers.PEERS}
+    setting = Setting(
+        device=chosen.device, quick=chosen.quick, out=chosen.out.resolve(),
+        folders={peer: folder and folder.resolve() for peer, folder in folders.items()},
+    )  # fmt: skip
     run = run_part if len(chosen.part) == 1 else run_in_process_of_its_own
     parts = {name: run(name, setting) for name in chosen.part}
     print(report(parts))

@@ -32,11 +32,15 @@ FLUSHES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Where and how large: `quick` asks for sizes at which Triton's interpreter takes seconds."""
+    """Where and how large: `quick` asks for sizes at which Triton's interpreter takes seconds.
+
+    `folders`: of peers whose kernels are read from outside the repository (`triton_peers`).
+    """
 
     device: torch.device
     quick: bool
     out: Path
+    folders: Mapping[str, Path | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +78,10 @@ class Record:
         """Whether the part has used its time; the caller's case then counts as left out."""
         if time.perf_counter() - self.started < SOFT_LIMIT_S:
             return False
+        return self.leave_out()
+
+    def leave_out(self) -> bool:
+        """Count a case as left out; true, for conditions."""
         self.document["left_out"] += 1
         return True
 

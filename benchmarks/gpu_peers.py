@@ -1,4 +1,5 @@
-"""What others offer for the same attention: SDPA, FlexAttention, FlashInfer.
+"""What others offer for the same attention: SDPA, FlexAttention, FlashInfer, and the Triton kernels
+of vLLM and SGLang.
 
 Each maker returns a call without arguments, `[rows, q_heads, dim]` or `[tokens, q_heads, dim]` as
 ours, over a copy of the same K and V in the layout that suits it best; or raises `Skipped`.
@@ -6,12 +7,15 @@ ours, over a copy of the same K and V in the layout that suits it best; or raise
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks import triton_peers
 
 Call = Callable[[], Tensor]
 
@@ -102,17 +106,53 @@ def flashinfer(work: Work) -> Call:
     return run
 
 
-PEERS = {"sdpa": sdpa, "flex": flex, "flashinfer": flashinfer}
+def contiguous(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """The tokens of all rows as `[rows, kv_heads, length, dim]`."""
+    chosen = pages[table.long()]  # [rows, width, heads, slots, dim]
+    return chosen.transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
 
 
-def peers_of(work: Work) -> tuple[dict[str, Call], dict[str, str]]:
-    """The peers that run this work, and why the others don't.
+def _triton(name: str, folder: Path | None, work: Work) -> Call:
+    """A peer's Triton decode over pages in random order, from a folder outside the repository."""
+    if not work.decode:
+        raise Skipped("only its decode is measured")
+    if folder is None:
+        raise Skipped(f"no folder with its kernels was given (--{name})")
+    rows, heads, length, dim = work.k.shape
+    size, device = work.page_size, work.q.device
+    if length % size:
+        raise Skipped(f"{length} tokens are no whole number of pages of {size}")
+    width = length // size
+    order = torch.randperm(rows * width, device=device)
+    k, v = (torch.empty(rows * width, size, heads, dim, dtype=x.dtype, device=device)
+            for x in (work.k, work.v))  # fmt: skip
+    for pages, x in ((k, work.k), (v, work.v)):
+        pages[order] = x.unflatten(2, (width, size)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    table = order.int().view(rows, width)
+    lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
+    step = triton_peers.Decode(work.q.squeeze(1).contiguous(), k, v, table, lengths, "model")
+    try:
+        return triton_peers.PEERS[name](folder, step)
+    except triton_peers.NotThere as reason:
+        raise Skipped(str(reason)) from reason
+
+
+PEERS: dict[str, Callable[[Work], Call]] = {"sdpa": sdpa, "flex": flex, "flashinfer": flashinfer}
+
+
+def peers_of(
+    work: Work, folders: Mapping[str, Path | None]
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """The peers that run this work, and why the others don't; `folders`: of `triton_peers`.
 
     A peer that raises is left out with what it raised: it is theirs, and the figure is missing.
     """
     ready: dict[str, Call] = {}
     skipped: dict[str, str] = {}
-    for name, make in PEERS.items():
+    theirs = {
+        name: functools.partial(_triton, name, folders.get(name)) for name in triton_peers.PEERS
+    }
+    for name, make in (PEERS | theirs).items():
         try:
             call = make(work)
             call()

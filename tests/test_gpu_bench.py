@@ -7,18 +7,21 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, gpu, gpu_attention, gpu_common, gpu_correctness, gpu_report
+from benchmarks import common, gpu, gpu_common, gpu_correctness, gpu_report
 from benchmarks.gpu_common import Record, Setting
 from benchmarks.gpu_correctness import KERNELS
 from benchmarks.gpu_peers import PEERS
+from kvpaged_kernels.gpu import decode_configs
 
 CPU = torch.device("cpu")
 FIELDS = {
     "report": {"copy_gb_s", "matrix_tflop_s"},
     "correctness": {"kernel", "dtype", "head_dim", "page_size", "layout", "options", "error",
                     "bound", "passed", "raised"},
-    "attention": {"phase", "batch", "length", "seconds", "of_ceiling", "over_peers", "difference",
-                  "skipped"},
+    "tune": {"head_dim", "rows", "page_size", "best", "seconds", "candidates", "refused"},
+    "decode": {"kind", "seconds", "over_floor"},
+    "prefill": {"batch", "length", "seconds", "of_ceiling", "over_floor", "over_peers",
+                "difference", "skipped"},
     "layout": {"page_size", "pool_bytes", "seconds", "of_ceiling", "page_major_over_layer_major"},
     "end_to_end": {"batch", "prompt_tokens", "new_tokens", "systems", "paged_over"},
 }  # fmt: skip
@@ -64,13 +67,33 @@ def test_every_kernel_was_right_in_both_layouts(parts):
 
 
 def test_peers_did_the_same_work_and_the_missing_ones_say_why(parts):
-    rows = parts["attention"]["rows"]
-    assert [row["phase"] for row in rows] == ["decode", "prefill"]
-    for row in rows:
+    (decode,) = (row for row in parts["decode"]["rows"] if row["kind"] == "grid")
+    (prefill,) = parts["prefill"]["rows"]
+    for row, names in ((decode, {"paged-16", "paged-64"}), (prefill, {"paged-16"})):
         assert row["difference"]["sdpa"] < 4e-3  # a few roundings of fp16 at 1
         assert row["over_peers"]["paged-16"]["sdpa"] > 0
-        assert set(row["seconds"]) | set(row["skipped"]) == {"paged-16", *PEERS}
+        assert set(row["seconds"]) | set(row["skipped"]) == names | set(PEERS) | {"vllm", "sglang"}
         assert "CUDA" in row["skipped"]["flex"]
+        assert all(each > 0 for each in row["over_floor"].values())
+    assert "--vllm" in decode["skipped"]["vllm"]
+    assert "decode" in prefill["skipped"]["vllm"]
+    assert parts["decode"]["geometric_mean_over"]["paged-16"]["sdpa"] > 0
+
+
+def test_decode_is_measured_in_all_its_ways(parts):
+    kinds = [row["kind"] for row in parts["decode"]["rows"]]
+    assert kinds == ["grid", "mixed", "queries", "options", "planner"]
+
+
+def test_tuning_leaves_a_table_that_the_kernel_can_read(parts):
+    (row,) = parts["tune"]["rows"]
+    assert row["best"] in [
+        {k: v for k, v in each.items() if k != "seconds"} for each in row["candidates"]
+    ]
+    assert not row["refused"]
+    # Quick runs leave the tree's own table as it is.
+    entries = [decode_configs.Entry(**entry) for entry in parts["tune"]["table"]]
+    assert tuple(entries) == tuple(sorted(decode_configs.table()))
 
 
 def test_generate_had_the_tokens_of_dynamic_cache(parts):
@@ -163,12 +186,6 @@ def test_the_grid_has_every_shape_and_option():
         assert all({0, 1} <= set(case.lengths) for case in mine)
     options = {case.options for case in cases if case.kernel == "paged_decode"}
     assert options == set(gpu_correctness.OPTIONS)
-
-
-def test_operations_are_those_under_the_diagonal():
-    point = gpu_attention.Point("prefill", 2, 3, 4, 2, 64, (16,))
-    assert point.operations == 2 * 4 * (1 + 2 + 3) * 64 * 2 * 2
-    assert point.kv_bytes == 2 * 3 * 2 * 64 * 2 * 2
 
 
 def test_a_machine_without_the_driver_tool_has_no_driver(monkeypatch):

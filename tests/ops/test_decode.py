@@ -12,7 +12,7 @@ from kvpaged_kernels.gpu.decode import paged_decode as decode_gpu
 from kvpaged_kernels.gpu.launch import Device
 from kvpaged_kernels.gpu.plan import Shape, plan_decode, plan_launch
 from kvpaged_kernels.reference.attention import paged_decode as decode_reference
-from tests.ops.paging import Case, assert_close, cap_factor, expect, make_case
+from tests.ops.paging import Case, assert_close, cap_factor, dense, expect, make_case
 
 DECODES = [
     pytest.param(decode_reference, id="reference"),
@@ -249,6 +249,30 @@ def test_no_rows():
     arguments: dict[str, Any] = {**case.arguments()}
     out = decode_gpu(q, **arguments, scale=1.0)
     assert out.shape == (0, 6, 64)
+
+
+@pytest.mark.parametrize("max_q", [1, 3])
+def test_pages_beyond_int32(max_q):
+    """Entries whose offset in elements needs 33 bits, in memory that is never touched elsewhere."""
+    step, entries = 2**26, 40
+    flat = torch.empty(step * entries + 4 * 64 * 16, dtype=BF16)
+    pages = flat.as_strided((entries, 2, 16, 64), (step, 16 * 64, 64, 1))
+    chosen = [39, 33, 1]
+    random = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(len(chosen) * 16, 2, 64, generator=random).to(BF16) for _ in range(2))
+    k_pages, v_pages = pages, flat[2 * 16 * 64 :].as_strided(pages.shape, pages.stride(), 2 * 1024)
+    for place, entry in enumerate(chosen):
+        tokens = slice(place * 16, place * 16 + 16)
+        k_pages[entry], v_pages[entry] = k[tokens].transpose(0, 1), v[tokens].transpose(0, 1)
+    assert chosen[0] * step > 2**31
+    q = torch.randn(max_q, 4, 64, generator=random).to(BF16)
+    more = {} if max_q == 1 else {"cu_q": torch.tensor([0, max_q]).int(), "max_q": max_q}
+    out = decode_gpu(
+        q, k_pages, v_pages, torch.tensor([chosen]).int(), torch.tensor([45]).int(), scale=0.125,
+        **more,
+    )  # fmt: skip
+    exact = dense(q.double(), k[:45].double(), v[:45].double(), scale=0.125)
+    assert (out - exact).abs().max() < 2**-7
 
 
 def test_launches_on_a_pool_beyond_int32():

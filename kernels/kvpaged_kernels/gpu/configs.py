@@ -69,7 +69,7 @@ class Shipped(NamedTuple):
     """A specialisation that is compiled ahead of time for every target, at most 60 in all.
 
     `options` names what is on, of window, softcap, sinks, alibi and, for decode, queries (up to 8 a
-    row). `v_dim` 0 is a group without V. Blocks, warps and stages are those the launcher chooses for it.
+    row). `v_dim` 0 is a group without V. Blocks, warps and stages are those the launcher chooses.
     """
 
     kernel: str

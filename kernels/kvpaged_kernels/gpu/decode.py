@@ -113,7 +113,8 @@ def _decode(
             block_table + row * stride_table_row,
             low + index, low, length - 1, start, end,
             slope, window, score_scale, cap,
-            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
+            K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
             HAS_WINDOW, HAS_SOFTCAP, True,
         )  # fmt: skip
 

@@ -78,10 +78,15 @@ def table() -> tuple[Entry, ...]:
     return tuple(Entry(**line) for line in json.loads(TABLE.read_text()))
 
 
-def write_table(entries: list[Entry]) -> None:
-    """Replace the table, sorted, one entry a line."""
+def table_text(entries: list[Entry]) -> str:
+    """Entries as the file has them: sorted, one a line."""
     lines = ",\n".join(f" {json.dumps(entry._asdict())}" for entry in sorted(set(entries)))
-    TABLE.write_text(f"[\n{lines}\n]\n")
+    return f"[\n{lines}\n]\n"
+
+
+def write_table(entries: list[Entry]) -> None:
+    """Replace the table."""
+    TABLE.write_text(table_text(entries))
     table.cache_clear()
     _nearest.cache_clear()
 

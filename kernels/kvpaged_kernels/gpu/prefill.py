@@ -89,7 +89,8 @@ def _prefill(
     acc, m, total = attend(
         query, k_pages, v_pages, table, position, low, high, start, high + 1,
         slope, window, score_scale, cap,
-        STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+        STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
+        K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
         HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
 

@@ -136,7 +136,8 @@ def attend_tile(
     valid = token < end
     entry = entry.to(tl.int64)
     k = load_tokens(
-        k_pages, entry, start, valid, STRIDE_K_ENTRY, STRIDE_K_SLOT, K_DIM, BLOCK_K, PAGE_SIZE, BLOCK_N, MASKED,
+        k_pages, entry, start, valid, STRIDE_K_ENTRY, STRIDE_K_SLOT,
+        K_DIM, BLOCK_K, PAGE_SIZE, BLOCK_N, MASKED,
     )  # fmt: skip
     scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
     # The factor goes into the exponent's multiply-add, which costs nothing; a cap needs it before.
@@ -158,7 +159,8 @@ def attend_tile(
     alpha = tl.exp2(m - m_new)
     total = total * alpha[:, None] + p if SUM_LATER else total * alpha + tl.sum(p, 1)
     v = load_tokens(
-        v_pages, entry, start, valid, STRIDE_V_ENTRY, STRIDE_V_SLOT, V_DIM, BLOCK_V, PAGE_SIZE, BLOCK_N, MASKED,
+        v_pages, entry, start, valid, STRIDE_V_ENTRY, STRIDE_V_SLOT,
+        V_DIM, BLOCK_V, PAGE_SIZE, BLOCK_N, MASKED,
     )  # fmt: skip
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, m_new, total
@@ -217,7 +219,8 @@ def attend(
             acc, m, total = attend_tile(
                 acc, m, total, q, k_pages, v_pages, entry, token, position, end,
                 slope, window, score_scale, cap,
-                STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+                STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
+                K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
                 HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
             )  # fmt: skip
             entry = following
@@ -226,7 +229,8 @@ def attend(
         acc, m, total = attend_tile(
             acc, m, total, q, k_pages, v_pages, entry, token, position, end,
             slope, window, score_scale, cap,
-            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
+            K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
             HAS_WINDOW, HAS_SOFTCAP, False, SUM_LATER,
         )  # fmt: skip
         entry = following
@@ -235,7 +239,8 @@ def attend(
         acc, m, total = attend_tile(
             acc, m, total, q, k_pages, v_pages, entry, token, position, end,
             slope, window, score_scale, cap,
-            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
+            STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
+            K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
             HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
         )  # fmt: skip
         entry = following
