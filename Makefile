@@ -61,6 +61,7 @@ format: $(READY)  ## let ruff format and fix what it can
 
 bench: $(READY)  ## tokens/s, first token, KV memory and shared prefixes, beside Hugging Face
 	$(RUN) -m benchmarks.host
+	$(RUN) -m benchmarks.cpu_decode
 	$(RUN) -m benchmarks.generate $(if $(FULL),--full)
 	$(RUN) -m benchmarks.prefix $(if $(VLLM),--vllm $(VLLM))
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import common, generate, host, prefix
+from benchmarks import common, cpu_decode, generate, host, prefix
 from benchmarks.systems import SYSTEMS
 
 
@@ -28,6 +28,17 @@ def test_generate_runs_tiny_and_ends_with_its_document(tmp_path):
         assert point["systems"]["dynamic"]["kv_bytes"] == point["kv_bytes_needed"]
         # One page a sequence: 64 slots, 30 layers, K and V, 3 heads of 64 numbers in bf16.
         assert point["systems"]["paged"]["kv_bytes"] == point["batch"] * 64 * 30 * 2 * 3 * 64 * 2
+
+
+def test_cpu_decode_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
+    cpu_decode.main(["--quick", "--rounds", "2", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "cpu_decode.json").read_text())
+    found = {(row["runs"], row["option"]) for row in document["rows"]}
+    options = ("", *cpu_decode.OPTIONS)
+    assert found == {(runs, option) for runs in (True, False) for option in options}
+    assert "gather_over_ours float32 anywhere" in document["geometric_means"]
 
 
 def test_prefix_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
