@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from benchmarks import triton_peers
@@ -111,7 +112,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     blocks = {k: v for k, v in launch.arguments.items() if k in ("BLOCK_M", "BLOCK_N")}
     tile: tuple[float, float] | None = None
     if "BLOCK_N" in blocks:
-        slots = blocks["BLOCK_N"] * launch.arguments["k_pages"].element_size()
+        slots = blocks["BLOCK_N"] * getattr(torch, job.shipped.dtype).itemsize
         padded = launch.arguments["BLOCK_K"] + launch.arguments["BLOCK_V"]
         tile = slots * (job.shipped.k_dim + job.shipped.v_dim), slots * padded
     result = {

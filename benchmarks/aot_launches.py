@@ -83,6 +83,7 @@ def _pages(shipped: Shipped, dtype: torch.dtype, dim: int) -> Tensor:
 
 def _attention_launch(shipped: Shipped, device: Device) -> Launch:
     dtype = getattr(torch, shipped.dtype)
+    computed = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
     q_heads = shipped.kv_heads * shipped.group
     prefill = shipped.kernel == "prefill"
     few = "queries" in shipped.options
@@ -90,16 +91,16 @@ def _attention_launch(shipped: Shipped, device: Device) -> Launch:
     ragged = _meta(_ROWS + 1, dtype=torch.int32) if prefill or few else None
     window = 4096 if "window" in shipped.options else None
     arguments: dict[str, Any] = {
-        "q": _meta(tokens, q_heads, shipped.k_dim, dtype=dtype),
+        "q": _meta(tokens, q_heads, shipped.k_dim, dtype=computed),
         "k_pages": _pages(shipped, dtype, shipped.k_dim),
         "v_pages": _pages(shipped, dtype, shipped.v_dim),
         "block_table": _meta(_ROWS, 1024, dtype=torch.int32),
         "cu_q": ragged,
         "seq_lens": _meta(_ROWS, dtype=torch.int32),
-        "out": _meta(tokens, q_heads, shipped.v_dim, dtype=dtype),
+        "out": _meta(tokens, q_heads, shipped.v_dim, dtype=computed),
         "scale": shipped.k_dim**-0.5,
         "softcap": 50.0 if "softcap" in shipped.options else None,
-        "sinks": _meta(q_heads, dtype=dtype) if "sinks" in shipped.options else None,
+        "sinks": _meta(q_heads, dtype=computed) if "sinks" in shipped.options else None,
         "alibi_slopes": _meta(q_heads, dtype=torch.float32) if "alibi" in shipped.options else None,
     }
     if prefill:
@@ -128,7 +129,8 @@ def decode_on_meta(
     shipped = Shipped("decode", "", shape.k_dim, shape.v_dim, shape.page_size, shape.kv_heads)
     lens = _meta(shape.rows, dtype=torch.int32)
     plan, _ = plan_launch(shape, lens, None, device, config)
-    q = _meta(shape.rows, heads, shape.k_dim, dtype=shape.dtype)
+    computed = torch.bfloat16 if shape.dtype == torch.float8_e4m3fn else shape.dtype
+    q = _meta(shape.rows, heads, shape.k_dim, dtype=computed)
     return decode_launches(
         q, _pages(shipped, shape.dtype, shape.k_dim), _pages(shipped, shape.dtype, shape.v_dim),
         _meta(shape.rows, 1024, dtype=torch.int32), lens, torch.empty_like(q), plan=plan, scale=1.0,

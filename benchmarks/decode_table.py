@@ -46,17 +46,14 @@ class Key(NamedTuple):
     page_size: int
 
 
-def keys() -> list[Key]:
-    """The entries there are to be."""
-    return [
-        Key(*each)
-        for each in itertools.product(
-            ("sm_80", "sm_90", "sm_100", "sm_120"), (2,), (64, 128, 256), (16, 32, 64), (16, 64)
-        )
-    ] + [
-        Key(*each)
-        for each in itertools.product(("sm_80", "sm_90"), (4,), (64, 128, 256), (16, 64), (64,))
-    ]
+def keys(elements: list[int]) -> list[Key]:
+    """The entries there are to be, of elements of these bytes."""
+    halves = itertools.product(
+        ("sm_80", "sm_90", "sm_100", "sm_120"), (2,), (64, 128, 256), (16, 32, 64), (16, 64)
+    )
+    fp8 = itertools.product(("sm_80", "sm_90", "sm_120"), (1,), (64, 128, 256), (16, 64), (16, 64))
+    single = itertools.product(("sm_80", "sm_90"), (4,), (64, 128, 256), (16, 64), (64,))
+    return [Key(*key) for key in (*halves, *fp8, *single) if key[1] in elements]
 
 
 def candidates(key: Key) -> list[DecodeConfig]:
@@ -74,7 +71,7 @@ def evaluate(job: tuple[Key, DecodeConfig]) -> dict[str, Any]:
     """What the compiler says of a candidate: the loop without options, spills with and without."""
     key, config = job
     target = TARGETS[key.arch]
-    dtype = {2: torch.bfloat16, 4: torch.float32}[key.element]
+    dtype = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}[key.element]
     tile = config.block_n * 2 * key.head_dim * key.element
     found: dict[str, Any] = {**key._asdict(), **config._asdict()}
     for window, softcap in ((4096, 50.0), (None, None)):
@@ -100,15 +97,17 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="replace the table's compiled entries")
+    parser.add_argument("--elements", nargs="+", type=int, default=[1, 2, 4], help="bytes")
     options = parser.parse_args()
-    jobs = [(key, config) for key in keys() for config in candidates(key)]
+    wanted = keys(options.elements)
+    jobs = [(key, config) for key in wanted for config in candidates(key)]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2, mp_context=context) as pool:
             found = list(pool.map(evaluate, jobs, chunksize=4))
     chosen = []
-    for key in keys():
+    for key in wanted:
         mine = [f for f in found if all(f[name] == value for name, value in key._asdict().items())]
         best = min(mine, key=rank)
         programs = max(1, min(MOST_PROGRAMS, best["programs_per_sm"]))
@@ -124,9 +123,10 @@ def main() -> None:
         )
         print(f"{key}: {best}")
     if options.write:
-        measured = [entry for entry in table() if entry.origin != "compiled"]
-        taken = {entry[:5] for entry in measured}
-        write_table(measured + [entry for entry in chosen if entry[:5] not in taken])
+        # What was measured stays, and what this run was not asked for.
+        kept = [e for e in table() if e.origin != "compiled" or Key(*e[:5]) not in wanted]
+        taken = {entry[:5] for entry in kept}
+        write_table(kept + [entry for entry in chosen if entry[:5] not in taken])
     print(json.dumps({"benchmark": "decode_table", "candidates": found}))
 
 

@@ -17,7 +17,10 @@ from torch import Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """dtypes of keys, values, queries and pages."""
 
-ORACLE_FLOATS = (*FLOATS, torch.float64)
+DECODED_FLOATS = (*FLOATS, torch.float8_e4m3fn)
+"""dtypes of pages that a decode on a GPU reads."""
+
+ORACLE_FLOATS = (*DECODED_FLOATS, torch.float64)
 """The references also take float64, which is how tests get the exact result."""
 
 MAX_DIM = 256
@@ -148,10 +151,13 @@ def check_append(
 
 def _check_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     _require_dense_last("q", q)
-    require(
-        q.dtype == k_pages.dtype,
-        f"q and pages must have one dtype, got {q.dtype} and {k_pages.dtype}",
-    )
+    if k_pages.dtype == torch.float8_e4m3fn:
+        _require_dtype("q over pages of float8_e4m3fn", q, (torch.bfloat16, torch.float16))
+    else:
+        require(
+            q.dtype == k_pages.dtype,
+            f"q and pages must have one dtype, got {q.dtype} and {k_pages.dtype}",
+        )
     require(
         max(q.stride(0), q.shape[1] * v_pages.shape[3]) < 2**23,
         f"a token of q may extend over at most 2**23 elements (kernels keep a block's offsets in "

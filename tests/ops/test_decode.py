@@ -199,6 +199,48 @@ def test_a_few_queries_with_all_options(decode):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("decode", DECODES)
+@pytest.mark.parametrize(
+    ("layout", "page_size", "dims", "dtype"),
+    [
+        ("page-major", 16, (64, 64), BF16),
+        ("layer-major", 64, (128, 128), FP16),
+        ("page-major", 128, (192, 32), BF16),
+        ("layer-major", 32, (80, 96), FP16),
+        ("page-major", 64, (8, 16), BF16),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 20.0}], ids=["plain", "both"])
+def test_pages_of_fp8(decode, layout, page_size, dims, dtype, options):
+    """e4m3 pages give what the same numbers in the queries' dtype do; several queries too."""
+    lengths, counts = [16, 0, 5, 531, 300, 77], [3, 0, 5, 1, 4, 7]
+    case = make_case(
+        lengths, layout=layout, page_size=page_size, k_dim=dims[0], v_dim=dims[1],
+        dtype=torch.float8_e4m3fn,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(sum(counts), 6, dims[0], generator=generator).to(dtype)
+    cu_q = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+    options = {**options, "scale": dims[0] ** -0.5}
+    out = decode(q, **case.arguments(), cu_q=cu_q, max_q=7, **options)
+    wide = case._replace(k=[k.to(dtype) for k in case.k], v=[v.to(dtype) for v in case.v])
+    assert_close(out, expect(wide, list(q.split(counts)), **options))
+
+
+def test_every_number_of_e4m3_is_read_as_it_is():
+    """All 254 finite ones, subnormal numbers and zeros among them, as V of one token each."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[(numbers & 127) < 127].view(torch.float8_e4m3fn)
+    assert len(numbers) == 254
+    v = torch.cat((numbers, numbers[:2])).view(1, 1, 16, 16).contiguous()
+    k = torch.zeros(1, 1, 16, 64).to(torch.float8_e4m3fn)
+    table, zero = torch.zeros(16, 1).int(), torch.zeros(16, 1, 64, dtype=BF16)
+    # Row i attends to its last token alone: a window of one.
+    lengths = torch.arange(1, 17).int()
+    out = decode_gpu(zero, k, v, table, lengths, scale=1.0, window=1)
+    assert torch.equal(out.view(-1).float(), v.view(-1).float())
+
+
 def test_a_plan_serves_every_layer():
     """Made once, used with any pages of its shape; refused with another."""
     cases = [make_case([5, 300, 0, 77], layout="page-major", seed=seed) for seed in (0, 1)]
@@ -319,6 +361,13 @@ def test_launches_on_a_pool_beyond_int32():
         ({"softcap": 0.0}, "softcap must be"),
         ({"alibi_slopes": torch.zeros(5)}, "alibi_slopes must be"),
         ({"scale": 0.0}, "scale must be positive"),
+        (
+            {
+                "k_pages": torch.zeros(4, 2, 16, 64).to(torch.float8_e4m3fn),
+                "v_pages": torch.zeros(4, 2, 16, 64).to(torch.float8_e4m3fn),
+            },
+            "q over pages of float8_e4m3fn must be one of",
+        ),
         ({"max_q": 2}, "max_q must be 1 without cu_q"),
         ({"max_q": 17, "cu_q": torch.tensor([0, 1, 2]).int()}, "max_q must be in 1..16"),
         ({"cu_q": torch.tensor([0, 2]).int()}, "cu_q must have rows"),

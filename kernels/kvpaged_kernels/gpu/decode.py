@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpaged_kernels.checks import check_decode, require
+from kvpaged_kernels.checks import DECODED_FLOATS, check_decode, require
 from kvpaged_kernels.gpu.launch import Launch, attention_arguments, device_of
 from kvpaged_kernels.gpu.plan import DecodePlan, Shape, plan_launch, row_tokens
 from kvpaged_kernels.gpu.primitives import LOWEST, add_sinks, attend, load_slopes
@@ -61,6 +61,7 @@ def _decode(
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """`parts` is fp32 `[programs, 2, BLOCK_M, V_DIM]`, `part_lse` fp32 `[programs, 2, BLOCK_M]`.
 
@@ -115,7 +116,7 @@ def _decode(
             slope, window, score_scale, cap,
             STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
             K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-            HAS_WINDOW, HAS_SOFTCAP, True,
+            HAS_WINDOW, HAS_SOFTCAP, True, FP8,
         )  # fmt: skip
 
         dim = tl.arange(0, BLOCK_V)
@@ -254,8 +255,9 @@ def decode_launches(
         "BLOCK_M": config.block_m,
     }
     arguments = attention_arguments(
-        q, k_pages, v_pages, block_table, scale=scale, window=shape.window, softcap=softcap
-    )
+        q, k_pages, v_pages, block_table, scale=scale, window=shape.window, softcap=softcap,
+        arch=plan.arch,
+    )  # fmt: skip
     attending = Launch(
         kernel=_decode,
         grid=(plan.programs,),
@@ -302,7 +304,8 @@ def paged_decode(
     """Attention of one or a few query tokens a sequence over its paged history.
 
     - `q`: `[tokens, q_heads, k_dim]`, last stride 1: one query a row, or as `cu_q` says.
-    - `k_pages`, `v_pages`: `[entries, kv_heads, page_size, k_dim or v_dim]` of `q`'s dtype;
+    - `k_pages`, `v_pages`: `[entries, kv_heads, page_size, k_dim or v_dim]` of `q`'s dtype, or both
+      float8_e4m3fn (finite numbers; `q` then is bf16 or fp16, and below 65504 in magnitude);
       `q_heads` is a multiple of `kv_heads`, query head `h` reads KV head `h // group`.
     - `block_table`: int32 `[rows, width]`, last stride 1: entry of each logical page. Entries
       wholly before the window or past the length are never used.
@@ -327,7 +330,7 @@ def paged_decode(
     tensors = (q, k_pages, v_pages, block_table, seq_lens)
     check_decode(
         *tensors, scale=scale, cu_q=cu_q, max_q=max_q, window=window, softcap=softcap,
-        sinks=sinks, alibi_slopes=alibi_slopes,
+        sinks=sinks, alibi_slopes=alibi_slopes, dtypes=DECODED_FLOATS,
     )  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
     if q.shape[0] == 0:
@@ -335,7 +338,7 @@ def paged_decode(
     _, kv_heads, page_size, v_dim = v_pages.shape
     shape = Shape(
         rows=seq_lens.shape[0], kv_heads=kv_heads, group=q.shape[1] // kv_heads, k_dim=q.shape[2],
-        v_dim=v_dim, page_size=page_size, max_q=max_q, window=window, dtype=q.dtype,
+        v_dim=v_dim, page_size=page_size, max_q=max_q, window=window, dtype=k_pages.dtype,
     )  # fmt: skip
     if plan is None:
         plan, planning = plan_launch(shape, seq_lens, cu_q, device_of(q))

@@ -18,6 +18,8 @@ from torch import Tensor
 from kvpaged_kernels.gpu.decode_configs import padded
 
 LOG2_E = 1.4426950408889634
+E4M3_SCALE = 256.0
+"""What converting e4m3 to fp16 by moving bits leaves out: the exponents' biases differ by 8."""
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter stands in for a GPU (`TRITON_INTERPRET=1` before the import)."""
@@ -93,12 +95,22 @@ def attention_arguments(
     scale: float,
     window: int | None,
     softcap: float | None,
+    arch: str,
 ) -> dict[str, Any]:
     """The arguments that the decode and the prefill kernel have in common.
 
     log2(e) is folded into the factor of the scores. With a cap c, c*tanh(s/c) is computed as
-    `primitives.capped` says, which takes the factor 2*log2(e)*scale/c.
+    `primitives.capped` says, which takes the factor 2*log2(e)*scale/c. Pages of e4m3 numbers go in
+    as int16 pairs; what their conversion leaves out of K is in the factor too.
     """
+    fp8 = 0
+    k_dim, v_dim = k_pages.shape[3], v_pages.shape[3]
+    if k_pages.dtype == torch.float8_e4m3fn:
+        fp8 = 2 if arch.startswith("sm_") and not INTERPRETED else 1
+        k_pages, v_pages = k_pages.view(torch.int16), v_pages.view(torch.int16)
+        scale *= E4M3_SCALE
+    # A tile of pairs is half as wide, and a product's operands are at least 16.
+    least = 32 if fp8 else 16
     score_scale, cap = scale * LOG2_E, 0.0
     if softcap is not None:
         score_scale, cap = 2.0 * score_scale / softcap, softcap * LOG2_E
@@ -119,11 +131,12 @@ def attention_arguments(
         "STRIDE_K_SLOT": k_pages.stride(2),
         "STRIDE_V_SLOT": v_pages.stride(2),
         "GROUP": q.shape[1] // k_pages.shape[1],
-        "K_DIM": k_pages.shape[3],
-        "V_DIM": v_pages.shape[3],
-        "BLOCK_K": padded(k_pages.shape[3]),
-        "BLOCK_V": padded(v_pages.shape[3]),
+        "K_DIM": k_dim,
+        "V_DIM": v_dim,
+        "BLOCK_K": max(least, padded(k_dim)),
+        "BLOCK_V": max(least, padded(v_dim)),
         "PAGE_SIZE": k_pages.shape[2],
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
+        "FP8": fp8,
     }

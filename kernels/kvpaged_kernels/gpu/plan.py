@@ -37,7 +37,7 @@ class Shape(NamedTuple):
         page_size: token slots a page.
         max_q: the most queries a row has.
         window: tokens a query sees, itself included; `None`: all.
-        dtype: of pages and queries.
+        dtype: of pages.
     """
 
     rows: int
@@ -61,12 +61,14 @@ class DecodePlan(NamedTuple):
         heads: items of a row: KV heads times tiles of queries.
         config: the launch configuration, which fixes the size of a unit.
         shape: what it was made for.
+        arch: the device's architecture.
     """
 
     records: Tensor
     heads: int
     config: DecodeConfig
     shape: Shape
+    arch: str
 
     @property
     def programs(self) -> int:
@@ -200,7 +202,7 @@ def plan_launch(
     }
     grid = (triton.cdiv(programs + 1, _BLOCK_BOUNDARIES),)
     launch = Launch(kernel=_plan, grid=grid, arguments=arguments)
-    return DecodePlan(records, heads, config, shape), launch
+    return DecodePlan(records, heads, config, shape, device.arch), launch
 
 
 def plan_decode(

@@ -49,6 +49,7 @@ def _prefill(
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     # The last queries see the most: starting with them leaves no long program for the end.
@@ -91,7 +92,7 @@ def _prefill(
         slope, window, score_scale, cap,
         STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
         K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-        HAS_WINDOW, HAS_SOFTCAP, False,
+        HAS_WINDOW, HAS_SOFTCAP, False, FP8,
     )  # fmt: skip
 
     if sinks is not None:
@@ -134,7 +135,14 @@ def prefill_launch(
         kernel=_prefill,
         grid=(seq_lens.shape[0] * blocks, kv_heads),
         arguments=attention_arguments(
-            q, k_pages, v_pages, block_table, scale=scale, window=window, softcap=softcap
+            q,
+            k_pages,
+            v_pages,
+            block_table,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            arch=device.arch,
         )
         | {
             "cu_q": cu_q,

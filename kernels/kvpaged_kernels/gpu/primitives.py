@@ -8,11 +8,12 @@ exp2(-inf - LOWEST) = 0 and never the NaN of -inf - -inf.
 import triton
 import triton.language as tl
 
-from kvpaged_kernels.gpu.launch import INTERPRETED, LOG2_E
+from kvpaged_kernels.gpu.launch import E4M3_SCALE, INTERPRETED, LOG2_E
 
 LOWEST = tl.constexpr(-1.0e38)
 _LOG2_E = tl.constexpr(LOG2_E)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_E4M3_SCALE = tl.constexpr(E4M3_SCALE)
 
 
 @triton.jit
@@ -95,11 +96,68 @@ def capped(x, cap, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def e4m3_even(pairs, FP8: tl.constexpr):
+    """The lower bytes of int16s, each an e4m3 number, as fp16 numbers 2**-8 times as large.
+
+    An e4m3 number is the top of an fp16 number but for the exponent's bias (7, not 15), zeros and
+    subnormal numbers included, so moving its bits converts it: two at a time in PTX (`FP8` 2).
+    """
+    if FP8 == 2:
+        found = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 rest, sign;
+            shl.b32 rest, $1, 7;
+            shl.b32 sign, $1, 8;
+            and.b32 rest, rest, 0x3f803f80;
+            lop3.b32 $0, sign, 0x80008000, rest, 0xEA;
+            }
+            """,
+            "=r,r",
+            [pairs],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        bits = pairs.to(tl.int32)
+        found = ((bits & 0x7F) << 7 | (bits & 0x80) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+    return found
+
+
+@triton.jit
+def e4m3_odd(pairs, FP8: tl.constexpr):
+    """The same of the upper bytes."""
+    if FP8 == 2:
+        found = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 rest;
+            shr.b32 rest, $1, 1;
+            and.b32 rest, rest, 0x3f803f80;
+            lop3.b32 $0, $1, 0x80008000, rest, 0xEA;
+            }
+            """,
+            "=r,r",
+            [pairs],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        bits = pairs.to(tl.int32)
+        found = ((bits >> 1) & 0x3F80 | bits & 0x8000).to(tl.int16).to(tl.float16, bitcast=True)
+    return found
+
+
+@triton.jit
 def attend_tile(
     acc,
+    acc_odd,
     m,
     total,
     q,
+    q_odd,
     k_pages,
     v_pages,
     entry,
@@ -124,6 +182,7 @@ def attend_tile(
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     SUM_LATER: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """One step of online softmax over the tokens `start .. start + BLOCK_N`, below `end`.
 
@@ -131,6 +190,10 @@ def attend_tile(
     `total` `[BLOCK_M]` are fp32 and returned anew. With `SUM_LATER`, `total` is
     `[BLOCK_M, BLOCK_N]`: each column's own sum, which saves a reduction a tile. `slope` is that of
     ALiBi, `[BLOCK_M]` in units of log2, or None. Milakov and Gimelshein, arXiv:1805.02867.
+
+    With `FP8`, pages are pairs of e4m3 numbers as int16 and dimensions count pairs: `q` and `acc`
+    are the even columns, `q_odd` and `acc_odd` the odd ones (elsewhere unused). So both products
+    read tiles of 16 bits from shared memory, transposed or not, with the hardware's own loads.
     """
     token = start + tl.arange(0, BLOCK_N)
     valid = token < end
@@ -139,7 +202,12 @@ def attend_tile(
         k_pages, entry, start, valid, STRIDE_K_ENTRY, STRIDE_K_SLOT,
         K_DIM, BLOCK_K, PAGE_SIZE, BLOCK_N, MASKED,
     )  # fmt: skip
-    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+    scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+    if FP8:
+        scores = dot(q, tl.trans(e4m3_even(k, FP8)), scores)
+        scores = dot(q_odd, tl.trans(e4m3_odd(k, FP8)), scores)
+    else:
+        scores = dot(q, tl.trans(k), scores)
     # The factor goes into the exponent's multiply-add, which costs nothing; a cap needs it before.
     factor = score_scale
     if HAS_SOFTCAP:
@@ -162,8 +230,13 @@ def attend_tile(
         v_pages, entry, start, valid, STRIDE_V_ENTRY, STRIDE_V_SLOT,
         V_DIM, BLOCK_V, PAGE_SIZE, BLOCK_N, MASKED,
     )  # fmt: skip
-    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
-    return acc, m_new, total
+    if FP8:
+        weights = p.to(tl.float16)
+        acc = dot(weights, e4m3_even(v, FP8), acc * alpha[:, None])
+        acc_odd = dot(weights, e4m3_odd(v, FP8), acc_odd * alpha[:, None])
+    else:
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, acc_odd, m_new, total
 
 
 @triton.jit
@@ -194,13 +267,21 @@ def attend(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SUM_LATER: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """Attention of a block of queries to the tokens `start .. end` of one KV head.
 
     `position` `[BLOCK_M]` lies in `low .. high`, both included. The tiles come in three runs: those
     where some window starts, those that every query sees whole and that need no mask, and those
     where a query or the range ends. Returns `acc` (not yet divided), `m` and `total`.
+
+    With `FP8` the pages are those of e4m3 numbers, seen as int16 pairs; `score_scale` makes up for
+    what the conversion leaves out of K, V's part is made up for here.
     """
+    PARTS: tl.constexpr = 2 if FP8 else 1
+    q_odd = q
+    if FP8:
+        q, q_odd = tl.split(tl.reshape(q.to(tl.float16), [q.shape[0], BLOCK_K // 2, 2]))
     edge = start
     if HAS_WINDOW:
         edge += tl.cdiv(tl.maximum(high - window + 1 - start, 0), BLOCK_N) * BLOCK_N
@@ -209,43 +290,46 @@ def attend(
 
     m = tl.full([q.shape[0]], LOWEST, tl.float32)
     total = tl.zeros([q.shape[0], BLOCK_N] if SUM_LATER else [q.shape[0]], tl.float32)
-    acc = tl.zeros([q.shape[0], BLOCK_V], tl.float32)
+    acc = tl.zeros([q.shape[0], BLOCK_V // PARTS], tl.float32)
+    acc_odd = acc if FP8 else m
     # Entries are loaded a tile ahead: a load whose address waits for another load in the same turn
     # of the loop would take pipeline stages from K and V.
     entry = load_entries(table, start, end, PAGE_SIZE, BLOCK_N)
     if HAS_WINDOW:
         for token in tl.range(start, edge, BLOCK_N, num_stages=1):
             following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
-            acc, m, total = attend_tile(
-                acc, m, total, q, k_pages, v_pages, entry, token, position, end,
+            acc, acc_odd, m, total = attend_tile(
+                acc, acc_odd, m, total, q, q_odd, k_pages, v_pages, entry, token, position, end,
                 slope, window, score_scale, cap,
                 STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
-                K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-                HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
+                K_DIM // PARTS, V_DIM // PARTS, BLOCK_K // PARTS, BLOCK_V // PARTS,
+                PAGE_SIZE, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER, FP8,
             )  # fmt: skip
             entry = following
     for token in range(edge, whole, BLOCK_N):
         following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
-        acc, m, total = attend_tile(
-            acc, m, total, q, k_pages, v_pages, entry, token, position, end,
+        acc, acc_odd, m, total = attend_tile(
+            acc, acc_odd, m, total, q, q_odd, k_pages, v_pages, entry, token, position, end,
             slope, window, score_scale, cap,
             STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
-            K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-            HAS_WINDOW, HAS_SOFTCAP, False, SUM_LATER,
+            K_DIM // PARTS, V_DIM // PARTS, BLOCK_K // PARTS, BLOCK_V // PARTS, PAGE_SIZE, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, False, SUM_LATER, FP8,
         )  # fmt: skip
         entry = following
     for token in tl.range(whole, end, BLOCK_N, num_stages=1):
         following = load_entries(table, token + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
-        acc, m, total = attend_tile(
-            acc, m, total, q, k_pages, v_pages, entry, token, position, end,
+        acc, acc_odd, m, total = attend_tile(
+            acc, acc_odd, m, total, q, q_odd, k_pages, v_pages, entry, token, position, end,
             slope, window, score_scale, cap,
             STRIDE_K_ENTRY, STRIDE_V_ENTRY, STRIDE_K_SLOT, STRIDE_V_SLOT,
-            K_DIM, V_DIM, BLOCK_K, BLOCK_V, PAGE_SIZE, BLOCK_N,
-            HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER,
+            K_DIM // PARTS, V_DIM // PARTS, BLOCK_K // PARTS, BLOCK_V // PARTS, PAGE_SIZE, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, True, SUM_LATER, FP8,
         )  # fmt: skip
         entry = following
     if SUM_LATER:
         total = tl.sum(total, 1)
+    if FP8:
+        acc = tl.interleave(acc, acc_odd) * _E4M3_SCALE
     return acc, m, total
 
 
