@@ -31,25 +31,14 @@ from benchmarks import triton_peers
 from benchmarks.aot_binary import main_loop, narrow_products, programs_per_sm, resources
 from benchmarks.aot_launches import TARGETS, launch_of, source_of
 from benchmarks.aot_report import DOCUMENT, document
+from benchmarks.aot_sources import PEER_RESULTS, ROOT, digest
+from benchmarks.int4_loop import GROUP, int4_launch
 from kvpaged_kernels.gpu.configs import SHIPPED, Shipped
 from kvpaged_kernels.gpu.launch import INTERPRETED, Launch
 
-ROOT = Path(__file__).parent.parent
-PEER_RESULTS = ROOT / "benchmarks" / "results" / "aot_peers.json"
 _PEER_PAGES = (16, 64)
 _PEER_SHAPE = {"q_heads": 32, "kv_heads": 8, "dim": 128}
 _CODED_BYTES = {"model": 2.0, "fp8": 1.0, "int4": 0.5}
-
-
-def sources_digest() -> str:
-    """Digest of everything that docs/kernels.md is made from, but for Triton itself."""
-    files = [*(ROOT / "kernels" / "kvpaged_kernels" / "gpu").glob("*.*")]
-    files += [*(ROOT / "benchmarks").glob("aot*.py"), ROOT / "benchmarks" / "sass.py", PEER_RESULTS]
-    files = sorted(f for f in files if f.suffix in (".py", ".json") and f.exists())
-    together = hashlib.sha256()
-    for file in files:
-        together.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
-    return together.hexdigest()[:16]
 
 
 class Job(NamedTuple):
@@ -152,6 +141,26 @@ def compile_peer(job: PeerJob) -> dict[str, Any]:
     return {**head, **shape, **found}
 
 
+def compile_study(target: str) -> dict[str, Any]:
+    """Compile the 4-bit design study; a row for the table of peers."""
+    dim, pages = _PEER_SHAPE["dim"], 4096
+    q = torch.empty(8, 16, dim, dtype=torch.bfloat16, device="meta")
+    k, v = (torch.empty(pages, GROUP, dim // 4, dtype=torch.int16, device="meta") for _ in range(2))
+    launch = int4_launch(
+        q, k, v,
+        torch.empty(pages, dim, dtype=torch.float16, device="meta"),
+        torch.empty(pages, GROUP, dtype=torch.float16, device="meta"),
+        torch.empty(8, 64, dtype=torch.int32, device="meta"),
+        torch.empty(9, dtype=torch.int32, device="meta"),
+        torch.empty(8, 16, dim, device="meta"),
+    )  # fmt: skip
+    tile_bytes = float(GROUP * dim)
+    found = _compile(launch, target, (tile_bytes, tile_bytes))
+    del found["seconds"], found["narrow_products"]
+    head = {"peer": "kvpaged (study)", "page_size": GROUP, "coding": "int4", **_PEER_SHAPE}
+    return {**head, "target": target, "BLOCK_N": GROUP, "num_warps": launch.num_warps, **found}
+
+
 def one_per_kernel() -> tuple[Shipped, ...]:
     """The first shipped configuration of each kernel."""
     return tuple({s.kernel: s for s in reversed(SHIPPED)}.values())[::-1]
@@ -163,6 +172,8 @@ def compile_all(jobs: list[Job], peers: list[PeerJob]) -> tuple[list[Any], list[
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         theirs = list(pool.map(compile_peer, peers))
+        if peers:
+            theirs += pool.map(compile_study, dict.fromkeys(peer.target for peer in peers))
         for done, result in enumerate(pool.map(compile_job, jobs), start=1):
             results.append(result)
             name = f"{result['kernel']} {result['dtype']} {result['k_dim']} {result['target']}"
@@ -210,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if len(results) == len(SHIPPED) * len(TARGETS):
         kept = json.loads(PEER_RESULTS.read_text()) if PEER_RESULTS.exists() else {"rows": []}
-        DOCUMENT.write_text(document(results, kept["rows"], sources_digest()))
+        DOCUMENT.write_text(document(results, kept["rows"], digest()))
     report = {
         "benchmark": "aot",
         "triton": triton.__version__,

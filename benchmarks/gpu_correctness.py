@@ -41,7 +41,9 @@ KERNELS: dict[str, Any] = {
     "paged_prefill": paged_prefill,
 }
 ATTENTION = ("paged_decode", "paged_prefill")
-OPTIONS = ("plain", "window", "softcap", "sinks", "all")
+OPTIONS = ("plain", "window", "softcap", "sinks", "alibi", "all")
+DECODE_OPTIONS = ("queries", "fp8", "fp8 queries")
+"""Of decode alone: several queries a row (also in `all`), e4m3 pages under half-precision q."""
 LAYOUTS: tuple[Layout, ...] = ("page-major", "layer-major")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADS = ((2, 4), (3, 3), (2, 1), (1, 16))
@@ -120,8 +122,12 @@ def cases(*, quick: bool) -> Iterator[Case]:
                 kv_heads=kv_heads, group=group,
             )  # fmt: skip
     some = ((torch.bfloat16, 128, 64), (torch.float16, 64, 16), (torch.float32, 80, 256))
-    chosen = itertools.product(ATTENTION, some, LAYOUTS, OPTIONS[1:])
+    chosen = itertools.product(ATTENTION, some, LAYOUTS, (*OPTIONS[1:], *DECODE_OPTIONS))
     for kernel, (dtype, dim, page_size), layout, options in chosen:
+        if options in DECODE_OPTIONS and kernel != "paged_decode":
+            continue
+        if "fp8" in options and dtype == torch.float32:
+            continue
         yield Case(
             kernel=kernel, dtype=dtype, dim=dim, page_size=page_size, layout=layout,
             options=options,
@@ -147,19 +153,19 @@ def _quick_cases() -> Iterator[Case]:
 def options_of(case: Case, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the attention kernels."""
     chosen = {case.options} if case.options != "all" else set(OPTIONS)
+    heads = case.kv_heads * case.group
     return {
         "scale": case.dim**-0.5,
         "window": 20 if "window" in chosen else None,
         "softcap": 5.0 if "softcap" in chosen else None,
-        "sinks": torch.randn(case.kv_heads * case.group, device=device)
-        if "sinks" in chosen
-        else None,
+        "sinks": torch.randn(heads, device=device) if "sinks" in chosen else None,
+        "alibi_slopes": torch.rand(heads, device=device) if "alibi" in chosen else None,
     }
 
 
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None,
-    softcap: float | None, sinks: Tensor | None,
+    softcap: float | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Attention as people write it, every step rounded to `q`'s dtype: `[n, q_heads, dim]`.
 
@@ -175,6 +181,8 @@ def eager_attention(
         scores = torch.tanh(scores / softcap) * softcap
     token = torch.arange(length, device=q.device)
     distance = token[length - n :, None] - token[None, :]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * distance
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
@@ -183,11 +191,12 @@ def eager_attention(
     return (scores.softmax(-1)[..., :length] @ v).transpose(0, 1)
 
 
-def in_fp64(found: Sequences) -> dict[str, Tensor]:
-    """The views over a storage in fp64: a page-major view overlaps itself and must not be cast."""
-    flat = found.pages.flat.double()
+def views(flat: Tensor, found: Sequences) -> tuple[Tensor, Tensor]:
+    """The views of K and V over a storage of any dtype: a page-major view overlaps itself and must
+    not be cast.
+    """
     k, v = (flat.as_strided(x[:4], x[4:8], x[8]) for x in (found.pages.k_view, found.pages.v_view))
-    return {"k_pages": k, "v_pages": v}
+    return k, v
 
 
 def gather(pages: Tensor, found: Sequences, row: int) -> Tensor:
@@ -206,30 +215,35 @@ def shape_of(case: Case) -> PageGeometry:
 
 
 def check_attention(case: Case, device: torch.device, kernel: Any) -> Verdict:
-    """Decode of one query a row, or prefill of up to 40 (of which some rows have none)."""
+    """Decode of one or a few queries a row, or prefill of up to 40; some rows have none."""
     found = random_sequences(case.lengths, shape_of(case), device)
-    assert found.pages.v_pages is not None
     options = options_of(case, device)
     decode = case.kernel == "paged_decode"
-    limits: dict[str, Any] = {}
+    several = not decode or "queries" in case.options or case.options == "all"
+    most = 7 if decode else 40
     counts = [1] * len(case.lengths)
-    ragged: tuple[Tensor, ...] = ()
-    if not decode:
-        limits["max_len"] = max(case.lengths)
-        counts = [min(n, 40) if row != 1 else 0 for row, n in enumerate(case.lengths)]
+    cu_q, limits = None, {}
+    if several:
+        counts = [min(n, most) if row != 1 else 0 for row, n in enumerate(case.lengths)]
         ends = list(itertools.accumulate(counts, initial=0))
-        ragged = (torch.tensor(ends, dtype=torch.int32, device=device),)
-        limits["max_q"] = max(counts)
+        cu_q = torch.tensor(ends, dtype=torch.int32, device=device)
+        limits = {"max_q": max(counts)} | ({} if decode else {"max_len": max(case.lengths)})
     q = torch.randn(sum(counts), case.kv_heads * case.group, case.dim, device=device)
     q = q.to(case.dtype)
-    k_pages, v_pages = found.pages.k_pages, found.pages.v_pages
-    tables = (found.block_table, *ragged, found.seq_lens)
-    got = kernel(q, k_pages, v_pages, *tables, **limits, **options)
-    wide = in_fp64(found)
+    flat = found.pages.flat
+    if "fp8" in case.options:  # the same numbers for everyone: rounded to e4m3
+        flat = flat.to(torch.float8_e4m3fn)
+        rounded = found.pages._replace(flat=flat.to(case.dtype))
+        found = found._replace(pages=rounded)
+    k_pages, v_pages = views(flat, found)
+    arguments = {"block_table": found.block_table, "seq_lens": found.seq_lens, "cu_q": cu_q}
+    got = kernel(q, k_pages, v_pages, **arguments, **limits, **options)
     oracle: Any = attention_oracle.paged_decode if decode else attention_oracle.paged_prefill
-    exact = oracle(q.double(), wide["k_pages"], wide["v_pages"], *tables, **limits, **options)
+    wide = views(found.pages.flat.double(), found)
+    exact = oracle(q.double(), *wide, **arguments, **limits, **options)
+    k, v = views(found.pages.flat, found)
     eager = [
-        eager_attention(each, gather(k_pages, found, row), gather(v_pages, found, row), **options)
+        eager_attention(each, gather(k, found, row), gather(v, found, row), **options)
         for row, each in enumerate(q.split(counts))
     ]
     return judge(got, exact, torch.cat(eager))

@@ -102,6 +102,8 @@ def _maker_and_number(arch: str) -> tuple[str, int]:
 def _nearest(arch: str, element: int, head_dim: int, rows: int, page_size: int) -> Entry:
     maker, number = _maker_and_number(arch)
     fitting = [e for e in table() if e.element == element]
+    if not fitting:
+        raise ValueError(f"{TABLE.name} has no entry for elements of {element} bytes")
     same_maker = [e for e in fitting if _maker_and_number(e.arch)[0] == maker] or fitting
 
     def distance(entry: Entry) -> tuple[float, ...]:
