@@ -261,16 +261,19 @@ def own_rows(setting: Setting, limits: dict[str, float], record: Record) -> None
         record.add(row, f"{kind}: {shown}")
 
 
-def planner_rows(setting: Setting, record: Record) -> None:
+def planner_rows(setting: Setting, limits: dict[str, float], record: Record) -> None:
     """The planner alone, once a step."""
     sizes = ((4, 64),) if setting.quick else ((1, 8192), (32, 4096), (256, 1024), (1024, 256))
     for rows, length in sizes:
         made = ours(Point((length,) * rows, 4, 2, 64), 64, setting)
         seconds = median_seconds(time_peers({"plan": made.planning}, setting))
+        floor = roofline.plan(rows, made.planning().programs)
+        least = floor.seconds(bytes_per_s=limits["copy_gb_s"] * 1e9, operations_per_s=1.0)
         record.add(
-            {"kind": "planner", "rows": rows, "seconds": seconds, "over_floor": {}},
+            {"kind": "planner", "rows": rows, "seconds": seconds,
+             "over_floor": {"plan": seconds["plan"] / least}},
             f"planner, {rows} rows: {seconds['plan'] * 1e6:.1f} us",
-        )
+        )  # fmt: skip
 
 
 def graph_row(setting: Setting, record: Record) -> None:
@@ -327,6 +330,6 @@ def run(record: Record, setting: Setting) -> dict[str, Any]:
     record.document["ceilings"] = limits
     grid_rows(setting, limits, record)
     own_rows(setting, limits, record)
-    planner_rows(setting, record)
+    planner_rows(setting, limits, record)
     graph_row(setting, record)
     return record.finish(**summary(record.rows))

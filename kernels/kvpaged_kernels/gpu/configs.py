@@ -31,7 +31,7 @@ _PREFILL = {
     (2, 128): Blocks(64, 32, 4, 3),
     (2, 256): Blocks(64, 32, 8, 3),
     (4, 64): Blocks(32, 32, 8, 1),
-    (4, 128): Blocks(32, 32, 8, 1),
+    (4, 128): Blocks(16, 32, 8, 1),
     (4, 256): Blocks(16, 32, 8, 1),
 }
 # Devices whose wide multiplications (wgmma, tcgen05) read K and V from shared memory and not from
