@@ -1,12 +1,13 @@
 """Choose launch configurations of `paged_decode` by what the compiler says of them.
 
-    python -m benchmarks.decode_table [--write]
+    python -m benchmarks.decode_table [--write] [--elements 1 2 4]
 
 For each architecture, element, head dimension, rows of queries and page size the candidates are
-compiled. Of those that spill nothing, the ones that a multiprocessor holds two programs of (one
-computes while the other waits) with 64 KiB on the way come first, then the one with the fewest lane
-operations a byte. Entries that were measured on a device (`make gpu`) are kept. Every figure of
-every candidate goes, as JSON, to the last line of the output.
+compiled, with and without options, for as many programs a multiprocessor (up to four) as shared
+memory holds, and for fewer until nothing is spilled. Those with two programs or more (one computes
+while the other waits) and 64 KiB on the way come first, then the fewest lane operations a byte.
+Entries that were measured on a device (`make gpu`) are kept. Every figure of every candidate goes,
+as JSON, to the last line of the output.
 """
 
 import argparse
@@ -23,7 +24,13 @@ import triton
 
 from benchmarks.aot_binary import main_loop, programs_per_sm, resources
 from benchmarks.aot_launches import TARGETS, decode_on_meta, source_of
-from kvpaged_kernels.gpu.decode_configs import DecodeConfig, Entry, table, write_table
+from kvpaged_kernels.gpu.decode_configs import (
+    DecodeConfig,
+    Entry,
+    shared_bytes,
+    table,
+    write_table,
+)
 from kvpaged_kernels.gpu.plan import Shape
 
 IN_FLIGHT = 64 * 1024
@@ -47,32 +54,42 @@ class Key(NamedTuple):
 
 
 def keys(elements: list[int]) -> list[Key]:
-    """The entries there are to be, of elements of these bytes."""
-    halves = itertools.product(
-        ("sm_80", "sm_90", "sm_100", "sm_120"), (2,), (64, 128, 256), (16, 32, 64), (16, 64)
-    )
-    fp8 = itertools.product(("sm_80", "sm_90", "sm_120"), (1,), (64, 128, 256), (16, 64), (16, 64))
-    single = itertools.product(("sm_80", "sm_90"), (4,), (64, 128, 256), (16, 64), (64,))
+    """The entries there are to be, of elements of these bytes; sm_100 takes sm_90's."""
+    archs, dims, pages = ("sm_80", "sm_90", "sm_120"), (64, 128, 256), (16, 64)
+    halves = itertools.product(archs, (2,), dims, (16, 32, 64), pages)
+    fp8 = itertools.product(archs, (1,), dims, (16, 64), pages)
+    single = itertools.product(("sm_80", "sm_90"), (4,), dims, (16, 64), (64,))
     return [Key(*key) for key in (*halves, *fp8, *single) if key[1] in elements]
 
 
 def candidates(key: Key) -> list[DecodeConfig]:
-    """What is tried for an entry: with fp32 also no pipeline, which takes fewest registers."""
-    found = []
-    for block_n, warps in itertools.product((16, 32, 64, 128), (4, 8)):
-        tile = block_n * 2 * key.head_dim * key.element
-        if LARGEST_TILE // 4 <= tile <= LARGEST_TILE:
-            stages = (1, 2) if key.element == 4 else (3,)
-            found += [DecodeConfig(key.rows, block_n, warps, n, 1) for n in stages]
-    return found
+    """What is tried for an entry: the two largest tiles; fp32 has no registers for a pipeline."""
+    widest = LARGEST_TILE // (2 * key.head_dim * key.element)
+    tiles = [n for n in (widest, widest // 2) if n <= 128]
+    warps = (4,) if key.rows == 16 and key.element != 4 else (4, 8)
+    stages = 1 if key.element == 4 else 3
+    return [DecodeConfig(key.rows, n, w, stages, 1) for n in tiles for w in warps]
 
 
 def evaluate(job: tuple[Key, DecodeConfig]) -> dict[str, Any]:
     """What the compiler says of a candidate: the loop without options, spills with and without."""
     key, config = job
     target = TARGETS[key.arch]
-    dtype = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}[key.element]
     tile = config.block_n * 2 * key.head_dim * key.element
+    least = shared_bytes(config.block_n, config.num_stages, key.rows, 2 * key.head_dim, key.element)
+    found: dict[str, Any] = {}
+    for programs in range(max(1, min(MOST_PROGRAMS, target.shared_of_all // least)), 0, -1):
+        found = _compiled(key, config._replace(programs_per_sm=programs))
+        if not found["spills"]:
+            break
+    held = min(found["programs_per_sm"], found["held"])
+    found["in_flight"] = held * max(1, config.num_stages - 1) * tile
+    return found
+
+
+def _compiled(key: Key, config: DecodeConfig) -> dict[str, Any]:
+    target = TARGETS[key.arch]
+    dtype = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}[key.element]
     found: dict[str, Any] = {**key._asdict(), **config._asdict()}
     for window, softcap in ((4096, 50.0), (None, None)):
         shape = Shape(8, 8, key.rows, key.head_dim, key.head_dim, key.page_size, 1, window, dtype)
@@ -81,16 +98,16 @@ def evaluate(job: tuple[Key, DecodeConfig]) -> dict[str, Any]:
         spilled = found.get("spills", 0)
         found |= resources(compiled, "cuda")
         found["spills"] += spilled
-    found["programs_per_sm"] = programs_per_sm(found, target, config.num_warps)
-    found["in_flight"] = found["programs_per_sm"] * max(1, config.num_stages - 1) * tile
+    found["held"] = programs_per_sm(found, target, config.num_warps)
+    tile = config.block_n * 2 * key.head_dim * key.element
     return found | main_loop(compiled.asm["cubin"], num_warps=config.num_warps, tile_bytes=tile)
 
 
 def rank(found: dict[str, Any]) -> tuple[float, ...]:
     """Smaller is better: see the module's text."""
-    hides = found["programs_per_sm"] >= 2 and found["in_flight"] >= IN_FLIGHT
-    fits = found["programs_per_sm"] > 0
-    return (not fits, found["spills"] > 0, not hides, found["operations_per_byte"])
+    programs = min(found["programs_per_sm"], found["held"])
+    hides = programs >= 2 and found["in_flight"] >= IN_FLIGHT
+    return (programs == 0, found["spills"] > 0, not hides, found["operations_per_byte"])
 
 
 def main() -> None:
@@ -110,7 +127,7 @@ def main() -> None:
     for key in wanted:
         mine = [f for f in found if all(f[name] == value for name, value in key._asdict().items())]
         best = min(mine, key=rank)
-        programs = max(1, min(MOST_PROGRAMS, best["programs_per_sm"]))
+        programs = max(1, min(best["programs_per_sm"], best["held"]))
         chosen.append(
             Entry(
                 **key._asdict(),

@@ -1,5 +1,6 @@
 """kvpaged: the KV cache of a transformer as a library, in pages."""
 
+from kvpaged import operators as _operators  # noqa: F401 - registers torch.ops.kvpaged
 from kvpaged.cache import PagedKVCache
 from kvpaged.errors import KVPagedError, OutOfPagesError
 from kvpaged.geometry import LayerGroup, PageGeometry

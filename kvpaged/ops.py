@@ -3,7 +3,7 @@
 `backend` says which: `"cpu"` (stock torch), `"triton"` (GPUs, and Triton's interpreter),
 `"reference"` (the eager oracles). Nothing falls back. Eager calls go straight to the
 implementation; under `torch.compile` they become the custom operators `torch.ops.kvpaged.*`, which
-have fake implementations and name what they mutate.
+have fake implementations and name what they mutate (`kvpaged.operators`).
 """
 
 from collections.abc import Callable, Sequence
@@ -72,9 +72,13 @@ class LayerPages(NamedTuple):
         """The views of a storage."""
         k_view = [*k.size, *k.stride, k.offset, step]
         v_view = [*v.size, *v.stride, v.offset, step] if v else []
-        return cls(
-            flat, _pages(flat, k_view), _pages(flat, v_view) if v else None, k_view, v_view, step
-        )
+        return cls.of_views(flat, k_view, v_view)
+
+    @classmethod
+    def of_views(cls, flat: Tensor, k_view: list[int], v_view: list[int]) -> "LayerPages":
+        """The same from views as integers; `v_view` is empty without V."""
+        v_pages = _pages(flat, v_view) if v_view else None
+        return cls(flat, _pages(flat, k_view), v_pages, k_view, v_view, k_view[9])
 
     @property
     def page_size(self) -> int:
@@ -363,68 +367,7 @@ def _values(pages: LayerPages) -> Tensor:
     return pages.k_pages if pages.v_pages is None else pages.v_pages
 
 
-# -- custom operators: what torch.compile and CUDA graphs hold ------------------------------------
-
-_library = torch.library.Library("kvpaged", "DEF")
-_library.define(
-    "append(Tensor(a!) flat, Tensor k, Tensor? v, Tensor slots, int[] k_view, int[] v_view, "
-    "str backend) -> ()"
-)
-_VIEWS = "int[] k_view, int[] v_view"
-_OPTIONS = (
-    "float scale, SymInt? window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, str backend"
-)
-_library.define(
-    f"decode(Tensor flat, Tensor q, Tensor table, Tensor lengths, Tensor? cu_q, Tensor? records, "
-    f"{_VIEWS}, SymInt max_q, {_OPTIONS}) -> Tensor"
-)
-_library.define(
-    f"prefill(Tensor flat, Tensor q, Tensor table, Tensor cu_q, Tensor lengths, {_VIEWS}, "
-    f"SymInt max_q, SymInt max_len, {_OPTIONS}) -> Tensor"
-)
-
-
-def _op_pages(flat: Tensor, k_view: list[int], v_view: list[int]) -> LayerPages:
-    k_pages, v_pages = _pages(flat, k_view), _pages(flat, v_view) if v_view else None
-    return LayerPages(flat, k_pages, v_pages, k_view, v_view, step=k_view[9])
-
-
-def _append_op(
-    flat: Tensor, k: Tensor, v: Tensor | None, slots: Tensor,
-    k_view: list[int], v_view: list[int], backend: Backend,
-) -> None:  # fmt: skip
-    append(_op_pages(flat, k_view, v_view), k, v, slots, backend=backend)
-
-
-def _decode_op(
-    flat: Tensor, q: Tensor, table: Tensor, lengths: Tensor, cu_q: Tensor | None,
-    records: Tensor | None, k_view: list[int], v_view: list[int], max_q: int, scale: float,
-    window: int | None, softcap: float | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    backend: Backend,
-) -> Tensor:  # fmt: skip
-    pages = _op_pages(flat, k_view, v_view)
-    options = Options(scale, window, softcap, sinks, alibi_slopes)
-    plan = None
-    if records is not None:
-        plan = plan_shares(
-            pages, q.shape[1], lengths, window, cu_q=cu_q, max_q=max_q, records=records
-        )
-    return decode(
-        pages, q, table, lengths, options, backend=backend, cu_q=cu_q, max_q=max_q, plan=plan
-    )
-
-
-def _prefill_op(
-    flat: Tensor, q: Tensor, table: Tensor, cu_q: Tensor, lengths: Tensor,
-    k_view: list[int], v_view: list[int], max_q: int, max_len: int, scale: float,
-    window: int | None, softcap: float | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    backend: Backend,
-) -> Tensor:  # fmt: skip
-    return prefill(
-        _op_pages(flat, k_view, v_view), q, table, cu_q, lengths,
-        Options(scale, window, softcap, sinks, alibi_slopes), max_q=max_q, max_len=max_len,
-        backend=backend,
-    )  # fmt: skip
+# -- under torch.compile: the custom operators of `kvpaged.operators` -----------------------------
 
 
 def _decode_call(*arguments: object) -> Tensor:
@@ -435,24 +378,3 @@ def _decode_call(*arguments: object) -> Tensor:
 def _prefill_call(*arguments: object) -> Tensor:
     out: Tensor = torch.ops.kvpaged.prefill(*arguments)
     return out
-
-
-def _output(q: Tensor, k_view: list[int], v_view: list[int]) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], (v_view or k_view)[3])
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("append", _append_op, _key)
-    _library.impl("decode", _decode_op, _key)
-    _library.impl("prefill", _prefill_op, _key)
-torch.library.register_fake("kvpaged::append", lambda *_: None, lib=_library)
-torch.library.register_fake(
-    "kvpaged::decode",
-    lambda flat, q, table, lengths, cu_q, records, k_view, v_view, *_: _output(q, k_view, v_view),
-    lib=_library,
-)
-torch.library.register_fake(
-    "kvpaged::prefill",
-    lambda flat, q, table, cu_q, lengths, k_view, v_view, *_: _output(q, k_view, v_view),
-    lib=_library,
-)

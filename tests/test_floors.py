@@ -22,6 +22,7 @@ FLOORS = {
     "kvpaged.geometry": 1,
     "kvpaged.keys": 1,
     "kvpaged.ops": 2,
+    "kvpaged.operators": 2,
     "kvpaged.pages": 2,
     "kvpaged.formats": 2,
     "kvpaged.codecs": 2,

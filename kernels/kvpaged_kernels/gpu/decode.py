@@ -272,6 +272,7 @@ def decode_launches(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        max_registers=config.max_registers if plan.arch.startswith("sm_") else None,
     )
     lines = min(config.block_m, shape.group * shape.max_q)
     same = ("GROUP", "V_DIM", "BLOCK_V")

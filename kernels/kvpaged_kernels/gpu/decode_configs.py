@@ -41,6 +41,14 @@ class DecodeConfig(NamedTuple):
     num_stages: int
     programs_per_sm: int
 
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread may have on NVIDIA if so many programs are to fit (65,536 a
+        multiprocessor, given out in eights, 255 at most).
+        """
+        share = 65536 // (self.programs_per_sm * self.num_warps * 32)
+        return min(255, share // 8 * 8)
+
 
 class Entry(NamedTuple):
     """One line of the table.

@@ -62,22 +62,30 @@ def device_of(tensor: Tensor) -> Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """One kernel launch. UPPERCASE arguments are compile-time constants."""
+    """One kernel launch. UPPERCASE arguments are compile-time constants.
+
+    `max_registers`: of a thread, on NVIDIA. Left to itself the assembler may spill to reach an
+    occupancy that nobody asked for.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told beside the arguments; fusion is Triton's default, named."""
-        return {
+        chosen = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        if self.max_registers is not None:
+            chosen["maxnreg"] = self.max_registers
+        return chosen
 
     def run(self, device: torch.device) -> None:
         """Launch on `device`'s current stream."""
