@@ -28,7 +28,13 @@ import torch
 import triton
 
 from benchmarks import triton_peers
-from benchmarks.aot_binary import main_loop, narrow_products, programs_per_sm, resources
+from benchmarks.aot_binary import (
+    main_loop,
+    narrow_products,
+    programs_per_sm,
+    resources,
+    wide_products,
+)
 from benchmarks.aot_launches import TARGETS, launch_of, source_of
 from benchmarks.aot_report import DOCUMENT, document
 from benchmarks.aot_sources import PEER_RESULTS, ROOT, digest
@@ -85,7 +91,12 @@ def _compile(launch: Launch, target_name: str, tile: tuple[float, float] | None)
             )
     signature = compiled.src.signature
     named = [p.name for p in launch.kernel.params if signature[p.name] != "constexpr"]
-    return {**found, "narrow_products": narrow_products(compiled.asm["ttir"], named)}
+    found["narrow_products"] = narrow_products(compiled.asm["ttir"], named)
+    if "STRIDE_K_ENTRY" in launch.arguments:
+        stride = launch.arguments["STRIDE_K_ENTRY"]
+        found["wide_products"], narrow = wide_products(compiled.asm["ttir"], stride)
+        found["narrow_products"] += [f"{narrow} int32 products by {stride}"] if narrow else []
+    return found
 
 
 def compile_job(job: Job) -> dict[str, Any]:
@@ -136,7 +147,8 @@ def compile_peer(job: PeerJob) -> dict[str, Any]:
     tile = launch.arguments.get("TILE_SIZE") or launch.arguments["BLOCK_N"]
     tile_bytes = tile * 2 * _PEER_SHAPE["dim"] * _CODED_BYTES[job.coding]
     found = _compile(launch, job.target, (tile_bytes, tile_bytes))
-    del found["seconds"], found["narrow_products"]
+    for unneeded in ("seconds", "narrow_products", "wide_products"):
+        found.pop(unneeded, None)
     shape = {"BLOCK_N": tile, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return {**head, **shape, **found}
 
@@ -156,7 +168,8 @@ def compile_study(target: str) -> dict[str, Any]:
     )  # fmt: skip
     tile_bytes = float(GROUP * dim)
     found = _compile(launch, target, (tile_bytes, tile_bytes))
-    del found["seconds"], found["narrow_products"]
+    for unneeded in ("seconds", "narrow_products", "wide_products"):
+        found.pop(unneeded, None)
     head = {"peer": "kvpaged (study)", "page_size": GROUP, "coding": "int4", **_PEER_SHAPE}
     return {**head, "target": target, "BLOCK_N": GROUP, "num_warps": launch.num_warps, **found}
 

@@ -17,26 +17,52 @@ _RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes of each block (compute capability 8.0 and up)."""
 
 
+_VALUE = re.compile(r"\s*(%\S+) = (\S+) (.*) : (\S.*)$")
+_CONSTANT = re.compile(r"dense<(-?\d+)>|^(-?\d+)$")
+
+
+def _operations(ttir: str) -> list[tuple[str, str, str, str]]:
+    """Result, operation, operands and type of each line that has them."""
+    lines = (re.sub(r" loc\(.*\)$", "", line) for line in ttir.splitlines())
+    found = (_VALUE.match(line) for line in lines)
+    return [(m[1], m[2], m[3], m[4]) for m in found if m is not None]
+
+
 def narrow_products(ttir: str, arguments: list[str]) -> list[str]:
     """Products with an entry stride that are not int64: each would overflow on a large pool.
 
-    `arguments`: names of the kernel's arguments in order, constants left out.
+    `arguments`: names of the kernel's arguments in order, constants left out. Strides that are
+    constants are looked for by `wide_products`.
     """
     strides = {f"%{n}" for n in arguments if n.endswith("_entry")}
     strides |= {f"%arg{i}" for i, n in enumerate(arguments) if n.endswith("_entry")}
     found = []
-    for line in ttir.splitlines():
-        match = re.match(r"\s*(%\S+) = (\S+) (.*) : (\S.*)$", re.sub(r" loc\(.*\)$", "", line))
-        if match is None:
-            continue
-        result, operation, operands, kind = match.groups()
+    for result, operation, operands, kind in _operations(ttir):
         if not strides & set(re.findall(r"%[\w#]+", operands)):
             continue
         if operation in ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi"):
             strides.add(result)
         elif operation == "arith.muli" and "i32" in kind:
-            found.append(line.strip())
+            found.append(f"{result} = {operation} {operands} : {kind}")
     return found
+
+
+def wide_products(ttir: str, stride: int) -> tuple[int, int]:
+    """How many products by a constant entry stride are int64, and how many int32.
+
+    The stride must be a number that nothing else in the kernel is multiplied by.
+    """
+    constants = set()
+    wide = narrow = 0
+    for result, operation, operands, kind in _operations(ttir):
+        if operation == "arith.constant":
+            value = _CONSTANT.search(operands.strip())
+            if value and int(value[1] or value[2]) == stride:
+                constants.add(result)
+        elif operation == "arith.muli" and constants & set(re.findall(r"%[\w#]+", operands)):
+            wide += "i64" in kind
+            narrow += "i32" in kind
+    return wide, narrow
 
 
 def resources(compiled: Any, backend: str) -> dict[str, int]:

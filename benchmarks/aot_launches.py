@@ -50,7 +50,9 @@ TARGETS = {
     )
 }
 
-_UNIT = 256
+_UNIT = 16 * 1009
+"""Bytes between entries. Pools have 256; a number that nothing else is multiplied by shows whether
+products by it are wide enough, and is aligned as well."""
 _ENTRIES = 2**24
 _LAYERS = 32
 _ROWS = 8
@@ -177,7 +179,11 @@ def source_of(launch: Launch) -> ASTSource:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for index, param in enumerate(launch.kernel.params):
         name, value = param.name, launch.arguments[param.name]
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        if (
+            param.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not param.do_not_specialize)
+        ):
             signature[name] = "constexpr"
             constants[name] = value
             continue
@@ -190,7 +196,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if param.annotation_type:
                 signature[name] = param.annotation_type
-            if value % 16:
+            if value % 16 or param.do_not_specialize:
                 continue
         attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)

@@ -36,8 +36,7 @@ def document(results: list[dict[str, Any]], peers: list[dict[str, Any]], digest:
         "  **lane operations a byte of K and V** (instructions x 32 x warps / bytes of a tile; an",
         "  H100 has about 9.5 of them for each byte it can load)",
         "",
-        f"Configurations that spill: {spilling}; of {len(SHIPPED)}. Pools are page-major in units",
-        "of 256 bytes.",
+        f"Configurations that spill: {spilling}; of {len(SHIPPED)}. Pools are page-major.",
         "",
         *_beside(results, peers),
     ]

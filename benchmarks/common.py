@@ -96,6 +96,14 @@ def copy_bandwidth(device: torch.device | str = "cpu", *, megabytes: int = 256) 
     return 2 * source.numel() / seconds(lambda: target.copy_(source))
 
 
+def contiguous(pages: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """The tokens of rows of one length, `[rows, kv_heads, length, dim]`, from pages
+    `[entries, kv_heads, page_size, dim]` and a block table.
+    """
+    chosen = pages[table.long()]  # [rows, width, heads, slots, dim]
+    return chosen.transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Hardware, versions and commit: what a reader needs to judge or repeat a number."""
     device = torch.device(device)

@@ -30,7 +30,7 @@ from kvpaged_kernels.cpu.lane import attend_lane
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 GRID = ((1, 512), (1, 4096), (1, 16384), (4, 1024), (4, 4096), (16, 512), (32, 256))
-PAGE_SIZES = (16, 64, 128)
+PAGE_SIZES = (16, 32, 64, 128)
 OPTIONS = ("window", "softcap", "sinks")
 WINDOW, SOFTCAP = 1024, 30.0
 
@@ -72,9 +72,10 @@ def cases(*, quick: bool) -> list[Case]:
         for runs in (True, False)
     ]
     return found + [
-        Case(dtype, 4, 4096, 64, runs, option)
+        Case(dtype, 4, 4096, page_size, runs, option)
         for dtype in (torch.bfloat16, torch.float32)
         for option in OPTIONS
+        for page_size in (16, 128)
         for runs in (True, False)
     ]
 
@@ -98,11 +99,6 @@ def pages_of(case: Case) -> tuple[LayerPages, Tensor, Tensor]:
     )
     lengths = torch.full((case.batch,), case.length, dtype=torch.int32)
     return LayerPages.of(flat, k, v, step=1), table, lengths
-
-
-def gathered(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """`[rows, kv_heads, length, dim]`, contiguous."""
-    return pages[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -131,8 +127,12 @@ def systems(case: Case) -> dict[str, Callable[[], Tensor]]:
     lane = None
     if not case.option:  # what a step takes for rows that are alike
         lane = ops.decode_lane(pages, plan)
-    seen = slice(0 if options.window is None else max(0, case.length - options.window), case.length)
-    k, v = (gathered(x, table, case.length)[:, :, seen].contiguous()
+    # Everyone reads the pages that a window reaches, and no others.
+    first = 0 if options.window is None else max(0, case.length - options.window)
+    near = table[:, first // case.page_size :]
+    skipped = first % case.page_size
+    tokens = case.length - first // case.page_size * case.page_size
+    k, v = (common.contiguous(x, near, tokens)[:, :, skipped:].contiguous()
             for x in (pages.k_pages, pages.v_pages))  # fmt: skip
 
     def ours() -> Tensor:
@@ -142,8 +142,8 @@ def systems(case: Case) -> dict[str, Callable[[], Tensor]]:
 
     def gather() -> Tensor:
         assert pages.v_pages is not None
-        dense_k = gathered(pages.k_pages, table, case.length)[:, :, seen]
-        dense_v = gathered(pages.v_pages, table, case.length)[:, :, seen]
+        dense_k = common.contiguous(pages.k_pages, near, tokens)[:, :, skipped:]
+        dense_v = common.contiguous(pages.v_pages, near, tokens)[:, :, skipped:]
         if options.softcap is None and options.sinks is None:
             return F.scaled_dot_product_attention(
                 q.unsqueeze(2), dense_k, dense_v, scale=options.scale, enable_gqa=True

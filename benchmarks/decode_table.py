@@ -15,12 +15,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.errors import PTXASError
 
 from benchmarks.aot_binary import main_loop, programs_per_sm, resources
 from benchmarks.aot_launches import TARGETS, decode_on_meta, source_of
@@ -57,7 +59,7 @@ def keys(elements: list[int]) -> list[Key]:
     """The entries there are to be, of elements of these bytes; sm_100 takes sm_90's."""
     archs, dims, pages = ("sm_80", "sm_90", "sm_120"), (64, 128, 256), (16, 64)
     halves = itertools.product(archs, (2,), dims, (16, 32, 64), pages)
-    fp8 = itertools.product(archs, (1,), dims, (16, 64), pages)
+    fp8 = itertools.product(("sm_90", "sm_120"), (1,), dims, (16, 64), (64,))
     single = itertools.product(("sm_80", "sm_90"), (4,), dims, (16, 64), (64,))
     return [Key(*key) for key in (*halves, *fp8, *single) if key[1] in elements]
 
@@ -79,9 +81,15 @@ def evaluate(job: tuple[Key, DecodeConfig]) -> dict[str, Any]:
     least = shared_bytes(config.block_n, config.num_stages, key.rows, 2 * key.head_dim, key.element)
     found: dict[str, Any] = {}
     for programs in range(max(1, min(MOST_PROGRAMS, target.shared_of_all // least)), 0, -1):
-        found = _compiled(key, config._replace(programs_per_sm=programs))
+        try:
+            found = _compiled(key, config._replace(programs_per_sm=programs))
+        except PTXASError:  # wide multiplications refuse to be short of registers
+            continue
         if not found["spills"]:
             break
+    if not found:
+        return {**key._asdict(), **config._asdict(), "held": 0, "in_flight": 0, "spills": 1,
+                "operations_per_byte": 0.0}  # fmt: skip
     held = min(found["programs_per_sm"], found["held"])
     found["in_flight"] = held * max(1, config.num_stages - 1) * tile
     return found
@@ -122,7 +130,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2, mp_context=context) as pool:
-            found = list(pool.map(evaluate, jobs, chunksize=4))
+            found = []
+            for result in pool.map(evaluate, jobs):
+                found.append(result)
+                print(f"{len(found)} of {len(jobs)}", file=sys.stderr, flush=True)
     chosen = []
     for key in wanted:
         mine = [f for f in found if all(f[name] == value for name, value in key._asdict().items())]

@@ -106,12 +106,6 @@ def flashinfer(work: Work) -> Call:
     return run
 
 
-def contiguous(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """The tokens of all rows as `[rows, kv_heads, length, dim]`."""
-    chosen = pages[table.long()]  # [rows, width, heads, slots, dim]
-    return chosen.transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
-
-
 def _triton(name: str, folder: Path | None, work: Work) -> Call:
     """A peer's Triton decode over pages in random order, from a folder outside the repository."""
     if not work.decode:
@@ -156,6 +150,8 @@ def peers_of(
         try:
             call = make(work)
             call()
+            if work.q.device.type == "cuda":
+                torch.cuda.synchronize(work.q.device)
             ready[name] = call
         except Skipped as reason:
             skipped[name] = str(reason)

@@ -23,7 +23,7 @@ from benchmarks.gpu_common import (
     random_sequences,
     time_peers,
 )
-from benchmarks.gpu_peers import Call, Work, contiguous, peers_of
+from benchmarks.gpu_peers import Call, Work, peers_of
 from kvpaged.ops import LayerPages
 from kvpaged_kernels.gpu.prefill import paged_prefill
 
@@ -81,7 +81,10 @@ def calls_of(point: Point, setting: Setting) -> tuple[dict[str, Call], dict[str,
             found.seq_lens, max_q=point.length, max_len=point.length, scale=point.dim**-0.5,
         )  # fmt: skip
     assert pages.v_pages is not None
-    k, v = (contiguous(x, found.block_table, point.length) for x in (pages.k_pages, pages.v_pages))
+    k, v = (
+        common.contiguous(x, found.block_table, point.length)
+        for x in (pages.k_pages, pages.v_pages)
+    )
     ready, skipped = peers_of(Work(q, k, v, point.page_sizes[-1]), setting.folders)
     return {**calls, **ready}, skipped
 

@@ -32,8 +32,12 @@ Coding = Literal["model", "fp8", "int4"]
 _SEGMENTS = 16
 """Splits of a sequence in vLLM's decode, `NUM_PAR_SOFTMAX_SEGMENTS` in its attention backend."""
 
+_LEAST_GRID = 128
+"""vLLM's backend splits only batches whose rows times KV heads are at most this."""
+
 _SGLANG_SPLITS = 8
-"""Splits of a sequence, SGLang's default `triton_attention_num_kv_splits`."""
+"""The most splits of a sequence, SGLang's default `triton_attention_num_kv_splits`; how many there
+are its own kernel says, from lengths and multiprocessors."""
 
 
 class Decode(NamedTuple):
@@ -161,7 +165,7 @@ def vllm(folder: Path, work: Decode) -> Callable[[], Tensor]:
         "window_size": (-1, -1),
         "block_table": work.table,
         "softcap": 0.0,
-        "seq_threshold_3D": rows,
+        "seq_threshold_3D": _LEAST_GRID // work.k.shape[2],
         "num_par_softmax_segments": _SEGMENTS,
         "softmax_segm_output": parts,
         "softmax_segm_max": most,
@@ -226,6 +230,13 @@ def sglang(folder: Path, work: Decode) -> Callable[[], Tensor]:
     parts = torch.empty(rows, heads, _SGLANG_SPLITS, dim, dtype=torch.float32, device=device)
     lse = torch.empty(parts.shape[:3], device=device)
     splits = torch.full((rows,), _SGLANG_SPLITS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        metadata = importlib.import_module("sglang.kernels.ops.attention.metadata")
+        cores = torch.cuda.get_device_properties(device).multi_processor_count
+        metadata.get_num_kv_splits_triton[(1,)](
+            splits, work.lengths, rows, 1, heads, work.k.shape[2], _SGLANG_SPLITS, cores,
+            MAX_NUM_SEQ=triton.next_power_of_2(rows),
+        )  # fmt: skip
     k, v = (x.flatten(0, 1) for x in (work.k, work.v))
 
     def call() -> Tensor:

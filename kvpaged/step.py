@@ -211,8 +211,10 @@ def attend_layer(
     if step.decode or few:
         cu_q = None if step.decode else group.cu_q
         plan: DecodePlan | SharePlan | None = group.decode_plan
-        if backend == "triton" and not torch.compiler.is_compiling():
-            plan = _shares(step, group, pages, q.shape[1], options.window)
+        if backend == "triton":
+            plan = group.shares.get(q.shape[1])
+            if plan is None and not torch.compiler.is_compiling():
+                plan = _shares(step, group, pages, q.shape[1], options.window)
         return ops.decode(
             pages, q, group.table, group.lengths, options,
             backend=backend, cu_q=cu_q, max_q=step.max_q, plan=plan,
@@ -226,13 +228,10 @@ def attend_layer(
 def _shares(
     step: Step, group: GroupStep, pages: LayerPages, q_heads: int, window: int | None
 ) -> "SharePlan":
-    """The plan of a step for layers of these heads: made for the first of them."""
-    plan = group.shares.get(q_heads)
-    if plan is None:
-        cu_q = None if step.decode else group.cu_q
-        plan = group.shares[q_heads] = ops.plan_shares(
-            pages, q_heads, group.lengths, window, cu_q=cu_q, max_q=step.max_q
-        )
+    """The plan of a step for layers of these heads, made for the first of them."""
+    cu_q = None if step.decode else group.cu_q
+    plan = ops.plan_shares(pages, q_heads, group.lengths, window, cu_q=cu_q, max_q=step.max_q)
+    group.shares[q_heads] = plan
     return plan
 
 

@@ -97,4 +97,7 @@ def test_ours_does_less_a_byte_than_each_peer_in_each_coding():
 
 def test_no_entry_offset_is_narrower_than_int64(report):
     assert report["results"]
-    assert all(result["narrow_products"] == [] for result in report["results"])
+    for result in report["results"]:
+        assert result["narrow_products"] == [], result
+        if result["kernel"] in ("decode", "prefill"):
+            assert result["wide_products"] >= 2  # of K and of V: the check looks at something

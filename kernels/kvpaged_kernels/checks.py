@@ -153,15 +153,21 @@ def _check_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     _require_dense_last("q", q)
     if k_pages.dtype == torch.float8_e4m3fn:
         _require_dtype("q over pages of float8_e4m3fn", q, (torch.bfloat16, torch.float16))
+        for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+            require(
+                not any(step % 2 for step in (*pages.stride()[:3], pages.storage_offset())),
+                f"{name} of float8_e4m3fn are read in pairs: strides and offset must be even, got "
+                f"{pages.stride()} and {pages.storage_offset()}",
+            )
     else:
         require(
             q.dtype == k_pages.dtype,
             f"q and pages must have one dtype, got {q.dtype} and {k_pages.dtype}",
         )
     require(
-        max(q.stride(0), q.shape[1] * v_pages.shape[3]) < 2**23,
+        max(q.stride(0), q.shape[1] * max(q.stride(1), v_pages.shape[3])) < 2**23,
         f"a token of q may extend over at most 2**23 elements (kernels keep a block's offsets in "
-        f"int32), got stride {q.stride(0)} and {q.shape[1]} heads of {v_pages.shape[3]}",
+        f"int32), got strides {q.stride()} and {q.shape[1]} heads of {v_pages.shape[3]}",
     )
     require(
         q.shape[2] == k_pages.shape[3],
@@ -188,11 +194,13 @@ def _check_table(block_table: Tensor, seq_lens: Tensor) -> None:
 def _check_lengths(seq_lens: Tensor) -> None:
     _require_rank("seq_lens", seq_lens, "rows")
     _require_dtype("seq_lens", seq_lens, (torch.int32,))
+    _require_dense_last("seq_lens", seq_lens)
 
 
 def _check_cu_q(cu_q: Tensor, seq_lens: Tensor) -> None:
     _require_rank("cu_q", cu_q, "rows + 1")
     _require_dtype("cu_q", cu_q, (torch.int32,))
+    _require_dense_last("cu_q", cu_q)
     _require_device(seq_lens.device, cu_q=cu_q)
     require(
         cu_q.shape[0] == seq_lens.shape[0] + 1,
@@ -218,8 +226,8 @@ def _check_options(
     require(0 < scale < float("inf"), f"scale must be positive, got {scale}")
     _check_window(window)
     require(
-        softcap is None or softcap > 0,
-        f"softcap must be positive or None, got {softcap}",
+        softcap is None or 0 < softcap < float("inf"),
+        f"softcap must be positive and finite, or None, got {softcap}",
     )
     for name, of_heads in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if of_heads is None:

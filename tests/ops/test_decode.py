@@ -285,6 +285,20 @@ def test_gpu_with_any_shape(
     check(decode_gpu, case, group, counts=counts, window=window, softcap=softcap)
 
 
+@pytest.mark.parametrize("decode", DECODES)
+def test_tokens_of_no_row_give_zeros(decode):
+    """A padded batch has more queries than `cu_q` gives to rows; a huge window is no window."""
+    case = make_case([40, 0], layout="page-major")
+    q = queries(case, 2, 20)
+    cu_q = torch.tensor([0, 3, 3], dtype=torch.int32)
+    options = {"cu_q": cu_q, "max_q": 12, "scale": 0.125}
+    out = decode(q, **case.arguments(), **options)
+    assert (out[3:] == 0).all()
+    assert (out[:3] != 0).any()
+    windowed = decode(q, **case.arguments(), window=2**31 - 1, **options)
+    assert (windowed - out).abs().max() < 2**-8
+
+
 def test_no_rows():
     case = make_case([], layout="page-major")
     q = torch.empty(0, 6, 64, dtype=BF16)
@@ -334,7 +348,7 @@ def test_launches_on_a_pool_beyond_int32():
         # The grid is the device's, whatever the batch: what CUDA graphs need.
         assert attend.grid == (132 * plan.config.programs_per_sm,)
         assert merge.grid == (attend.grid[0] - 1, 1)
-        assert planning.arguments["HEADS"] == plan.heads == 8
+        assert planning.arguments["KV_HEADS"] == plan.heads == 8
         assert attend.arguments["stride_k_head"] == 2**32
         assert attend.arguments["parts"].shape == (attend.grid[0], 2, 16, 128)
         assert attend.arguments["parts"].dtype == torch.float32
@@ -358,7 +372,7 @@ def test_launches_on_a_pool_beyond_int32():
         ({"k_pages": torch.zeros(4, 2, 16, 264)}, "multiple of 8 up to 256"),
         ({"sinks": torch.zeros(5)}, "sinks must be"),
         ({"window": 0}, "window must be"),
-        ({"softcap": 0.0}, "softcap must be"),
+        ({"softcap": 0.0}, "softcap must be positive"),
         ({"alibi_slopes": torch.zeros(5)}, "alibi_slopes must be"),
         ({"scale": 0.0}, "scale must be positive"),
         (
@@ -372,6 +386,17 @@ def test_launches_on_a_pool_beyond_int32():
         ({"max_q": 17, "cu_q": torch.tensor([0, 1, 2]).int()}, "max_q must be in 1..16"),
         ({"cu_q": torch.tensor([0, 2]).int()}, "cu_q must have rows"),
         ({"cu_q": torch.tensor([0, 1, 2])}, "cu_q must be one of torch.int32"),
+        ({"cu_q": torch.zeros(3, 2).int()[:, 0]}, "cu_q must have last stride 1"),
+        ({"seq_lens": torch.zeros(2, 2).int()[:, 0]}, "seq_lens must have last stride 1"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite"),
+        (
+            {
+                "q": torch.zeros(2, 6, 64).half(),
+                "k_pages": torch.zeros(4, 2, 16, 65).to(torch.float8_e4m3fn)[..., :64],
+                "v_pages": torch.zeros(4, 2, 16, 64).to(torch.float8_e4m3fn),
+            },
+            "strides and offset must be even",
+        ),
         ({"seq_lens": torch.zeros(2, dtype=torch.int32, device="meta")}, "is on meta"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

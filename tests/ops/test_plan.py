@@ -17,13 +17,14 @@ def made(
     counts: list[int] | None = None,
     *,
     kv_heads: int = 2,
+    group: int = 3,
     page_size: int = 16,
     window: int | None = None,
     multiprocessors: int = 4,
 ) -> DecodePlan:
     """A plan for a device of some multiprocessors."""
     max_q = 1 if counts is None else max([*counts, 1])
-    shape = Shape(len(lengths), kv_heads, 3, 64, 64, page_size, max_q, window, torch.bfloat16)
+    shape = Shape(len(lengths), kv_heads, group, 64, 64, page_size, max_q, window, torch.bfloat16)
     cu_q = None
     if counts is not None:
         cu_q = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
@@ -35,16 +36,19 @@ def made(
 
 
 def units_of(plan: DecodePlan, lengths: list[int], counts: list[int] | None) -> list[int]:
-    """Tiles of one head of each row, by the definition of a window."""
-    tile = plan.config.block_n
-    align = min(tile, plan.shape.page_size)
+    """Tiles of tokens of each item, by the definition of a window; 0 where it has no queries."""
+    tile, shape = plan.config.block_n, plan.shape
+    align = min(tile, shape.page_size)
     units = []
     for row, length in enumerate(lengths):
         queries = 1 if counts is None else counts[row]
         begin = 0
-        if plan.shape.window is not None:
-            begin = max(length - queries - plan.shape.window + 1, 0) // align * align
-        units.append(-(-max(length - begin, 0) // tile) if queries else 0)
+        if shape.window is not None:
+            begin = max(length - queries - shape.window + 1, 0) // align * align
+        whole = -(-max(length - begin, 0) // tile)
+        for item in range(plan.heads):
+            first = item % (plan.heads // shape.kv_heads) * plan.config.block_m
+            units.append(whole if first < queries * shape.group else 0)
     return units
 
 
@@ -55,7 +59,7 @@ def shares(plan: DecodePlan, units: list[int]) -> list[list[tuple[int, int, int]
         mine = []
         for at in range(item, end_item + (end_unit > 0)):
             first = unit if at == item else 0
-            last = end_unit if at == end_item and end_unit > 0 else units[at // plan.heads]
+            last = end_unit if at == end_item and end_unit > 0 else units[at]
             mine.append((at, first, last))
         found.append(mine)
     return found
@@ -65,6 +69,7 @@ def shares(plan: DecodePlan, units: list[int]) -> list[list[tuple[int, int, int]
 @given(
     lengths=st.lists(st.integers(0, 2000) | st.just(0), min_size=1, max_size=12),
     kv_heads=st.sampled_from([1, 2, 5]),
+    group=st.sampled_from([3, 8, 20]),
     page_size=st.sampled_from([16, 64, 256]),
     window=st.none() | st.integers(1, 500),
     ragged=st.booleans(),
@@ -72,7 +77,7 @@ def shares(plan: DecodePlan, units: list[int]) -> list[list[tuple[int, int, int]
     data=st.data(),
 )
 def test_every_unit_is_done_once_and_shares_are_equal(
-    lengths, kv_heads, page_size, window, ragged, multiprocessors, data
+    lengths, kv_heads, group, page_size, window, ragged, multiprocessors, data
 ):
     counts = None
     if ragged:
@@ -92,9 +97,9 @@ def test_every_unit_is_done_once_and_shares_are_equal(
     for item, parts in done.items():
         ends = [0, *(last for _, last in parts)]
         assert [first for first, _ in parts] == ends[:-1]
-        assert ends[-1] == units[item // plan.heads]
+        assert ends[-1] == units[item]
     costs = [sum(last - first + ITEM_COST * (first == 0) for _, first, last in m) for m in work]
-    total = sum(plan.heads * (u + ITEM_COST) for u in units)
+    total = sum(units) + ITEM_COST * len(units)
     least = -(-max(MIN_SHARE_TOKENS, 2 * page_size) // plan.config.block_n) + ITEM_COST
     share = max(-(-total // plan.programs), least)
     assert sum(costs) == total
@@ -123,6 +128,16 @@ def test_a_long_row_among_short_ones_keeps_nobody_waiting():
     assert most[0] <= 1.05 * most[1]
 
 
+def test_a_tile_without_queries_costs_nothing_to_speak_of():
+    """One row of 16 queries among rows of one: their second tiles of queries read nothing."""
+    lengths, counts = [8192] * 32, [16] + [1] * 31
+    plan = made(lengths, counts, kv_heads=8, group=8, page_size=64, multiprocessors=132)
+    assert plan.heads == 16
+    work = shares(plan, units_of(plan, lengths, counts))
+    each = [sum(last - first for _, first, last in mine) for mine in work]
+    assert max(each) <= 1.1 * sum(each) / len(each)
+
+
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 1000])
 def test_any_number_of_rows(rows):
     lengths = [(7 * i) % 90 for i in range(rows)]
@@ -146,7 +161,9 @@ def test_records_of_an_earlier_plan():
     plan = plan_decode(shape, lens)
     again = plan_decode(shape, lens, records=plan.records)
     assert again == plan
-    with pytest.raises(ValueError, match="records of a plan"):
-        plan_decode(shape, lens, records=plan.records[1:])
+    strided = torch.zeros(*plan.records.shape, 2, dtype=torch.int32)[..., 0]
+    for records in (plan.records[1:], plan.records.long(), strided, plan.records.to("meta")):
+        with pytest.raises(ValueError, match="records of a plan"):
+            plan_decode(shape, lens, records=records)
     with pytest.raises(ValueError, match="seq_lens has 1 rows, expected 2"):
         plan_decode(shape, lens[:1])

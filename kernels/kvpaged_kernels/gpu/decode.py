@@ -22,7 +22,7 @@ _MERGE_ROWS = 4
 _MERGE_PARTS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row", "window"])
 def _decode(
     q,
     k_pages,
@@ -314,7 +314,8 @@ def paged_decode(
       already in the pages. A row of length 0 gives zeros.
     - `scale`: factor of the dot products, positive.
     - `cu_q`: int32 `[rows + 1]`: the queries of row i are `q[cu_q[i]:cu_q[i + 1]]`, its last
-      tokens. A row may have none. Without it each row has one.
+      tokens. A row may have none; tokens past the last row's give zeros. Without it each row has
+      one.
     - `max_q`: the most queries of a row, at most 16.
     - `window`: W, or None. A query at position p sees positions p-W < j <= p: W tokens with itself.
     - `softcap`: c, or None: scores become c*tanh(s/c), after `scale` (Gemma 2).
@@ -333,7 +334,9 @@ def paged_decode(
         *tensors, scale=scale, cu_q=cu_q, max_q=max_q, window=window, softcap=softcap,
         sinks=sinks, alibi_slopes=alibi_slopes, dtypes=DECODED_FLOATS,
     )  # fmt: skip
-    out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
+    # Tokens past the last query of `cu_q` (a padded batch's) belong to nobody: zeros.
+    make = q.new_empty if cu_q is None else q.new_zeros
+    out = make(q.shape[0], q.shape[1], v_pages.shape[3])
     if q.shape[0] == 0:
         return out
     _, kv_heads, page_size, v_dim = v_pages.shape
@@ -345,6 +348,10 @@ def paged_decode(
         plan, planning = plan_launch(shape, seq_lens, cu_q, device_of(q))
         planning.run(q.device)
     require(plan.shape == shape, f"the plan is for {plan.shape}, this is {shape}")
+    require(
+        plan.records.device == q.device,
+        f"the plan is on {plan.records.device}, q on {q.device}",
+    )
     launches = decode_launches(
         *tensors, out, plan=plan, scale=scale, cu_q=cu_q, softcap=softcap, sinks=sinks,
         alibi_slopes=alibi_slopes,

@@ -42,12 +42,15 @@ class DecodeConfig(NamedTuple):
     programs_per_sm: int
 
     @property
-    def max_registers(self) -> int:
-        """Registers a thread may have on NVIDIA if so many programs are to fit (65,536 a
-        multiprocessor, given out in eights, 255 at most).
+    def max_registers(self) -> int | None:
+        """Registers a thread may have on NVIDIA if so many programs are to fit: of 65,536 a
+        multiprocessor, given out in eights. None for the widest tile: its multiplications (wgmma)
+        refuse to be short of them.
         """
+        if self.block_m >= MAX_ROWS:
+            return None
         share = 65536 // (self.programs_per_sm * self.num_warps * 32)
-        return min(255, share // 8 * 8)
+        return max(128, min(255, share // 8 * 8))
 
 
 class Entry(NamedTuple):

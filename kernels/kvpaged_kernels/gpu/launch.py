@@ -94,6 +94,13 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self.options)
 
 
+def bounded(window: int | None) -> int:
+    """A window as the kernels take it: 0 for none, and at most 2**30, past which positions less a
+    window would leave int32 (no row is that long).
+    """
+    return 0 if window is None else min(window, 2**30)
+
+
 def attention_arguments(
     q: Tensor,
     k_pages: Tensor,
@@ -131,7 +138,7 @@ def attention_arguments(
         "stride_v_head": v_pages.stride(1),
         "stride_table_row": block_table.stride(0),
         "q_heads": q.shape[1],
-        "window": 0 if window is None else window,
+        "window": bounded(window),
         "score_scale": score_scale,
         "cap": cap,
         "STRIDE_K_ENTRY": k_pages.stride(0),

@@ -20,7 +20,7 @@ from torch import Tensor
 from kvpaged_kernels.checks import check_plan, require
 from kvpaged_kernels.gpu.configs import ITEM_COST, MIN_SHARE_TOKENS
 from kvpaged_kernels.gpu.decode_configs import DecodeConfig, decode_config
-from kvpaged_kernels.gpu.launch import Device, Launch, device_of
+from kvpaged_kernels.gpu.launch import Device, Launch, bounded, device_of
 from kvpaged_kernels.gpu.primitives import window_begin
 
 _BLOCK_ROWS = 256
@@ -91,17 +91,23 @@ def row_tokens(row, mask, seq_lens, cu_q, window, ALIGN: tl.constexpr, HAS_WINDO
 
 
 @triton.jit
-def _item_cost(
+def _row_costs(
     row, mask, seq_lens, cu_q, window,
-    TILE: tl.constexpr, ALIGN: tl.constexpr, ITEM_COST: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, TILES_M: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr, ITEM_COST: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Units of one item of a row, and what beginning and ending it costs; 0 where not `mask`."""
+    """Of a row: the cost of an item that reads (its units, and what beginning and ending it costs),
+    how many of a KV head's tiles of queries do, and the cost of all of that KV head's; 0 where not
+    `mask`. A tile without queries reads nothing and costs `ITEM_COST`.
+    """
     length, queries, begin = row_tokens(row, mask, seq_lens, cu_q, window, ALIGN, HAS_WINDOW)
-    units = tl.where(queries > 0, tl.cdiv(tl.maximum(length - begin, 0), TILE), 0)
-    return tl.where(mask, units + ITEM_COST, 0).to(tl.int64)
+    reading = tl.minimum(tl.cdiv(queries * GROUP, TILE_M), TILES_M)
+    item = tl.cdiv(tl.maximum(length - begin, 0), TILE) + ITEM_COST
+    of_head = reading * item.to(tl.int64) + (TILES_M - reading) * ITEM_COST
+    return item, reading, tl.where(mask, of_head, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs", "window"])
 def _plan(
     seq_lens,
     cu_q,
@@ -109,7 +115,10 @@ def _plan(
     rows,
     programs,
     window,
-    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES_M: tl.constexpr,
+    TILE_M: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
     ITEM_COST: tl.constexpr,
@@ -126,10 +135,11 @@ def _plan(
     total = tl.sum(index.to(tl.int64) * 0, 0)
     for first in range(0, rows, BLOCK_R):
         row = first + index
-        cost = _item_cost(
-            row, row < rows, seq_lens, cu_q, window, TILE, ALIGN, ITEM_COST, HAS_WINDOW
-        )
-        total += tl.sum(cost, 0) * HEADS
+        _, _, cost = _row_costs(
+            row, row < rows, seq_lens, cu_q, window,
+            GROUP, TILES_M, TILE_M, TILE, ALIGN, ITEM_COST, HAS_WINDOW,
+        )  # fmt: skip
+        total += tl.sum(cost, 0) * KV_HEADS
 
     share = tl.maximum(tl.cdiv(total, programs), MIN_SHARE)
     boundary = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -139,25 +149,36 @@ def _plan(
     before = total * 0
     for first in range(0, rows, BLOCK_R):
         row = first + index
-        cost = _item_cost(
-            row, row < rows, seq_lens, cu_q, window, TILE, ALIGN, ITEM_COST, HAS_WINDOW
-        )
-        ends = before + tl.cumsum(cost, 0) * HEADS
+        _, _, cost = _row_costs(
+            row, row < rows, seq_lens, cu_q, window,
+            GROUP, TILES_M, TILE_M, TILE, ALIGN, ITEM_COST, HAS_WINDOW,
+        )  # fmt: skip
+        ends = before + tl.cumsum(cost, 0) * KV_HEADS
         done = (ends[None, :] <= at[:, None]) & (row < rows)[None, :]
         row_at += tl.sum(done.to(tl.int32), 1)
         row_start = tl.maximum(row_start, tl.max(tl.where(done, ends[None, :], 0), 1))
-        before += tl.sum(cost, 0) * HEADS
+        before += tl.sum(cost, 0) * KV_HEADS
 
     inside = row_at < rows
-    cost = tl.maximum(
-        _item_cost(row_at, inside, seq_lens, cu_q, window, TILE, ALIGN, ITEM_COST, HAS_WINDOW), 1
-    )
-    head = tl.where(inside, (at - row_start) // cost, 0)
-    unit = tl.maximum(at - row_start - head * cost - ITEM_COST, 0)
-    last = tl.minimum(tl.cdiv(row_start + (head + 1) * cost, share), programs) - 1
+    item, reading, of_head = _row_costs(
+        row_at, inside, seq_lens, cu_q, window,
+        GROUP, TILES_M, TILE_M, TILE, ALIGN, ITEM_COST, HAS_WINDOW,
+    )  # fmt: skip
+    of_head = tl.maximum(of_head, 1)
+    head = tl.where(inside, (at - row_start) // of_head, 0)
+    rest = at - row_start - head * of_head
+    # Tiles that read come first; a boundary among the others is at the beginning of one.
+    idle = tl.maximum(rest - reading * item.to(tl.int64), 0) // ITEM_COST
+    tile = tl.where(rest < reading * item.to(tl.int64), rest // item, reading + idle)
+    begun = rest - tl.minimum(tile, reading) * item.to(tl.int64)
+    unit = tl.where(tile < reading, tl.maximum(begun - ITEM_COST, 0), 0)
+    end = row_start + head * of_head + (tile + 1) * item
+    last = tl.minimum(tl.cdiv(end, share), programs) - 1
     record = records + boundary * 4
     mask = boundary <= programs
-    tl.store(record, (row_at * HEADS + head).to(tl.int32), mask=mask)
+    tile = tl.where(inside, tile, 0)
+    number = row_at * (KV_HEADS * TILES_M) + head * TILES_M + tile
+    tl.store(record, number.to(tl.int32), mask=mask)
     tl.store(record + 1, tl.where(inside, unit, 0).to(tl.int32), mask=mask)
     tl.store(record + 2, last.to(tl.int32), mask=mask)
     tl.store(record + 3, boundary * 0, mask=mask)
@@ -180,7 +201,8 @@ def plan_launch(
 ) -> tuple[DecodePlan, Launch]:
     """The plan of a step, and the launch that fills it in; `config` takes the table's place."""
     config = config or config_of(shape, device)
-    heads = shape.kv_heads * triton.cdiv(shape.group * shape.max_q, config.block_m)
+    tiles_m = triton.cdiv(shape.group * shape.max_q, config.block_m)
+    heads = shape.kv_heads * tiles_m
     programs = device.multiprocessors * config.programs_per_sm
     records = torch.empty(programs + 1, 4, dtype=torch.int32, device=seq_lens.device)
     least = triton.cdiv(max(MIN_SHARE_TOKENS, 2 * shape.page_size), config.block_n)
@@ -190,8 +212,11 @@ def plan_launch(
         "records": records,
         "rows": shape.rows,
         "programs": programs,
-        "window": shape.window or 0,
-        "HEADS": heads,
+        "window": bounded(shape.window),
+        "KV_HEADS": shape.kv_heads,
+        "GROUP": shape.group,
+        "TILES_M": tiles_m,
+        "TILE_M": config.block_m,
         "TILE": config.block_n,
         "ALIGN": min(shape.page_size, config.block_n),
         "ITEM_COST": ITEM_COST,
@@ -221,10 +246,12 @@ def plan_decode(
     check_plan(seq_lens, cu_q, rows=shape.rows, max_q=shape.max_q, window=shape.window)
     plan, launch = plan_launch(shape, seq_lens, cu_q, device_of(seq_lens))
     if records is not None:
+        fits = records.shape == plan.records.shape and records.dtype == torch.int32
         require(
-            records.shape == plan.records.shape,
-            f"records of a plan of {shape} must be {tuple(plan.records.shape)}, got "
-            f"{tuple(records.shape)}",
+            fits and records.is_contiguous() and records.device == seq_lens.device,
+            f"records of a plan of {shape} must be contiguous int32 {tuple(plan.records.shape)} "
+            f"on {seq_lens.device}, got {records.dtype} {tuple(records.shape)} of strides "
+            f"{records.stride()} on {records.device}",
         )
         return plan._replace(records=records)
     launch.run(seq_lens.device)

@@ -14,7 +14,7 @@ from kvpaged_kernels.gpu.launch import Device, Launch, attention_arguments, devi
 from kvpaged_kernels.gpu.primitives import add_sinks, attend, load_slopes, window_begin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row", "window", "blocks"])
 def _prefill(
     q,
     k_pages,
