@@ -29,6 +29,7 @@ from benchmarks.aot_launches import TARGETS, decode_on_meta, source_of
 from kvpaged_kernels.gpu.decode_configs import (
     DecodeConfig,
     Entry,
+    most_rows,
     shared_bytes,
     table,
     write_table,
@@ -56,12 +57,17 @@ class Key(NamedTuple):
 
 
 def keys(elements: list[int]) -> list[Key]:
-    """The entries there are to be, of elements of these bytes; sm_100 takes sm_90's."""
-    archs, dims, pages = ("sm_80", "sm_90", "sm_120"), (64, 128, 256), (16, 64)
+    """The entries there are to be, of elements of these bytes."""
+    archs = ("sm_80", "sm_90", "sm_100", "sm_120")
+    dims, pages = (64, 128, 256), (16, 64)
     halves = itertools.product(archs, (2,), dims, (16, 32, 64), pages)
-    fp8 = itertools.product(("sm_90", "sm_120"), (1,), dims, (16, 64), (64,))
-    single = itertools.product(("sm_80", "sm_90"), (4,), dims, (16, 64), (64,))
-    return [Key(*key) for key in (*halves, *fp8, *single) if key[1] in elements]
+    fp8 = itertools.product(archs, (1,), dims, (16, 32), (64,))
+    single = itertools.product(("sm_80", "sm_90"), (4,), dims, (16,), (64,))
+    return [
+        Key(*key)
+        for key in (*halves, *fp8, *single)
+        if key[1] in elements and key[3] <= most_rows(key[1], key[2])
+    ]
 
 
 def candidates(key: Key) -> list[DecodeConfig]:

@@ -25,6 +25,15 @@ MAX_ROWS = 64
 """Queries times group in one tile; more take several tiles, which read K and V again."""
 
 
+def most_rows(element: int, head_dim: int) -> int:
+    """The same for elements of these bytes and a padded head dimension: what spills nothing.
+
+    e4m3 has two operands and two results, a head of 256 a wide one, and without tensor cores (fp32)
+    a result lies in registers twice.
+    """
+    return {1: 32, 4: 16}.get(element, 32 if head_dim >= 256 else MAX_ROWS)
+
+
 class DecodeConfig(NamedTuple):
     """How `paged_decode` is launched.
 
@@ -42,13 +51,13 @@ class DecodeConfig(NamedTuple):
     programs_per_sm: int
 
     @property
-    def max_registers(self) -> int | None:
+    def max_registers(self) -> int:
         """Registers a thread may have on NVIDIA if so many programs are to fit: of 65,536 a
-        multiprocessor, given out in eights. None for the widest tile: its multiplications (wgmma)
-        refuse to be short of them.
+        multiprocessor, given out in eights. All there are for the widest tile, whose
+        multiplications (wgmma) refuse to be short of them.
         """
         if self.block_m >= MAX_ROWS:
-            return None
+            return 255
         share = 65536 // (self.programs_per_sm * self.num_warps * 32)
         return max(128, min(255, share // 8 * 8))
 
@@ -152,8 +161,8 @@ def decode_config(
 
     `rows`: the most queries of a row of the batch, times the group.
     """
-    block_m = min(MAX_ROWS, padded(rows))
     head_dim = max(64, padded(max(k_dim, v_dim)))
+    block_m = min(most_rows(element, head_dim), padded(rows))
     entry = _nearest(arch, element, head_dim, block_m, page_size)
     block_n, stages = entry.block_n, entry.num_stages
     dims = padded(k_dim) + padded(v_dim)

@@ -158,6 +158,7 @@ def prefill_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        max_registers=255 if device.arch.startswith("sm_") else None,
     )
 
 
