@@ -311,6 +311,7 @@ def plan_decode(
     return cpu_plan.plan_decode(
         table.numpy(), lengths.numpy().astype(np.int64), page_size=pages.page_size, step=pages.step,
         joined=pages.joined, dtype=pages.flat.dtype, window=window,
+        page_bytes=pages.k_pages[0].numel() * 2 * pages.flat.itemsize,
     )  # fmt: skip
 
 

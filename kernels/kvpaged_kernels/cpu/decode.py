@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_rows
+from kvpaged_kernels.cpu.parts import apply_sinks, attend_part, merge_rows, packs_group
 from kvpaged_kernels.cpu.plan import DecodePlan, cell_tokens, trunk_tokens
 
 
@@ -19,13 +19,13 @@ def paged_decode(
 ) -> Tensor:
     """Attention of one query token a sequence, as `reference.attention.paged_decode` defines it.
 
-    `plan` stands for the block table, the lengths and the window. K and V are read once: in half
-    precision the flash kernel shares a KV head among its group by itself, in fp32 the group is
-    packed into the query length, which is faster there (docs/log.md).
+    `plan` stands for the block table, the lengths and the window. K and V are read once: the group
+    is packed into the query length, or the flash kernel shares a KV head among it by itself,
+    whichever is faster (`parts.packs_group`).
     """
     rows, q_heads, _ = q.shape
     kv_heads = k_pages.shape[1]
-    packed = q.dtype == torch.float32 or softcap is not None
+    packed = packs_group(q.dtype) or softcap is not None
     queries = q.unflatten(1, (kv_heads, -1)) if packed else q.unsqueeze(2)
     if plan.direct:
         grid = plan.grids[0]

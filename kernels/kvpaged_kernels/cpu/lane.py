@@ -8,10 +8,9 @@ layers of a model its weights have passed through the caches, and Python is seve
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from kvpaged_kernels.cpu.parts import attend_part
+from kvpaged_kernels.cpu.parts import attend_part, packs_group
 from kvpaged_kernels.cpu.plan import DecodePlan, Uniform, cell_tokens, uniform_tokens
 
 
@@ -64,11 +63,10 @@ def attend_lane(q: Tensor, lane: Lane, scale: float) -> Tensor:
 
     - `q`: `[rows, q_heads, new, k_dim]`. Returns `[rows, q_heads, new, v_dim]`.
 
-    In half precision, and in prefill, the flash kernel shares a KV head among its group by itself;
-    a single fp32 query a row has its group packed into the query length, which is faster there
-    (docs/log.md).
+    In prefill the flash kernel shares a KV head among its group by itself; a single query a row has
+    its group packed into the query length where that is faster (`parts.packs_group`).
     """
-    if lane.causal or q.dtype != torch.float32:
+    if lane.causal or not packs_group(q.dtype):
         return attend_part(q, lane.k, lane.v, scale=scale, causal=lane.causal)[0]
     packed = q.squeeze(2).unflatten(1, (lane.k.shape[1], -1))
     return attend_part(packed, lane.k, lane.v, scale=scale)[0].flatten(1, 2).unsqueeze(2)

@@ -21,6 +21,21 @@ def groups_are_native() -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected)
 
 
+@lru_cache(maxsize=1)
+def _has_wide_halves() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def packs_group(dtype: torch.dtype) -> bool:
+    """Whether one query a row is faster with its group packed into the query length.
+
+    It is in fp32, and in half precision but where matrix tiles (AMX) make up for single rows: there
+    the flash kernel's own sharing of a KV head is up to a fifth faster, elsewhere it was eight
+    times slower (docs/log.md).
+    """
+    return dtype == torch.float32 or not _has_wide_halves()
+
+
 def attend_part(
     q: Tensor,
     k: Tensor,
@@ -61,11 +76,18 @@ def attend_general(
     bias: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain fp32 matrix products: soft caps, and V narrower than K."""
+    """The same in plain fp32 matrix products: soft caps, and V narrower than K.
+
+    A KV head at a time: over all at once the strides of pages would make the products copy K and V.
+    """
     batch, heads, queries, _ = q.shape
-    grouped = (q.float() * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    scores = torch.matmul(grouped, k.float().transpose(-1, -2))
-    scores = scores.view(batch, heads, queries, -1)
+    kv_heads, tokens = k.shape[1:3]
+    grouped = (q.float() * scale).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    lines = grouped.shape[2]
+    scores = torch.empty(batch, kv_heads, lines, tokens)
+    for head in range(kv_heads):
+        torch.bmm(grouped[:, head], k[:, head].float().transpose(1, 2), out=scores[:, head])
+    scores = scores.view(batch, heads, queries, tokens)
     if softcap is not None:
         scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
     if bias is not None:
@@ -74,8 +96,10 @@ def attend_general(
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1)
         scores.masked_fill_(hidden, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp_(scores.sub_(lse.unsqueeze(-1)))
-    out = torch.matmul(weights.view(batch, k.shape[1], -1, weights.shape[-1]), v.float())
+    weights = torch.exp_(scores.sub_(lse.unsqueeze(-1))).view(batch, kv_heads, lines, tokens)
+    out = torch.empty(batch, kv_heads, lines, v.shape[3])
+    for head in range(kv_heads):
+        torch.bmm(weights[:, head], v[:, head].float(), out=out[:, head])
     return out.view(batch, heads, queries, -1), lse
 
 

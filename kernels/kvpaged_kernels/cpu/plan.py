@@ -27,7 +27,10 @@ PART_TOKENS = 256
 """Tokens of the runs that pages are joined to where adjacent: longer parts gain nothing more."""
 
 MAX_GAP = 8
-"""Holes in a row that are cheaper to compute than another call (about 40 microseconds)."""
+GAP_BYTES = 400_000
+"""Holes in a row that are cheaper to compute than another call (about 40 microseconds): so many
+pages, and so many bytes of K and V.
+"""
 
 Ints = npt.NDArray[np.int64]
 
@@ -130,6 +133,7 @@ def plan_decode(
     joined: bool,
     dtype: torch.dtype,
     window: int | None = None,
+    page_bytes: int = 0,
 ) -> DecodePlan:
     """Plan the calls for one query a row.
 
@@ -138,6 +142,7 @@ def plan_decode(
     - `step`: entries between adjacent pages. `joined`: adjacent pages are one run of slots within
       a head (layer-major), so a part may have several.
     - `dtype`: of the bias.
+    - `page_bytes`: of a page's K and V in one layer, which bounds the holes that are computed.
     """
     seen = np.zeros_like(lengths) if window is None else np.maximum(lengths - window, 0)
     first, last = seen // page_size, -(-lengths // page_size)
@@ -161,7 +166,8 @@ def plan_decode(
     follows[1:] = (
         (entry[1:] - entry[:-1] == step) & (row[1:] == row[:-1]) & (page[1:] - page[:-1] == 1)
     )
-    maker = _GridMaker(lengths, seen, page_size, step, dtype)
+    gap = min(MAX_GAP, GAP_BYTES // page_bytes) if page_bytes else MAX_GAP
+    maker = _GridMaker(lengths, seen, page_size, step, dtype, gap)
     breaks = int((~follows).sum())
     if joined and breaks == len(lengths) and (counts == counts[0]).all():
         starts = entry[~follows]
@@ -241,10 +247,16 @@ class _GridMaker:
     """Turns parts (entry, row, first logical page) into grids with masks."""
 
     def __init__(
-        self, lengths: Ints, seen: Ints, page_size: int, step: int, dtype: torch.dtype
+        self,
+        lengths: Ints,
+        seen: Ints,
+        page_size: int,
+        step: int,
+        dtype: torch.dtype,
+        gap: int,
     ) -> None:
         self.lengths, self.seen = lengths, seen
-        self.page_size, self.step, self.dtype = page_size, step, dtype
+        self.page_size, self.step, self.dtype, self.gap = page_size, step, dtype, gap
 
     def cut(self, entry: Ints, row: Ints, page: Ints, pages: int, stride: int) -> list[Grid]:
         """Grids of parts of `pages` pages at multiples of `stride` from one another."""
@@ -256,7 +268,7 @@ class _GridMaker:
             again[1:] = entry[1:] == entry[:-1]
             mine = np.flatnonzero(~again)
             breaks = np.flatnonzero(
-                (np.diff(entry[mine]) > (MAX_GAP + 1) * stride)
+                (np.diff(entry[mine]) > (self.gap * self.step // stride + 1) * stride)
                 | (np.diff(entry[mine]) % stride != 0)
             )
             for part in np.split(mine, breaks + 1):
