@@ -65,11 +65,13 @@ bench: $(READY)  ## tokens/s, first token, KV memory and shared prefixes, beside
 	$(RUN) -m benchmarks.generate $(if $(FULL),--full)
 	$(RUN) -m benchmarks.prefix $(if $(VLLM),--vllm $(VLLM))
 
+PEER_KERNELS = $(if $(VLLM_KERNELS),--vllm $(VLLM_KERNELS)) $(if $(SGLANG_KERNELS),--sglang $(SGLANG_KERNELS))
+
 aot: $(READY)  ## compile every shipped kernel for real GPUs, without one
-	$(RUN) -m benchmarks.aot
+	$(RUN) -m benchmarks.aot $(PEER_KERNELS)
 
 gpu: $(READY)  ## everything to measure on a CUDA machine; make gpu PY=python3 installs nothing
-	$(RUN) -m benchmarks.gpu
+	$(RUN) -m benchmarks.gpu $(PEER_KERNELS)
 
 notebooks: $(READY)  ## run the notebooks and keep their outputs in the files
 	$(RUN) -m jupyter execute --inplace examples/*.ipynb
