@@ -76,6 +76,15 @@ def flex(work: Work) -> Call:
     return lambda: run().transpose(1, 2).flatten(0, 1)
 
 
+def _scattered(work: Work) -> tuple[int, Tensor]:
+    """Pages of a row, and a random order of all rows' pages; `Skipped` if they are not whole."""
+    rows, _, length, _ = work.k.shape
+    if length % work.page_size:
+        raise Skipped(f"{length} tokens are no whole number of pages of {work.page_size}")
+    width = length // work.page_size
+    return width, torch.randperm(rows * width, device=work.q.device)
+
+
 def flashinfer(work: Work) -> Call:
     """FlashInfer's paged kernels, over pages in random order; its plan is not in the time."""
     if importlib.util.find_spec("flashinfer") is None:
@@ -84,10 +93,7 @@ def flashinfer(work: Work) -> Call:
 
     rows, heads, length, dim = work.k.shape
     size, device = work.page_size, work.q.device
-    if length % size:
-        raise Skipped(f"{length} tokens are no whole number of pages of {size}")
-    width = length // size
-    order = torch.randperm(rows * width, device=device)
+    width, order = _scattered(work)
     pages = torch.empty(rows * width, 2, heads, size, dim, dtype=work.k.dtype, device=device)
     for place, x in enumerate((work.k, work.v)):
         pages[order, place] = x.unflatten(2, (width, size)).transpose(1, 2).flatten(0, 1)
@@ -114,10 +120,7 @@ def _triton(name: str, folder: Path | None, work: Work) -> Call:
         raise Skipped(f"no folder with its kernels was given (--{name})")
     rows, heads, length, dim = work.k.shape
     size, device = work.page_size, work.q.device
-    if length % size:
-        raise Skipped(f"{length} tokens are no whole number of pages of {size}")
-    width = length // size
-    order = torch.randperm(rows * width, device=device)
+    width, order = _scattered(work)
     k, v = (torch.empty(rows * width, size, heads, dim, dtype=x.dtype, device=device)
             for x in (work.k, work.v))  # fmt: skip
     for pages, x in ((k, work.k), (v, work.v)):

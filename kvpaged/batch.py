@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvpaged.books import CacheBooks
-from kvpaged.config import format_bytes
 from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.keys import encode_tokens
 from kvpaged.ops import Options
@@ -254,7 +253,9 @@ class Batch:
             except OutOfPagesError as error:
                 for rows, growth in zip(self._groups, growths, strict=False):
                     rows.give_back(growth)
-                raise self._explain(error, counts) from None
+                raise self._cache.shortage(
+                    error, self.memory_bytes(), counts, self.lengths
+                ) from None
             for rows, growth in zip(self._groups, growths, strict=True):
                 rows.enter(growth, self.lengths, counts)
         for rows, growth in zip(self._groups, growths, strict=True):
@@ -443,15 +444,3 @@ class Batch:
         if self.step is None:
             raise UsageError("no step is running: call begin first")
         return self.step
-
-    def _explain(self, error: OutOfPagesError, counts: Ints) -> OutOfPagesError:
-        cache, mine = self._cache, self.memory_bytes()
-        others = sum(pool.used_bytes() for pool in cache.pools) - mine
-        return OutOfPagesError(
-            f"out of pages: {int(counts.sum())} new tokens in {self.rows} sequences (longest "
-            f"{int((self.lengths + counts).max(initial=0))} tokens): {error}; of the pool's "
-            f"{format_bytes(cache.config.memory)} this batch holds {format_bytes(mine)} and "
-            f"{cache.batches_alive() - 1} others hold {format_bytes(others)}",
-            needed=error.needed,
-            available=error.available,
-        )

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from kvpaged.config import Backend, CacheConfig, Layout, parse_bytes
-from kvpaged.errors import ConfigError, IntegrityError, UsageError
+from kvpaged.config import Backend, CacheConfig, Layout, format_bytes, parse_bytes
+from kvpaged.errors import ConfigError, IntegrityError, OutOfPagesError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
-from kvpaged.group_rows import GroupRows
+from kvpaged.group_rows import GroupRows, Ints
 from kvpaged.keys import Salt, encode_salt
 from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED, Ids
@@ -350,6 +350,22 @@ class CacheBooks:
     def batches_alive(self) -> int:
         """How many batches and sessions hold rows now."""
         return len(self._batches)
+
+    def shortage(
+        self, error: OutOfPagesError, mine: int, counts: Ints, lengths: Ints
+    ) -> OutOfPagesError:
+        """`error` in the words of a batch, and who has the memory: it holds `mine` bytes for rows of
+        `lengths` tokens, about to get `counts` more.
+        """
+        others = sum(pool.used_bytes() for pool in self.pools) - mine
+        return OutOfPagesError(
+            f"out of pages: {int(counts.sum())} new tokens in {len(lengths)} sequences (longest "
+            f"{int((lengths + counts).max(initial=0))} tokens): {error}; of the pool's "
+            f"{format_bytes(self.config.memory)} this batch holds {format_bytes(mine)} and "
+            f"{self.batches_alive() - 1} others hold {format_bytes(others)}",
+            needed=error.needed,
+            available=error.available,
+        )
 
     def leave_garbage(self, tables: list[BlockTable]) -> None:
         """Note tables nobody uses any more. Callable from a finaliser: takes no lock, touches no

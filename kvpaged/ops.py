@@ -6,6 +6,7 @@ implementation; under `torch.compile` they become the custom operators `torch.op
 have fake implementations and name what they mutate (`kvpaged.operators`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -311,7 +312,7 @@ def plan_decode(
     return cpu_plan.plan_decode(
         table.numpy(), lengths.numpy().astype(np.int64), page_size=pages.page_size, step=pages.step,
         joined=pages.joined, dtype=pages.flat.dtype, window=window,
-        page_bytes=pages.k_pages[0].numel() * 2 * pages.flat.itemsize,
+        page_bytes=2 * math.prod(pages.k_pages.shape[1:]) * pages.flat.itemsize,
     )  # fmt: skip
 
 

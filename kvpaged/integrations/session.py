@@ -13,13 +13,13 @@ from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag
 from kvpaged.integrations.layer import SessionLayer
 from kvpaged.integrations.passes import is_whole_prompt, what_is_unusual
+from kvpaged.integrations.passlog import PassLog
 from kvpaged.integrations.prompts import (
     check_mask,
     check_not_again,
     check_prompt,
     left_pads,
     own_positions,
-    to_host,
 )
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
@@ -71,7 +71,7 @@ class SessionCache(Cache, ServedCache):
         self._take: Tensor | None = None
         self._ids: Tensor | None = None
         self._positions: Tensor | None = None
-        self._unlogged: list[tuple[Tensor | None, Tensor | None, Ids, Ids]] = []
+        self._passes = PassLog()
         self._lanes: dict[int, Lane] | None = None
         self._windows = {layer: group.window for group in cache.groups for layer in group.layers}
         layers = [SessionLayer(self, i, self._windows.get(i)) for i in range(max(cache.layers) + 1)]
@@ -289,7 +289,7 @@ class SessionCache(Cache, ServedCache):
                 f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
             )
         self.batch.commit()
-        self._unlogged.append((self._ids, self._positions, step.starts, step.counts))
+        self._passes.add(self._ids, self._positions, step.starts, step.counts)
         self.columns += self._width
         # On a GPU the ids of this step may still be on their way; those of the step before are not.
         self._write_logs(but=0 if self._ids is None or self._ids.device.type == "cpu" else 1)
@@ -409,7 +409,7 @@ class SessionCache(Cache, ServedCache):
         self.batch.check_open()
         self.close()
         self.batch = Batch(self._cache, self.batch.rows)
-        self._unlogged.clear()
+        self._passes.clear()
         self.columns = self.reused = 0
         self.pads = np.zeros(self.batch.rows, np.int64)
         self._prompt = np.zeros((self.batch.rows, 0), np.int64)
@@ -449,17 +449,6 @@ class SessionCache(Cache, ServedCache):
         return left_pads(mask if isinstance(mask, Tensor) and mask.shape == shape else None, *shape)
 
     def _write_logs(self, but: int = 0) -> None:
-        """Move the ids of committed steps to the rows' logs, but for those of the last `but` steps.
-
-        Tokens at other positions than their own are not known: their keys are rotated otherwise,
-        and nobody else can use them.
-        """
-        due = self._unlogged[: len(self._unlogged) - but]
-        del self._unlogged[: len(due)]
-        for ids, positions, starts, counts in due:
-            host = None if ids is None else to_host(ids)
-            own = own_positions(positions, starts, counts, padded=bool(self.pads.any()))
-            for row, count in enumerate(counts.tolist()):
-                if count:
-                    known = None if host is None or not own[row] else host[row, -count:]
-                    self.batch.logs[row].extend(known)
+        """Move the ids of committed steps to the rows' logs, but for those of the last `but`."""
+        for row, known in self._passes.take(but=but, padded=bool(self.pads.any())):
+            self.batch.logs[row].extend(known)
