@@ -354,8 +354,9 @@ class CacheBooks:
     def shortage(
         self, error: OutOfPagesError, mine: int, counts: Ints, lengths: Ints
     ) -> OutOfPagesError:
-        """`error` in the words of a batch that holds `mine` bytes: its rows, of `lengths` tokens, were
-        to get `counts` more.
+        """`error` in the words of a batch that holds `mine` bytes.
+
+        Its rows have `lengths` tokens and were to get `counts` more.
         """
         others = sum(pool.used_bytes() for pool in self.pools) - mine
         return OutOfPagesError(
