@@ -65,7 +65,8 @@ class Batch:
         self.closed = False
         self._groups = cache.make_rows(rows)
         self._plans: list[DecodePlan | None] = [None] * len(self._groups)
-        self._clean = True  # slots past the rows' ends hold nothing but zeros
+        # Rows past whose ends slots may hold other than zeros.
+        self._unclean: npt.NDArray[np.bool_] = np.zeros(rows, bool)
         self._stages = {group.device: Stage(group.device) for group in cache.groups}
         # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only
         # leaves a note.
@@ -142,7 +143,7 @@ class Batch:
         self.settled[row] = full
         self.lengths[row] = length
         self.logs[row].extend(ids)
-        self._clean = False
+        self._unclean[row] = True
 
     def publish(self) -> None:
         """Put full pages whose tokens are known into the prefix index, give up pages that are there
@@ -164,7 +165,7 @@ class Batch:
                 group.leave_window(self.lengths, self.settled)
 
     def _publish_row(self, row: int, full: int) -> None:
-        trail, ids = self._trails[row], self.logs[row].ids
+        trail, ids = self._trails[row], self._known_ids(row)
         if trail is None or ids is None:
             self.private = self.private or "a forward pass came without token ids, or out of place"
             self._lose_trail(row)
@@ -181,6 +182,10 @@ class Batch:
                 if mine is not None and theirs is not None and mine != theirs:
                     group.swap(row, place, theirs)
             self.settled[row] = place + 1
+
+    def _known_ids(self, row: int) -> TokenIds | None:
+        """A row's token ids, or `None` if some are not known."""
+        return self.logs[row].ids
 
     def is_current(self) -> bool:
         """Whether what makes its pages valid is as it was when it began."""
@@ -222,14 +227,29 @@ class Batch:
         other.settled = self.settled[chosen]
         other.logs = [self.logs[row].copy() for row in chosen]
         other.private, other._identity = self.private, self._identity
-        other._clean = False
+        other._unclean[:] = True
         return other
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def begin(self, counts: Ints, ids: npt.NDArray[np.int32] | None = None) -> Step:
+    def begin(
+        self,
+        counts: Ints,
+        ids: npt.NDArray[np.int32] | None = None,
+        *,
+        order: Ints | None = None,
+        more: npt.NDArray[np.int32] | None = None,
+    ) -> Step:
         """Make room for `counts[row]` new tokens of each row and tell the device (their `ids` too,
         if given).
+
+        Args:
+            counts: int64 `[rows]`.
+            ids: int32 `[tokens]`, in the order of the step.
+            order: int64, the rows that have new tokens, each once, in the order their tokens are
+                to have; `None`: all rows, as they come. Rows of few tokens are best put first: see
+                `GroupStep.parts`.
+            more: int32, sent along (`Step.more`).
 
         Raises:
             OutOfPagesError: the pool has not enough pages; nothing changed.
@@ -259,15 +279,20 @@ class Batch:
             for rows, growth in zip(self._groups, growths, strict=True):
                 rows.enter(growth, self.lengths, counts)
         for rows, growth in zip(self._groups, growths, strict=True):
-            rows.fill(growth, self.lengths, counts, tails=not self._clean)
+            rows.fill(growth, self.lengths, counts, tails=self._unclean)
         if any(growth.copies for growth in growths):
             with cache.lock:
                 for rows, growth in zip(self._groups, growths, strict=True):
                     rows.end_copies(growth)
-        self._clean = self._clean or bool((counts > 0).all())
+        self._unclean &= counts == 0
         nothing: list[DecodePlan | None] = [None] * len(self._groups)
         hints, self._plans = (self._plans if (counts == 1).all() else nothing), nothing
-        self.step = make_step(counts, self.lengths.copy(), self._groups, self._stages, hints, ids)
+        if order is not None and len(order) == self.rows and (np.diff(order) == 1).all():
+            order = None
+        self.step = make_step(
+            counts, self.lengths.copy(), self._groups, self._stages, hints, ids,
+            order=order, more=more,
+        )  # fmt: skip
         return self.step
 
     def write(self, layer: int, k: Tensor, v: Tensor | None) -> None:
@@ -277,7 +302,7 @@ class Batch:
         step = self.step or self._running()
         home = self._cache.home_of(layer)
         write_layer(
-            step, step.groups[home.group], home.layers, home.place, k, v,
+            step.groups[home.group], home.layers, home.place, k, v,
             backend=home.backend, window=home.window,
         )  # fmt: skip
         step.written.add(layer)
@@ -306,7 +331,7 @@ class Batch:
         home = self._cache.home_of(layer)
         options = Options(scale, home.window, softcap, sinks, alibi_slopes)
         group = step.groups[home.group]
-        out = attend_layer(step, group, home.layers, home.place, q, options, backend=home.backend)
+        out = attend_layer(group, home.layers, home.place, q, options, backend=home.backend)
         step.attended.add(layer)
         return out
 
@@ -323,7 +348,9 @@ class Batch:
         for number, group in enumerate(step.groups):
             if cache.backends[number] != "cpu":
                 return None
-            plan_layers(step, group, cache.classes[number].layers, cache.groups[number].window)
+            if group.parts:
+                return None
+            plan_layers(group, cache.classes[number].layers, cache.groups[number].window)
             if group.lanes is None:
                 return None
             found.update(zip(cache.groups[number].layers, group.lanes, strict=True))
@@ -341,7 +368,7 @@ class Batch:
         self.step = None
         self._plans = [group.decode_plan for group in step.groups]
         self.lengths = after
-        for row, log in enumerate(self.logs):
+        for row, log in enumerate(self.logs if ids is not None else ()):
             if ids is not None and step.counts[row]:
                 log.extend(ids[row])
         with self._cache.lock:
@@ -353,7 +380,8 @@ class Batch:
     def drop_step(self) -> None:
         """Forget a step that is not to count; its pages go back with the next step."""
         if self.step is not None:
-            self.step, self._clean = None, False
+            self._unclean |= self.step.counts > 0
+            self.step = None
             self._plans = [None] * len(self._groups)
 
     # -- rows --------------------------------------------------------------------------------------
@@ -372,6 +400,7 @@ class Batch:
                 group.select(chosen)
         self.lengths = self.lengths[chosen]
         self.settled = self.settled[chosen]
+        self._unclean = self._unclean[chosen]
         seen: set[int] = set()
         logs, trails = [], []
         for row in chosen.tolist():
@@ -400,7 +429,7 @@ class Batch:
             group.check_rewind(self.lengths, lengths)
         self.drop_step()
         self._plans = [None] * len(self._groups)
-        self._clean = False
+        self._unclean |= lengths < self.lengths
         full = lengths // self._cache.config.page_size
         for row in np.flatnonzero(lengths < self.lengths).tolist():
             self.logs[row].cut(int(lengths[row]))

@@ -123,12 +123,14 @@ class GroupRows:
         for row, ids in growth.new:
             self.table.extend(row, ids, entries(ids))
 
-    def fill(self, growth: Growth, lengths: Ints, counts: Ints, *, tails: bool) -> None:
+    def fill(
+        self, growth: Growth, lengths: Ints, counts: Ints, *, tails: npt.NDArray[np.bool_]
+    ) -> None:
         """Copy what is shared, and zero what a step leaves partly filled.
 
         The CPU path masks slots past a row's end by adding -inf to their scores, which a NaN left
-        there by somebody else would survive. `tails`: slots past the present lengths may hold what
-        a rewind or a step that did not count left there.
+        there by somebody else would survive. `tails`: rows past whose present lengths slots may
+        hold what a rewind or a step that did not count left there, bool `[rows]`.
         """
         if growth.copies:
             old, new = (np.array([copy[i] for copy in growth.copies], np.int32) for i in (2, 3))
@@ -138,7 +140,7 @@ class GroupRows:
         for row, ids in growth.new:
             if (lengths[row] + counts[row]) % self._size:
                 clear_pages(self.page_class, ids[-1:])
-        for row in self._rows_in_a_page(lengths, counts).tolist() if tails else ():
+        for row in np.flatnonzero(tails & (counts > 0) & (lengths % self._size > 0)).tolist():
             place, slot = divmod(int(lengths[row]), self._size)
             clear_tail(self.page_class, int(self.table.pages[row, place]), slot)
 

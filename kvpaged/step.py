@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class GroupStep:
-    """A step as one layer group sees it.
+    """A step, or one part of it, as one layer group sees it: some rows, and what they add.
 
     Attributes:
         table: int32 `[rows, width]` on the device.
@@ -37,6 +37,11 @@ class GroupStep:
         positions, owners: int32 `[tokens]`, each new token's place in its row, and its row.
         page_size: token slots a page.
         max_len: the longest row.
+        rows, total: how many rows, and new tokens.
+        max_q: the most new tokens a row has.
+        decode: every row has exactly one.
+        parts: the same step in two, where rows of few new tokens come first and rows of many
+            follow: each is served by what serves its kind fastest. Else empty.
         hint: the plan of the step before, if this one is that one a token on.
         decode_plan, lanes, spans: the CPU's calls, made when first needed and shared by the group's
             layers.
@@ -50,6 +55,11 @@ class GroupStep:
     owners: Tensor
     page_size: int
     max_len: int
+    rows: int
+    total: int
+    max_q: int
+    decode: bool
+    parts: "tuple[GroupStep, ...]" = ()
     decode_plan: DecodePlan | None = None
     spans: SpanPlan | None = None
     lanes: list[Lane] | None = None
@@ -71,15 +81,17 @@ class Step:
     """New tokens of every row, with pages to hold them.
 
     Attributes:
-        counts: new tokens a row, int64 `[rows]` on the host.
+        counts: new tokens of each row of the batch, int64 `[rows]` on the host.
         starts: tokens a row had before.
+        order: the rows that take part, in the order of their tokens; `None`: all, as they come.
         decode: every row has exactly one new token.
         total: new tokens of all rows.
         max_q: the most new tokens a row has.
         groups: one for each layer group.
         positions: int32 `[tokens]` on the first group's device: `starts[row] ..` of each row.
-        cu_seqlens: int32 `[rows + 1]` there: where each row's tokens begin.
+        cu_seqlens: int32 `[rows + 1]` there: where the tokens of each row that takes part begin.
         tokens: int32 `[tokens]` there, or empty: their ids, where `begin` was told them.
+        more: int32 there, or empty: whatever else `begin` was told to send along.
         attended: layers whose attention ran.
         written: layers whose K and V are in the pages.
     """
@@ -93,6 +105,8 @@ class Step:
     positions: Tensor
     cu_seqlens: Tensor
     tokens: Tensor
+    more: Tensor
+    order: Ints | None = None
     attended: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
 
@@ -104,62 +118,114 @@ def make_step(
     stages: dict[torch.device, Stage],
     hints: Sequence[DecodePlan | None],
     ids: npt.NDArray[np.int32] | None = None,
+    *,
+    order: Ints | None = None,
+    more: npt.NDArray[np.int32] | None = None,
 ) -> Step:
     """Tell each device of a step, in one transfer a device: lengths, positions, and what changed in
     its tables.
 
-    `hints`: the plans of the step before, where every row has grown by one token since.
-    `ids`: token ids that the first group's device should have too.
+    Args:
+        counts, starts: of each row of the batch, new tokens and those before them.
+        groups: the batch's.
+        stages: one a device.
+        hints: the plans of the step before, where every row has grown by one token since.
+        ids: token ids that the first group's device should have too, in the order of the step.
+        order: see `Step.order`; every row with new tokens is in it, once.
+        more: what else the first group's device should have.
     """
-    rows = len(counts)
-    tokens = int(counts.sum())
+    new, had = (counts, starts) if order is None else (counts[order], starts[order])
+    rows = len(new)
     cu_q = np.zeros(rows + 1, np.int32)
-    np.cumsum(counts, out=cu_q[1:])
-    row_of = np.repeat(np.arange(rows, dtype=np.int32), counts)
-    position = np.arange(tokens, dtype=np.int32) - np.repeat(cu_q[:-1] - starts, counts).astype(
-        np.int32
-    )
-    lengths = (starts + counts).astype(np.int32)
+    np.cumsum(new, out=cu_q[1:])
+    tokens = int(cu_q[-1])
+    decode = tokens == rows and bool((new == 1).all())
+    lengths = (had + new).astype(np.int32)
+    if decode:
+        row_of, position = np.arange(rows, dtype=np.int32), had.astype(np.int32)
+    else:
+        row_of = np.repeat(np.arange(rows, dtype=np.int32), new)
+        position = np.arange(tokens, dtype=np.int32) - np.repeat(cu_q[:-1] - had, new).astype(
+            np.int32
+        )
     tables = [group.table for group in groups]
     steps: list[GroupStep | None] = [None] * len(tables)
-    first: tuple[Tensor, Tensor, Tensor] | None = None
+    nothing = row_of[:0]
+    first: list[Tensor] = []
     for device, stage in stages.items():
         mine = [i for i, table in enumerate(tables) if table.device == device]
         changes = [tables[i].take_changes() for i in mine]
         extra = [array for change in changes if change for array in change]
-        wanted = ids if ids is not None and tables[0].device == device else row_of[:0]
-        sent = stage.send([cu_q, lengths, position, row_of, wanted, *extra])
-        cu, lens, positions, owners = sent[:4]
-        extras = iter(sent[5:])
+        home = tables[0].device == device
+        told = [x if x is not None and home else nothing for x in (ids, more)]
+        chosen = nothing if order is None else order.astype(np.int32)
+        sent = stage.send([cu_q, lengths, position, row_of, chosen, *told, *extra])
+        cu, lens, positions, owners, picked = sent[:5]
+        extras = iter(sent[7:])
         for i, change in zip(mine, changes, strict=True):
             entries = tables[i].entries
             if change:
                 places, values = next(extras), next(extras)
                 entries.view(-1)[places.long()] = values
-            steps[i] = GroupStep(
-                table=entries, lengths=lens, cu_q=cu, positions=positions, owners=owners,
+            whole = GroupStep(
+                table=entries if order is None else entries[picked], lengths=lens, cu_q=cu,
+                positions=positions, owners=owners,
                 page_size=groups[i].page_class.geometry.page_size,
-                max_len=int(lengths.max(initial=0)),
-                hint=None if change else hints[i],
+                max_len=int(lengths.max(initial=0)), rows=rows, total=tokens,
+                max_q=int(new.max(initial=0)), decode=decode, hint=None if change else hints[i],
             )  # fmt: skip
-        if tables[0].device == device:
-            first = positions, cu, sent[4]
-    assert first is not None
+            few = 1 if groups[i].backend == "cpu" else MAX_DECODE_QUERIES
+            steps[i] = _in_parts(whole, new, lengths, cu_q, few)
+        if home:
+            first = [positions, cu, *sent[5:7]]
     return Step(
         counts=counts,
         starts=starts,
-        decode=bool((counts == 1).all()),
+        decode=decode,
         total=tokens,
-        max_q=int(counts.max(initial=0)),
+        max_q=int(new.max(initial=0)),
         groups=[step for step in steps if step is not None],
         positions=first[0],
         cu_seqlens=first[1],
         tokens=first[2],
+        more=first[3],
+        order=order,
     )
 
 
+def _in_parts(
+    whole: GroupStep, new: Ints, lengths: npt.NDArray[np.int32], cu_q: npt.NDArray[np.int32],
+    few: int,
+) -> GroupStep:  # fmt: skip
+    """`whole` with its parts, if it begins with rows of at most `few` new tokens and has others."""
+    many = new > few
+    cut = int(many.argmax())
+    if not cut or not many[cut]:
+        return whole
+    parts = []
+    for low, high in ((0, cut), (cut, whole.rows)):
+        start, stop = int(cu_q[low]), int(cu_q[high])
+        most = int(new[low:high].max())
+        parts.append(
+            GroupStep(
+                table=whole.table[low:high],
+                lengths=whole.lengths[low:high],
+                cu_q=whole.cu_q[low : high + 1] - start,
+                positions=whole.positions[start:stop],
+                owners=whole.owners[start:stop] - low,
+                page_size=whole.page_size,
+                max_len=int(lengths[low:high].max()),
+                rows=high - low,
+                total=stop - start,
+                max_q=most,
+                decode=most == 1 and stop - start == high - low,
+            )
+        )
+    whole.parts = tuple(parts)
+    return whole
+
+
 def write_layer(
-    step: Step,
     group: GroupStep,
     layers: Sequence[LayerPages],
     place: int,
@@ -172,9 +238,16 @@ def write_layer(
     """Put a layer's new K and V (`[tokens, kv_heads, width]`) into the pages of a step."""
     pages = layers[place]
     if backend == "cpu" and not torch.compiler.is_compiling():
-        plan_layers(step, group, layers, window)
+        if group.parts:
+            start = 0
+            for part in group.parts:
+                mine = slice(start, start := start + part.total)
+                values = None if v is None else v[mine]
+                write_layer(part, layers, place, k[mine], values, backend=backend, window=window)
+            return
+        plan_layers(group, layers, window)
         if group.lanes is not None and v is not None:
-            lane, rows = group.lanes[place], len(step.counts)
+            lane, rows = group.lanes[place], group.rows
             k_rows, v_rows = _by_rows(k, rows), _by_rows(v, rows)
             if fits_lane(lane, k_rows, v_rows):
                 write_lane(lane, k_rows, v_rows)
@@ -189,7 +262,6 @@ def _by_rows(tokens: Tensor, rows: int) -> Tensor:
 
 
 def attend_layer(
-    step: Step,
     group: GroupStep,
     layers: Sequence[LayerPages],
     place: int,
@@ -202,58 +274,60 @@ def attend_layer(
     now.
     """
     pages = layers[place]
-    _check_queries(step, pages, q)
+    _check_queries(group, pages, q)
+    if group.parts:
+        start, outs = 0, []
+        for part in group.parts:
+            mine = q[start : (start := start + part.total)]
+            outs.append(attend_layer(part, layers, place, mine, options, backend=backend))
+        return torch.cat(outs)
     plain = options.softcap is None and options.sinks is None and options.alibi_slopes is None
     if group.lanes is not None and plain:
-        out = attend_lane(_by_rows(q, len(step.counts)), group.lanes[place], options.scale)
+        out = attend_lane(_by_rows(q, group.rows), group.lanes[place], options.scale)
         return out.transpose(1, 2).flatten(0, 1)
-    few = backend != "cpu" and 0 < step.max_q <= MAX_DECODE_QUERIES
-    if step.decode or few:
-        cu_q = None if step.decode else group.cu_q
+    few = backend != "cpu" and 0 < group.max_q <= MAX_DECODE_QUERIES
+    if group.decode or few:
+        cu_q = None if group.decode else group.cu_q
         plan: DecodePlan | SharePlan | None = group.decode_plan
         if backend == "triton":
             plan = group.shares.get(q.shape[1])
             if plan is None and not torch.compiler.is_compiling():
-                plan = _shares(step, group, pages, q.shape[1], options.window)
+                plan = _shares(group, pages, q.shape[1], options.window)
         return ops.decode(
             pages, q, group.table, group.lengths, options,
-            backend=backend, cu_q=cu_q, max_q=step.max_q, plan=plan,
+            backend=backend, cu_q=cu_q, max_q=group.max_q, plan=plan,
         )  # fmt: skip
     return ops.prefill(
         pages, q, group.table, group.cu_q, group.lengths, options,
-        max_q=step.max_q, max_len=group.max_len, backend=backend, spans=group.spans,
+        max_q=group.max_q, max_len=group.max_len, backend=backend, spans=group.spans,
     )  # fmt: skip
 
 
-def _shares(
-    step: Step, group: GroupStep, pages: LayerPages, q_heads: int, window: int | None
-) -> "SharePlan":
+def _shares(group: GroupStep, pages: LayerPages, q_heads: int, window: int | None) -> "SharePlan":
     """The plan of a step for layers of these heads, made for the first of them."""
-    cu_q = None if step.decode else group.cu_q
-    plan = ops.plan_shares(pages, q_heads, group.lengths, window, cu_q=cu_q, max_q=step.max_q)
+    cu_q = None if group.decode else group.cu_q
+    plan = ops.plan_shares(pages, q_heads, group.lengths, window, cu_q=cu_q, max_q=group.max_q)
     group.shares[q_heads] = plan
     return plan
 
 
-def _check_queries(step: Step, pages: LayerPages, q: Tensor) -> None:
+def _check_queries(group: GroupStep, pages: LayerPages, q: Tensor) -> None:
     """Raise ValueError unless queries are one for each new token, and fit the keys."""
     kv_heads, width = pages.k_pages.shape[1], pages.k_pages.shape[3]
     fits = q.ndim == 3 and q.shape[2] == width and q.dtype == pages.flat.dtype
-    if not fits or q.shape[0] != step.total or not q.shape[1] or q.shape[1] % kv_heads:
+    if not fits or q.shape[0] != group.total or not q.shape[1] or q.shape[1] % kv_heads:
         raise ValueError(
-            f"queries must be [{step.total} tokens, a multiple of {kv_heads} heads, {width}] of "
+            f"queries must be [{group.total} tokens, a multiple of {kv_heads} heads, {width}] of "
             f"{pages.flat.dtype}, got {tuple(q.shape)} of {q.dtype}"
         )
 
 
-def plan_layers(
-    step: Step, group: GroupStep, layers: Sequence[LayerPages], window: int | None
-) -> None:
+def plan_layers(group: GroupStep, layers: Sequence[LayerPages], window: int | None) -> None:
     """Plan a step on a CPU, once for all layers of its group; its lanes too, if it has some."""
     if group.decode_plan is not None or group.spans is not None:
         return
     whole = window is None or group.max_len <= window
-    if step.decode:
+    if group.decode:
         hint = group.hint
         if hint is not None and hint.has_lane and whole:
             plan = hint.one_token_on()
