@@ -54,7 +54,7 @@ class Batch:
         pages are nobody else's.
         """
         self._cache = cache
-        self._trails = [None] * rows if trails is None else list(trails)
+        self._trails: list[Trail | None] = [None] * rows if trails is None else list(trails)
         self.settled: Ints = np.array([0 if trail else NEVER for trail in self._trails], np.int64)
         shared = any(self._trails)
         self.private = None if shared else cache.private or "nothing of it is kept for others"
@@ -285,10 +285,11 @@ class Batch:
                 for rows, growth in zip(self._groups, growths, strict=True):
                     rows.end_copies(growth)
         self._unclean &= counts == 0
-        nothing: list[DecodePlan | None] = [None] * len(self._groups)
-        hints, self._plans = (self._plans if (counts == 1).all() else nothing), nothing
         if order is not None and len(order) == self.rows and (np.diff(order) == 1).all():
             order = None
+        nothing: list[DecodePlan | None] = [None] * len(self._groups)
+        same = order is None and (counts == 1).all()  # a plan is of rows in their order
+        hints, self._plans = (self._plans if same else nothing), nothing
         self.step = make_step(
             counts, self.lengths.copy(), self._groups, self._stages, hints, ids,
             order=order, more=more,
@@ -366,7 +367,8 @@ class Batch:
         step = self._running()
         before, after = step.starts, step.starts + step.counts
         self.step = None
-        self._plans = [group.decode_plan for group in step.groups]
+        if step.order is None:
+            self._plans = [group.decode_plan for group in step.groups]
         self.lengths = after
         for row, log in enumerate(self.logs if ids is not None else ()):
             if ids is not None and step.counts[row]:

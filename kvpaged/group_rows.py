@@ -188,6 +188,10 @@ class GroupRows:
         rows = np.flatnonzero(self.table.count > need).tolist()
         self._release([self.table.cut(row, int(need[row])) for row in rows])
 
+    def drop_row(self, row: int) -> None:
+        """Give back all pages of a row."""
+        self._release([self.table.cut(row, 0)])
+
     def select(self, rows: Ints) -> None:
         """Become the rows `rows`, sharing their pages."""
         before = self.table.all_held()

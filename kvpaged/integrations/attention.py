@@ -19,7 +19,8 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,27 @@ class Tag(NamedTuple):
     window: int | None = None
 
 
+class PackedCache(ServedCache):
+    """The same for passes over packed tokens (`kvpaged.integrations.packed`)."""
+
+    @abstractmethod
+    def attend_packed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None,
+        window: int | None, softcap: float | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Keys and values `[1, kv_heads, tokens, width]` into pages, and attention over them."""
+
+
+class PackedTag:
+    """What a packed pass leaves on the keys of a layer."""
+
+    __slots__ = ("layer", "of")
+
+    def __init__(self, of: PackedCache, layer: int) -> None:
+        self.of = of
+        self.layer = layer
+
+
 class Pass(NamedTuple):
     """A forward pass this thread is in: of which module, with which session of ours, if any.
 
@@ -104,6 +126,25 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+class _Compiling:
+    """What `torch.compile` is at, as far as we asked for it."""
+
+    packed = False
+
+
+_compiling = _Compiling()
+
+
+@contextmanager
+def compiling_packed() -> Iterator[None]:
+    """While this lasts, what is compiled is a packed pass: it makes no masks."""
+    before, _compiling.packed = _compiling.packed, True
+    try:
+        yield
+    finally:
+        _compiling.packed = before
 
 
 def _session_running() -> ServedCache | None:
@@ -269,6 +310,11 @@ def attention(
     elsewhere.
     """
     tag = getattr(key, TAG, None)
+    if isinstance(tag, PackedTag):
+        return tag.of.attend_packed(
+            tag.layer, query, key, value, scale=scaling, window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+        ), None  # fmt: skip
     if isinstance(tag, Tag):
         if kwargs.get("output_attentions"):
             raise UsageError("attention over pages gives no attention weights (output_attentions)")
@@ -319,6 +365,8 @@ def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
     """No mask for a pass with one of our sessions; the original implementation's for any other."""
+    if torch.compiler.is_compiling() and _compiling.packed:
+        return None
     session = _session_running()
     if session is None:
         if _running.masks is not None:
@@ -334,6 +382,8 @@ def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
 
 def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A pass begins, of the model given to `for_model` or of a model inside it."""
+    if torch.compiler.is_compiling() and _compiling.packed:
+        return
     passes = _running.passes
     if isinstance(module, PreTrainedModel) and id(module) in _preparations:
         while passes:  # what an interrupt left: nothing is around the outermost model
@@ -367,6 +417,8 @@ def _by_name(
 
 def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The pass returned: its tokens count."""
+    if torch.compiler.is_compiling() and _compiling.packed:
+        return
     last = _running.passes[-1] if _running.passes else None
     if last is not None and last.module is module and last.owner and last.session is not None:
         last.session.leave()
@@ -374,6 +426,8 @@ def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], output: Any) 
 
 def _end_pass(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The pass is over, by return or by exception."""
+    if torch.compiler.is_compiling() and _compiling.packed:
+        return
     if _running.passes and _running.passes[-1].module is module:
         _end(_running.passes.pop())
 

@@ -8,12 +8,21 @@ from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.integrations.attention import Preparation, prepare
 from kvpaged.integrations.identity import ModelIdentity
+from kvpaged.integrations.packed import PackedModel
 from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
 from kvpaged.integrations.session import SessionCache
 from kvpaged.keys import Salt
 from kvpaged.tokens import Ids
 
-__all__ = ["ModelIdentity", "Preparation", "SessionCache", "open_session", "prepare"]
+__all__ = [
+    "ModelIdentity",
+    "PackedModel",
+    "Preparation",
+    "SessionCache",
+    "open_packed",
+    "open_session",
+    "prepare",
+]
 
 
 def open_session(
@@ -45,6 +54,13 @@ def open_session(
     return SessionCache(
         cache, preparation, batch, prompt=prompt, pads=pads, columns=columns, regime=regime
     )
+
+
+def open_packed(
+    cache: CacheBooks, preparation: Preparation, batch: Batch, *, compiled: bool, pack_weights: bool
+) -> PackedModel:
+    """The model, run over packed tokens of a batch's steps: see `PackedModel`."""
+    return PackedModel(cache, preparation, batch, compiled=compiled, pack_weights=pack_weights)
 
 
 def _reuse(batch: Batch, ids: list[Ids], pads: Ids) -> int:

@@ -1,0 +1,427 @@
+"""`Generator`: any Hugging Face causal model, a paged cache, and a stream of requests."""
+
+import itertools
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpaged.cache import PagedKVCache
+from kvpaged.errors import UsageError
+from kvpaged.generate.engine import Engine, EngineStats
+from kvpaged.generate.interrupts import held_interrupts
+from kvpaged.generate.pages import PageNeeds
+from kvpaged.generate.params import Completion, SamplingParams, TokenEvent
+from kvpaged.generate.requests import Ints, Reply, Request
+from kvpaged.generate.scheduler import rank_of
+from kvpaged.generate.submission import Submission
+from kvpaged.generate.text import TextTail
+from kvpaged.keys import Salt
+from kvpaged.slot_batch import SlotBatch
+
+Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
+"""A prompt: text, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
+
+
+class Generator:
+    """Continuous batching: requests come and go, each step computes what all of them need next.
+
+    The model's own code runs, over packed tokens: prompts in chunks beside replies, no padding.
+    Prefixes are shared with everything else in the cache. When pages run out, the request last in
+    the line is set back and computed again later; that is no error.
+
+    Any thread may call it, and several may: each step is taken by one of them. `submit` has a
+    thread of its own take steps while something is open.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: PagedKVCache,
+        *,
+        tokenizer: Any = None,
+        max_running: int | None = None,
+        max_batch_tokens: int | None = None,
+        chunk: int | None = None,
+        compile: bool = False,
+        pack_weights: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: the one the cache was made for.
+            cache: made by `PagedKVCache.for_model`.
+            tokenizer: a transformers tokenizer, for prompts of text and messages, texts of replies
+                and stop texts.
+            max_running: sequences that run at once; `None`: 64 on a CPU, 256 elsewhere.
+            max_batch_tokens: tokens of a step; `None`: 512 on a CPU, 4,096 elsewhere. Long prompts
+                delay the next token of running replies by at most so many.
+            chunk: the most tokens of one prompt in a step; `None`: all of the step's.
+            compile: run the model through `torch.compile` (inductor, any number of tokens): the
+                first step takes a minute or so on a CPU (`stats`), later processes find the
+                compiled kernels in inductor's cache.
+            pack_weights: on a CPU, keep a packed copy of the linear layers' weights, which products
+                are up to twice as fast with.
+
+        Raises:
+            UsageError: the cache is of another model.
+            UnsupportedModelError: the model can't be run over packed tokens.
+            ConfigError: a number is out of range.
+        """
+        from kvpaged.integrations.transformers import open_packed
+
+        preparation = cache._preparation
+        if preparation is None:
+            raise UsageError("a Generator runs on a cache made by PagedKVCache.for_model")
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if preparation.model is not inner:
+            raise UsageError("the cache was made for another model object")
+        on_cpu = cache.groups[0].device.type == "cpu"
+        max_running = _count("max_running", max_running, 64 if on_cpu else 256)
+        budget = _count("max_batch_tokens", max_batch_tokens, 512 if on_cpu else 4096)
+        if budget < max_running:
+            budget = max_running
+        self.cache = cache
+        self.tokenizer = tokenizer
+        self._batch = SlotBatch(cache, max_running)
+        self._packed = open_packed(
+            cache, preparation, self._batch, compiled=compile, pack_weights=pack_weights
+        )
+        self._vocabulary = int(inner.get_input_embeddings().weight.shape[0])
+        self._regimes = preparation.lengths
+        self._engine = Engine(
+            self._batch, self._packed, PageNeeds(cache),
+            budget=budget, chunk=_count("chunk", chunk, budget), eos=_eos(inner),
+        )  # fmt: skip
+        self._numbers = itertools.count()
+        self._turn = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+
+    # -- asking ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        salt: Salt = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> list[Completion]:
+        """Reply to every prompt.
+
+        Args:
+            prompts: one request each.
+            params: for all, or one for each.
+            salt: a tenant's secret, see `PagedKVCache.batch`.
+            priority: higher ones go before lower ones.
+            deadline_s: seconds from now after which a reply ends as it is.
+            progress: show a bar.
+            options: fields of `SamplingParams`, instead of `params` or changing it.
+
+        Returns:
+            The replies in the order of the prompts, a request's `n` side by side. A request that
+            could not be served has a reply with `finish_reason="error"` and the `error`
+            (`raise_for_error()`); the others are not touched by it.
+
+        Raises:
+            UsageError: prompts are not a list, or not as many as `params`.
+            ConfigError: an option is impossible.
+        """
+        done: list[Completion] = []
+        asked = self._requests(
+            prompts, params, options, salt=salt, priority=priority, deadline_s=deadline_s
+        )
+        for request in asked:
+            request.on_end = done.append
+        with _bar(sum(len(request.replies) for request in asked), progress) as moved:
+            self._run(asked, lambda: moved(len(done)))
+        replies = [reply.completion for request in asked for reply in request.replies]
+        first = asked[0].number if asked else 0
+        for completion in replies:
+            completion.request -= first
+        return replies
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        salt: Salt = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        **options: Any,
+    ) -> Iterator[TokenEvent]:
+        """The same as events, as they come; arguments as of `generate`. A stream that is not read
+        to its end (`close()`, or `break` out of its loop) cancels what is open of it.
+        """
+        events: deque[TokenEvent] = deque()
+        asked = self._requests(
+            prompts, params, options, salt=salt, priority=priority, deadline_s=deadline_s,
+            on_event=events.append,
+        )  # fmt: skip
+        return self._stream(asked, events)
+
+    def _stream(self, asked: list[Request], events: deque[TokenEvent]) -> Iterator[TokenEvent]:
+        first = asked[0].number if asked else 0
+        try:
+            self._add(asked)
+            while events or any(request.open for request in asked):
+                while events:
+                    event = events.popleft()
+                    if event.completion is not None:
+                        event.completion.request -= first
+                    yield replace(event, request=event.request - first)
+                if any(request.open for request in asked):
+                    self._step()
+        finally:
+            self._cancel(asked)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: Salt = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        **options: Any,
+    ) -> Submission:
+        """Ask for one prompt's replies and go on: `async for event in ...`, `await ...`, or
+        `.result()`.
+
+        Arguments as of `generate`. A thread of the generator's own takes the steps.
+        """
+        submission = Submission(self._cancel)
+        (request,) = self._requests(
+            [prompt], params, options, salt=salt, priority=priority, deadline_s=deadline_s,
+            on_event=submission.tell,
+        )  # fmt: skip
+        submission.of = request
+        self._add([request])
+        with self._turn:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="kvpaged", daemon=True)
+                self._thread.start()
+        return submission
+
+    # -- looking after itself ----------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Running totals of its steps."""
+        with self._turn:
+            return replace(self._engine.stats)
+
+    @property
+    def compile_s(self) -> float | None:
+        """Seconds the first compiled pass took; `None`: there was none yet."""
+        return self._packed.compile_s
+
+    def close(self) -> None:
+        """Cancel what is open and give all pages back; full ones wait in the cache."""
+        with self._turn:
+            if not self._batch.closed:
+                self._engine.reset()
+            self._batch.close()
+            self._packed.release()
+        if (thread := self._thread) is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def __enter__(self) -> "Generator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _add(self, asked: list[Request]) -> None:
+        with self._turn:
+            self._engine.check()
+            if self._engine.idle:
+                self._packed.refresh()
+            for request in asked:
+                self._engine.add(request)
+
+    def _run(self, asked: list[Request], after: Callable[[], None]) -> None:
+        """Take steps until these requests have ended."""
+        try:
+            self._add(asked)
+            while any(request.open for request in asked):
+                self._step()
+                after()
+        finally:
+            self._cancel(asked)
+
+    def _step(self) -> None:
+        with self._turn, held_interrupts():
+            self._engine.step()
+
+    def _cancel(self, asked: Sequence[Request]) -> None:
+        with self._turn, held_interrupts():
+            for request in asked:
+                if request.open and not self._batch.closed:
+                    self._engine.cancel(request)
+
+    def _serve(self) -> None:
+        while True:
+            with self._turn:
+                if self._engine.idle or self._batch.closed:
+                    self._thread = None
+                    return
+                self._engine.step()
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        options: dict[str, Any],
+        *,
+        salt: Salt,
+        priority: int,
+        deadline_s: float | None,
+        on_event: Callable[[TokenEvent], None] | None = None,
+    ) -> list[Request]:
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence | Tensor):
+            raise UsageError(f"prompts are a list of prompts, got {type(prompts).__name__}")
+        given = [params] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        if len(given) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts came with {len(given)} params")
+        now = time.perf_counter()
+        each = [replace(p or SamplingParams(), **options) for p in given]
+        deadline = np.inf if deadline_s is None else now + deadline_s
+        return [
+            self._request(prompt, own, salt, priority, now, deadline, on_event)
+            for prompt, own in zip(prompts, each, strict=True)
+        ]
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, salt: Salt, priority: int, now: float,
+        deadline: float, on_event: Callable[[TokenEvent], None] | None,
+    ) -> Request:  # fmt: skip
+        number = next(self._numbers)
+        problem: Exception | None = None
+        ids: Ints = np.zeros(1, np.int64)
+        try:
+            ids = self._encode(prompt)
+            self._check(ids, params)
+        except Exception as error:
+            problem = error
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        request = Request(
+            number=number, prompt=ids, params=params, salt=salt, rank=rank_of(number, priority),
+            submitted=now, deadline=deadline, seed=seed, on_event=on_event, problem=problem,
+            decode=None if self.tokenizer is None else self._decode,
+        )  # fmt: skip
+        follows = self.tokenizer is not None and (params.stop or on_event is not None)
+        for index in range(params.n):
+            completion = Completion(number, index, len(ids))
+            tail = TextTail(self.tokenizer, params.stop) if follows else None
+            request.replies.append(
+                Reply(
+                    request=request,
+                    index=index,
+                    seed=seed + index,
+                    ids=ids,
+                    tail=tail,
+                    completion=completion,
+                )
+            )
+        return request
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _encode(self, prompt: Prompt) -> Ints:
+        """Token ids of a prompt.
+
+        Raises:
+            UsageError: it is no prompt, or needs a tokenizer.
+        """
+        if isinstance(prompt, Tensor):
+            return prompt.detach().to("cpu", torch.int64).numpy()
+        messages = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
+        if not isinstance(prompt, str) and not messages:
+            return np.asarray(prompt)
+        if self.tokenizer is None:
+            raise UsageError("prompts of text need Generator(..., tokenizer=...)")
+        if isinstance(prompt, str):
+            return np.asarray(self.tokenizer(prompt)["input_ids"], np.int64)
+        text = self.tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True
+        )
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return np.asarray(ids, np.int64)
+
+    def _check(self, ids: Ints, params: SamplingParams) -> None:
+        """Raise `UsageError` unless these ids can be a prompt with these params."""
+        if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+            raise UsageError(
+                f"a prompt is a flat, non-empty sequence of token ids, got shape {ids.shape} of "
+                f"{ids.dtype}"
+            )
+        if ids.min() < 0 or ids.max() >= self._vocabulary:
+            raise UsageError(
+                f"token ids lie in 0..{self._vocabulary - 1}, got {int(ids.min())} to "
+                f"{int(ids.max())}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise UsageError("stop texts need Generator(..., tokenizer=...)")
+        longest = len(ids) + params.max_new_tokens
+        regime = self._regimes.regime(longest)
+        if regime is None or regime != self._regimes.regime(1):
+            raise UsageError(
+                f"a prompt of {len(ids)} and {params.max_new_tokens} new tokens reaches lengths at "
+                "which the model's rotary embedding has other angles for all tokens of a pass: "
+                "not served in a batch"
+            )
+
+
+def _eos(model: Any) -> tuple[int, ...]:
+    """The model's end-of-sequence tokens."""
+    config = getattr(model, "generation_config", None) or model.config
+    eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return (int(eos),) if isinstance(eos, int) else tuple(int(x) for x in eos)
+
+
+def _count(name: str, given: int | None, default: int) -> int:
+    if given is None:
+        return default
+    if given < 1:
+        raise UsageError(f"{name} is 1 or more, got {given}")
+    return given
+
+
+class _bar:
+    """A progress bar over replies, if wanted."""
+
+    def __init__(self, total: int, wanted: bool) -> None:
+        self._bar: Any = None
+        if wanted:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, unit="reply")
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._move
+
+    def _move(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

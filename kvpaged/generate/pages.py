@@ -1,0 +1,107 @@
+"""How many pages requests take, and how many there are."""
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpaged.books import CacheBooks
+from kvpaged.config import format_bytes
+from kvpaged.errors import OutOfPagesError
+from kvpaged.generate.requests import Reply
+from kvpaged.generate.scheduler import Prospect
+from kvpaged.keys import Salt, encode_salt, encode_tokens
+from kvpaged.pages.allocator import SEALED
+from kvpaged.slot_batch import SlotBatch
+
+Ints = npt.NDArray[np.int64]
+
+
+class PageNeeds:
+    """Pages of a cache, as admission counts them: in each layer group."""
+
+    def __init__(self, cache: CacheBooks) -> None:
+        self._cache = cache
+        self.page_size = cache.config.page_size
+
+    def chain(self, ids: Ints, salt: Salt) -> tuple[int, ...]:
+        """Numbers that stand for the beginnings of `ids` by whole pages: equal for equal ones."""
+        if self._cache.private is not None:
+            return ()
+        tokens = encode_tokens(ids[:-1])
+        width = 4 * self.page_size
+        numbers, before = [], hash(encode_salt(salt))
+        for start in range(0, len(tokens) - width + 1, width):
+            before = hash((before, tokens[start : start + width]))
+            numbers.append(before)
+        return tuple(numbers)
+
+    def pages(self, group: int, tokens: int, chunk: int) -> int:
+        """The most pages a sequence of `tokens` holds in a group while it is computed by `chunk`
+        tokens a step.
+        """
+        whole = -(-tokens // self.page_size)
+        window = self._cache.groups[group].window
+        if window is None:
+            return whole
+        return min(whole, -(-(window + chunk) // self.page_size) + 2)
+
+    def prospect(self, batch: SlotBatch, reply: Reply, slots: int, chunk: int) -> Prospect:
+        """What `scheduler.admit` asks of a waiting reply that takes `slots` rows."""
+        cache, ids = self._cache, reply.ids
+        trail = cache.trails(1, reply.request.salt)[0]
+        held = [0] * len(cache.groups)
+        found = 0
+        if trail is not None and len(ids) > 1:
+            with cache.lock:
+                match = cache.index.find(trail, encode_tokens(ids), len(ids) - 1)
+                found = match.longest(len(ids) - 1) // self.page_size
+                for group in range(len(held)):
+                    states = cache.classes[group].allocator.states
+                    pages = [node.pages[group] for node in match.nodes[:found]]
+                    first = match.first_page(group, found * self.page_size)
+                    held[group] = sum(
+                        page is not None and states[page] == SEALED for page in pages[first:]
+                    )
+        need = tuple(
+            max(self.pages(group, len(ids) + 1, chunk) - held[group], 0) + slots - 1
+            for group in range(len(held))
+        )
+        return Prospect(found, need)
+
+    def room(self, batch: SlotBatch, running: Ints, prefilling: npt.NDArray[np.bool_]) -> list[int]:
+        """Pages of each group that are available, less what running prompts have still to take and
+        a page for each that runs (at most a sixteenth of all).
+        """
+        left = []
+        prompts = np.flatnonzero(prefilling)
+        with self._cache.lock:
+            self._cache.collect_garbage()
+            for group, held in enumerate(batch.pages_held()):
+                allocator = self._cache.classes[group].allocator
+                need = -(-(batch.known[prompts] + 1) // self.page_size)
+                promised = int(np.maximum(need - held[prompts], 0).sum())
+                if self._cache.groups[group].window is not None:
+                    promised = min(promised, len(prompts))
+                kept = min(len(running), allocator.capacity // 16)
+                left.append(allocator.available() - promised - kept)
+        return left
+
+    def shortage(self, reply: Reply) -> OutOfPagesError:
+        """Why a request can't run though nothing else does."""
+        cache, tokens = self._cache, len(reply.ids) + 1
+        lacks = []
+        for group, page_class in enumerate(cache.classes):
+            need = self.pages(group, tokens, tokens)
+            lacks.append((need - page_class.allocator.available(), need, group))
+        missing, need, group = max(lacks)
+        page_class = cache.classes[group]
+        available = page_class.allocator.available()
+        size = page_class.geometry.page_bytes
+        others = page_class.allocator.capacity - available
+        return OutOfPagesError(
+            f"a request of {tokens - 1} tokens needs {need} pages of {self.page_size} tokens to "
+            f"begin its reply and {available} are there: {missing} pages or "
+            f"{format_bytes(missing * size)} too few (the pool has {page_class.allocator.capacity}"
+            + (f", others hold {others})" if others else ")"),
+            needed=need,
+            available=available,
+        )

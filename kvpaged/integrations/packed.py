@@ -1,0 +1,277 @@
+"""Forward passes over packed tokens: rows of any lengths side by side in one, without padding.
+
+The model sees `[1, tokens]` ids and positions; its attention function sends each layer's new
+queries, keys and values to the pages of a batch whose step is running. Nothing of the step is an
+argument of the pass, so a graph compiled or captured from one serves any other.
+"""
+
+import inspect
+import itertools
+import time
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvpaged.batch import Batch
+from kvpaged.books import CacheBooks
+from kvpaged.errors import UnsupportedModelError, UsageError
+from kvpaged.integrations.attention import (
+    NAME,
+    TAG,
+    PackedCache,
+    PackedTag,
+    Preparation,
+    compiling_packed,
+)
+from kvpaged.integrations.linears import PackedLinears
+
+_passes: "weakref.WeakValueDictionary[int, PackedPass]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+_library = torch.library.Library("kvpaged", "FRAGMENT")
+_library.define(
+    "packed_attend(Tensor q, Tensor k, Tensor v, Tensor? sinks, int number, int layer, "
+    "float scale, float? softcap) -> Tensor"
+)
+
+
+def _packed_attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: int, layer: int,
+    scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    return _passes[number].serve(layer, q, k, v, scale, softcap, sinks)
+
+
+def _packed_attend_fake(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: int, layer: int,
+    scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((1, q.shape[2], q.shape[1], v.shape[3]))
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("packed_attend", _packed_attend, _device)
+torch.library.register_fake("kvpaged::packed_attend", _packed_attend_fake, lib=_library)
+
+
+class PackedPass(Cache, PackedCache):
+    """What a model is given as `past_key_values` in passes over the running step of a batch.
+
+    One thread at a time.
+    """
+
+    def __init__(self, cache: CacheBooks, preparation: Preparation, batch: Batch) -> None:
+        super().__init__(layers=[])
+        self._books = cache
+        self._of = preparation
+        self.batch = batch
+        self._number = next(_numbers)
+        self._windows = {layer: group.window for group in cache.groups for layer in group.layers}
+        self._tags = {layer: PackedTag(self, layer) for layer in cache.layers}
+        _passes[self._number] = self
+
+    @property
+    def preparation(self) -> Preparation:
+        """Of the model whose passes it takes part in."""
+        return self._of
+
+    # -- what the model calls ----------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new keys and values on to attention, which puts them into pages."""
+        setattr(key_states, TAG, self._tags[layer_idx])
+        return key_states, value_states
+
+    def attend_packed(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Put a layer's new keys and values (`[1, kv_heads, tokens, width]`) into pages and attend.
+
+        Returns `[1, tokens, q_heads, width]`; tokens beyond the step's are padding and get zeros.
+        """
+        if window != self._windows[layer]:
+            raise UnsupportedModelError(
+                f"layer {layer} attends with a window of {window}; its pages were made for "
+                f"{self._windows[layer]}"
+            )
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        if torch.compiler.is_compiling():
+            out: Tensor = torch.ops.kvpaged.packed_attend(
+                q, k, v, sinks, self._number, layer, scale, softcap
+            )
+            return out
+        return self.serve(layer, q, k, v, scale, softcap, sinks)
+
+    def serve(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The same, not traced."""
+        step = self.batch.step
+        if step is None:
+            raise UsageError("a packed pass runs without a step of its batch")
+        total, padded = step.total, q.shape[2]
+        q, k, v = (x[0, :, :total].transpose(0, 1) for x in (q, k, v))
+        self.batch.write(layer, k, v)
+        out = self.batch.attend(layer, q, scale=scale, softcap=softcap, sinks=sinks)
+        if total < padded:
+            out = torch.cat([out, out.new_zeros(padded - total, *out.shape[1:])])
+        return out.unsqueeze(0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing before the pass, as far as masks and positions are concerned: they are given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """No mask is made."""
+        return query_length, 0
+
+    # -- what the hooks call -----------------------------------------------------------------------
+
+    def enter(self, module: torch.nn.Module, given: dict[str, Any]) -> None:
+        """See `ServedCache`: the step runs already."""
+        if self._of.config._attn_implementation != NAME:
+            raise UsageError(
+                f"the model's attention was set to {self._of.config._attn_implementation!r} since "
+                "for_model"
+            )
+        if module.training:
+            raise UsageError("the model is in training mode: call model.eval() first")
+
+    def leave(self) -> None:
+        """See `ServedCache`: whoever began the step ends it."""
+
+    def check_attended(self) -> None:
+        """Raise `UnsupportedModelError` unless every layer attended in the running step."""
+        step = self.batch.step
+        missing = set(self._books.layers) - (step.attended if step is not None else set())
+        if missing:
+            raise UnsupportedModelError(
+                f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
+            )
+
+    def note_attended(self, layer: int) -> None:
+        """See `ServedCache`."""
+
+    def has_written(self, layer: int) -> bool:
+        """See `ServedCache`."""
+        return self.batch.step is not None and layer in self.batch.step.written
+
+    def attend(
+        self, layer: int, query: Tensor, scale: float | None, window: int | None,
+        softcap: float | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """See `ServedCache`: packed passes attend by `attend_packed`."""
+        raise UsageError("a packed pass attends by attend_packed")
+
+
+MIN_COMPILED = 2
+"""Tokens, and logits, that a compiled pass has at least: 0 and 1 would be compiled anew."""
+
+
+class PackedModel:
+    """A causal language model, run over packed tokens: eagerly, or compiled.
+
+    The model's own forward runs. What is compiled is compiled for any number of tokens, at the
+    first pass; `compile_s` tells how long that took.
+    """
+
+    def __init__(
+        self, cache: CacheBooks, preparation: Preparation, batch: Batch, *, compiled: bool,
+        pack_weights: bool,
+    ) -> None:  # fmt: skip
+        """
+        Raises:
+            UnsupportedModelError: its forward can't be told positions, or which logits to give.
+        """
+        names = inspect.signature(preparation.model.forward).parameters
+        missing = [name for name in ("position_ids", "logits_to_keep") if name not in names]
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(preparation.model).__name__}.forward takes no {' and no '.join(missing)}: "
+                "it can't run over packed tokens"
+            )
+        self.past = PackedPass(cache, preparation, batch)
+        self._model = preparation.model
+        self.compiled = compiled
+        self.compile_s: float | None = None
+        self._linears = PackedLinears(preparation.model) if pack_weights else None
+        self._forward = (
+            torch.compile(self._call_inside, dynamic=True, fullgraph=True)
+            if compiled
+            else self._call
+        )
+
+    def __call__(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
+        """One pass over the tokens of the running step.
+
+        Args:
+            ids, positions: int64 `[tokens]`.
+            take: int64 `[n]`, the tokens whose logits are wanted; none: `n` is 0.
+
+        Returns:
+            `[n, vocabulary]`, of the model's dtype.
+        """
+        wanted = len(take)
+        if self.compiled:
+            ids, positions, take = (_at_least(x, MIN_COMPILED) for x in (ids, positions, take))
+        elif not wanted:
+            take = ids.new_zeros(1)
+        start = time.perf_counter()
+        with torch.no_grad(), compiling_packed() if self.compiled else nullcontext():
+            logits: Tensor = self._forward(ids[None], positions[None], take)
+        if self.compiled and self.compile_s is None:
+            self.compile_s = time.perf_counter() - start
+        self.past.check_attended()
+        return logits[:wanted]
+
+    def refresh(self) -> None:
+        """Look whether weights have changed, between requests."""
+        if self._linears is not None:
+            self._linears.refresh()
+
+    def release(self) -> None:
+        """Leave the model as it was found."""
+        if self._linears is not None:
+            self._linears.release()
+
+    def _call(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
+        out = self._model(
+            input_ids=ids, position_ids=positions, past_key_values=self.past, use_cache=True,
+            logits_to_keep=take,
+        )  # fmt: skip
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _call_inside(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
+        """The same without the model's own hooks, which are Python's."""
+        out = self._model.forward(
+            input_ids=ids, position_ids=positions, past_key_values=self.past, use_cache=True,
+            logits_to_keep=take,
+        )  # fmt: skip
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+def _at_least(x: Tensor, size: int) -> Tensor:
+    """`x` with its last number, or 0, again until it has `size` of them."""
+    missing = size - len(x)
+    if missing <= 0:
+        return x
+    more = x[-1:].expand(missing) if len(x) else x.new_zeros(missing)
+    return torch.cat([x, more])
