@@ -81,6 +81,11 @@ class Batch:
         """How many sequences."""
         return len(self.lengths)
 
+    @property
+    def device(self) -> torch.device:
+        """Where a step's tokens and positions are: that of the first group."""
+        return self._cache.groups[0].device
+
     def held(self, group: int) -> Ids:
         """Page ids of a group that rows hold, shared pages as often as they are held."""
         held: Ids = self._groups[group].table.all_held()

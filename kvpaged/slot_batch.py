@@ -7,6 +7,7 @@ from kvpaged.batch import NEVER, Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import Salt
+from kvpaged.pages.prefix import Trail
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids, TokenLog
 
@@ -36,23 +37,24 @@ class SlotBatch(Batch):
             wider[:, :old] = self.tokens
             self.tokens = wider
 
-    def admit(self, slot: int, ids: Ints, *, salt: Salt = None, salt_from: int = 0) -> int:
+    def admit(self, slot: int, ids: Ints, trail: Trail | None, *, salt: Salt = None) -> int:
         """Begin a sequence in an empty row, with the longest prefix of `ids` that is in the cache.
 
         Args:
             slot: the row.
             ids: int64 `[n]`, its first tokens, at least one.
-            salt, salt_from: see `PagedKVCache.batch`.
+            trail: a fresh one of its own (`CacheBooks.trails`): where it begins in the prefix
+                index; `None`: nothing is shared.
+            salt: the trail's, for the statistics.
 
         Returns:
             How many of its tokens need not be computed: at most all but the last.
 
         Raises:
-            UsageError: the row is taken, or the salt is none.
+            UsageError: the row is taken.
         """
         if self.known[slot]:
             raise UsageError(f"row {slot} holds a sequence of {int(self.known[slot])} tokens")
-        trail = self._cache.trails(1, salt, salt_from)[0]
         if trail is not None and trail.identity != self._identity:
             self.keep_private("the model or the namespace has changed since it began")
             self._identity = trail.identity

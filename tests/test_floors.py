@@ -34,6 +34,7 @@ FLOORS = {
     "kvpaged.batch": 6,
     "kvpaged.group_rows": 6,
     "kvpaged.token_batch": 6,
+    "kvpaged.slot_batch": 6,
     "kvpaged.session": 6,
     "kvpaged.step": 6,
     "kvpaged.tokens": 6,

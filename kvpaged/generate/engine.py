@@ -18,6 +18,7 @@ from kvpaged.generate.replies import end_reply, tell
 from kvpaged.generate.requests import Line, Reply, Request
 from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampling import StepSampler
+from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
 from kvpaged.step import Ints, Step
 
@@ -183,25 +184,27 @@ class Engine:
             return
         self._look = False
         running = self.rows.running()
+        front = self.line[: scheduler.WINDOW]
+        trails = self.needs.trails([line.reply for line in front])
         chosen = scheduler.admit(
-            self.line,
+            front,
             slots=len(free),
             room=self.needs.room(self.batch, running, self.rows.prefilling),
             computing=self._computing(),
             prospect=lambda place: self.needs.prospect(
-                self.batch, self.line[place].reply, self.line[place].slots, self.chunk
+                front[place].reply, trails[place], front[place].slots, self.chunk
             ),
         )
-        lines = [self.line[place] for place in chosen]
         for place in sorted(chosen, reverse=True):
             del self.line[place]
-        for line in lines:
+        for place in chosen:
+            line = front[place]
             mine, free = free[: line.slots], free[line.slots :]
             try:
-                self._begin(line, mine)
+                self._begin(line, mine, trails[place])
             except Exception as error:
                 self._end_all(line.reply.request, "error", error)
-        if not lines and not len(running):
+        if not chosen and not len(running):
             line = self.line.pop(0)
             self._look = True
             lack = self.needs.shortage(line.reply)
@@ -217,11 +220,11 @@ class Engine:
                 found.update(reply.chain[int(self.batch.lengths[slot]) // self.needs.page_size :])
         return found
 
-    def _begin(self, line: Line, slots: list[int]) -> None:
+    def _begin(self, line: Line, slots: list[int], trail: Trail | None) -> None:
         """Let a reply run in the first of `slots`; the others are kept for its siblings."""
         reply: Reply = line.reply
         slot = slots[0]
-        found = self.batch.admit(slot, reply.ids, salt=reply.request.salt)
+        found = self.batch.admit(slot, reply.ids, trail, salt=reply.request.salt)
         self._enter(reply, slot)
         self.rows.prefilling[slot] = True
         if not reply.completion.preemptions:

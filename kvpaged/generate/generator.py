@@ -30,6 +30,10 @@ Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """A prompt: text, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
 
 
+REPLY_SEED = 0xD1342543DE82EF95
+"""How far apart the seeds of a request's replies are: odd, so that no two meet."""
+
+
 class Generator:
     """Continuous batching: requests come and go, each step computes what all of them need next.
 
@@ -63,9 +67,9 @@ class Generator:
             max_batch_tokens: tokens of a step; `None`: 512 on a CPU, 4,096 elsewhere. Long prompts
                 delay the next token of running replies by at most so many.
             chunk: the most tokens of one prompt in a step; `None`: all of the step's.
-            compile: run the model through `torch.compile` (inductor, any number of tokens): the
-                first step takes a minute or so on a CPU (`stats`), later processes find the
-                compiled kernels in inductor's cache.
+            compile: run the model through `torch.compile` (inductor, any number of tokens): this
+                constructor then takes a minute or two on a CPU (`compile_s`), less where
+                inductor's cache on disk has the kernels.
             pack_weights: on a CPU, keep a packed copy of the linear layers' weights, which products
                 are up to twice as fast with.
 
@@ -93,6 +97,12 @@ class Generator:
         self._packed = open_packed(
             cache, preparation, self._batch, compiled=compile, pack_weights=pack_weights
         )
+        try:
+            self._packed.check(self._batch)
+        except BaseException:
+            self._batch.close()
+            self._packed.release()
+            raise
         self._vocabulary = int(inner.get_input_embeddings().weight.shape[0])
         self._regimes = preparation.lengths
         self._engine = Engine(
@@ -222,7 +232,7 @@ class Generator:
 
     @property
     def compile_s(self) -> float | None:
-        """Seconds the first compiled pass took; `None`: there was none yet."""
+        """Seconds that compiling took, when it was made; `None`: the model is not compiled."""
         return self._packed.compile_s
 
     def close(self) -> None:
@@ -331,7 +341,7 @@ class Generator:
                 Reply(
                     request=request,
                     index=index,
-                    seed=seed + index,
+                    seed=(seed + index * REPLY_SEED) % 2**64,
                     ids=ids,
                     tail=tail,
                     completion=completion,

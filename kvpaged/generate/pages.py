@@ -1,5 +1,7 @@
 """How many pages requests take, and how many there are."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,7 @@ from kvpaged.generate.requests import Reply
 from kvpaged.generate.scheduler import Prospect
 from kvpaged.keys import Salt, encode_salt, encode_tokens
 from kvpaged.pages.allocator import SEALED
+from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
 
 Ints = npt.NDArray[np.int64]
@@ -44,10 +47,17 @@ class PageNeeds:
             return whole
         return min(whole, -(-(window + chunk) // self.page_size) + 2)
 
-    def prospect(self, batch: SlotBatch, reply: Reply, slots: int, chunk: int) -> Prospect:
+    def trails(self, replies: Sequence[Reply]) -> list[Trail | None]:
+        """Where waiting replies begin in the prefix index, by a look at what its pages are valid
+        for.
+        """
+        if not replies:
+            return []
+        return self._cache.trails(len(replies), [reply.request.salt for reply in replies])
+
+    def prospect(self, reply: Reply, trail: Trail | None, slots: int, chunk: int) -> Prospect:
         """What `scheduler.admit` asks of a waiting reply that takes `slots` rows."""
         cache, ids = self._cache, reply.ids
-        trail = cache.trails(1, reply.request.salt)[0]
         held = [0] * len(cache.groups)
         found = 0
         if trail is not None and len(ids) > 1:

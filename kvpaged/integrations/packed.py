@@ -9,10 +9,13 @@ import inspect
 import itertools
 import time
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -28,6 +31,7 @@ from kvpaged.integrations.attention import (
     compiling_packed,
 )
 from kvpaged.integrations.linears import PackedLinears
+from kvpaged.slot_batch import SlotBatch
 
 _passes: "weakref.WeakValueDictionary[int, PackedPass]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -180,15 +184,11 @@ class PackedPass(Cache, PackedCache):
         raise UsageError("a packed pass attends by attend_packed")
 
 
-MIN_COMPILED = 2
-"""Tokens, and logits, that a compiled pass has at least: 0 and 1 would be compiled anew."""
-
-
 class PackedModel:
     """A causal language model, run over packed tokens: eagerly, or compiled.
 
-    The model's own forward runs. What is compiled is compiled for any number of tokens, at the
-    first pass; `compile_s` tells how long that took.
+    The model's own forward runs. What is compiled is compiled for any number of tokens, by
+    `check`; `compile_s` tells how long that took, in seconds.
     """
 
     def __init__(
@@ -211,11 +211,7 @@ class PackedModel:
         self.compiled = compiled
         self.compile_s: float | None = None
         self._linears = PackedLinears(preparation.model) if pack_weights else None
-        self._forward = (
-            torch.compile(self._call_inside, dynamic=True, fullgraph=True)
-            if compiled
-            else self._call
-        )
+        self._forward = self._call
 
     def __call__(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
         """One pass over the tokens of the running step.
@@ -228,17 +224,62 @@ class PackedModel:
             `[n, vocabulary]`, of the model's dtype.
         """
         wanted = len(take)
-        if self.compiled:
-            ids, positions, take = (_at_least(x, MIN_COMPILED) for x in (ids, positions, take))
-        elif not wanted:
+        if not wanted:
             take = ids.new_zeros(1)
-        start = time.perf_counter()
-        with torch.no_grad(), compiling_packed() if self.compiled else nullcontext():
+        with torch.no_grad(), any_size() if self.compiled else nullcontext():
             logits: Tensor = self._forward(ids[None], positions[None], take)
-        if self.compiled and self.compile_s is None:
-            self.compile_s = time.perf_counter() - start
         self.past.check_attended()
         return logits[:wanted]
+
+    def check(self, batch: SlotBatch) -> None:
+        """See that packing sequences changes nothing for them, in a pass of two and two of one; a
+        compiled model is compiled here. `batch` is empty before and after.
+
+        Raises:
+            UnsupportedModelError: it does change them: the model mixes tokens elsewhere than in
+                attention, or takes no notice of positions.
+        """
+        device = batch.device
+        first, second = (torch.tensor(x, device=device) for x in ([1, 5, 3], [4, 2]))
+        apart = []
+        for ids in (first, second):
+            batch.admit(0, ids.cpu().numpy(), None)
+            apart.append(self._probe(batch, [len(ids)], ids)[-1])
+            batch.vacate(0)
+        together = torch.stack(apart).float()
+        batch.admit(0, first.cpu().numpy(), None)
+        counts = [3]
+        if batch.rows > 1:
+            batch.admit(1, second.cpu().numpy(), None)
+            packed = self._probe(batch, [3, 2], torch.cat([first, second])).float()
+            batch.vacate(1)
+            wrong = (packed[[2, 4]] - together).abs().max()
+            low = torch.finfo(apart[0].dtype).eps ** 0.5
+            if not wrong <= low * together.abs().max():
+                batch.vacate(0)
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__} gives a sequence other scores (by {wrong:.3g}, "
+                    f"where they reach {together.abs().max():.3g}) when another is packed before "
+                    "it: it can't run over packed tokens"
+                )
+        if self.compiled:
+            start = time.perf_counter()
+            self._forward = torch.compile(self._call_inside, dynamic=True, fullgraph=True)
+            batch.drop_step()
+            self._probe(batch, counts, first)
+            self.compile_s = time.perf_counter() - start
+        batch.vacate(0)
+
+    def _probe(self, batch: SlotBatch, counts: list[int], ids: Tensor) -> Tensor:
+        """Logits of all tokens of a step over the first rows; the step is dropped."""
+        every = np.zeros(batch.rows, np.int64)
+        every[: len(counts)] = counts
+        step = batch.begin(every, order=np.arange(len(counts)))
+        try:
+            positions = step.positions.long()
+            return self(ids, positions, torch.arange(len(ids), device=ids.device))
+        finally:
+            batch.drop_step()
 
     def refresh(self) -> None:
         """Look whether weights have changed, between requests."""
@@ -268,10 +309,9 @@ class PackedModel:
         return logits
 
 
-def _at_least(x: Tensor, size: int) -> Tensor:
-    """`x` with its last number, or 0, again until it has `size` of them."""
-    missing = size - len(x)
-    if missing <= 0:
-        return x
-    more = x[-1:].expand(missing) if len(x) else x.new_zeros(missing)
-    return torch.cat([x, more])
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Compile for one token as for many: sizes of 1 are not made a case of their own."""
+    config: Any = torch.fx.experimental._config
+    with compiling_packed(), config.patch(backed_size_oblivious=True):
+        yield
