@@ -272,15 +272,19 @@ class VLLM(System):
 
     def generate(self, ids: torch.Tensor, new: int) -> Served:
         """All rows at once; times are taken over there."""
-        request = {"prompts": ids.tolist(), "new": new, "reset": self._reset}
+        answer = self.ask(ids.tolist(), new)
+        computed = ids.numel() - answer["cached"]
+        tokens = torch.tensor(answer["tokens"])
+        return Served(answer["total_s"], answer["first_s"], computed, None, tokens)
+
+    def ask(self, prompts: list[list[int]], new: int | list[int]) -> Any:
+        """Prompts of any lengths at once; the answer as it comes (`vllm_prefix`)."""
+        request = {"prompts": prompts, "new": new, "reset": self._reset}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         self._reset = False
-        answer = self._answer()
-        computed = ids.numel() - answer["cached"]
-        tokens = torch.tensor(answer["tokens"])
-        return Served(answer["total_s"], answer["first_s"], computed, None, tokens)
+        return self._answer()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -4,8 +4,8 @@ Run by an interpreter that has vLLM, and nothing of this tree:
 
     python vllm_prefix.py MODEL DTYPE LENGTH ROWS BLOCK
 
-A request is `{"prompts": [[ids]], "new": n, "reset": true}`: greedy, without an end of sequence,
-with an empty prefix cache if `reset`. The answer to it is one line:
+A request is `{"prompts": [[ids]], "new": n, "reset": true}` (`n`: a number, or one each): greedy,
+without an end of sequence, with an empty prefix cache if `reset`. The answer to it is one line:
 
     {"total_s": ..., "first_s": ..., "cached": prompt tokens found, "tokens": [[ids]]}
 """
@@ -43,15 +43,19 @@ def serve(engine: Any, number: int, request: dict[str, Any]) -> dict[str, Any]:
     """Compute one request's prompts together."""
     if request["reset"] and not engine.reset_prefix_cache():
         raise RuntimeError("vLLM kept its prefix cache")
-    settings = import_module("vllm").SamplingParams(
-        temperature=0, max_tokens=request["new"], ignore_eos=True, detokenize=False
-    )
+    news = request["new"]
+    settings = [
+        import_module("vllm").SamplingParams(
+            temperature=0, max_tokens=new, ignore_eos=True, detokenize=False
+        )
+        for new in (news if isinstance(news, list) else [news] * len(request["prompts"]))
+    ]
     names = [f"{number}-{row}" for row in range(len(request["prompts"]))]
     firsts: dict[str, float] = {}
     done: dict[str, Any] = {}
     start = time.perf_counter()
-    for name, ids in zip(names, request["prompts"], strict=True):
-        engine.add_request(name, {"prompt_token_ids": ids}, settings)
+    for name, ids, mine in zip(names, request["prompts"], settings, strict=True):
+        engine.add_request(name, {"prompt_token_ids": ids}, mine)
     while engine.has_unfinished_requests():
         for output in engine.step():
             firsts.setdefault(output.request_id, time.perf_counter())

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +66,12 @@ class Batch:
         self.closed = False
         self._groups = cache.make_rows(rows)
         self._plans: list[DecodePlan | None] = [None] * len(self._groups)
-        # Rows past whose ends slots may hold other than zeros.
+        # Rows past whose ends slots may hold other than zeros; rows whose last page may be shared
+        # or sealed; whether there are any of either; whether pages past the rows' ends are held.
         self._unclean: npt.NDArray[np.bool_] = np.zeros(rows, bool)
+        self._touched: npt.NDArray[np.bool_] = np.zeros(rows, bool)
+        self._odd = self._loose = False
+        self._begun: Ints | None = None  # counts of a step that has not been committed
         self._stages = {group.device: Stage(group.device) for group in cache.groups}
         # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only
         # leaves a note.
@@ -148,7 +153,7 @@ class Batch:
         self.settled[row] = full
         self.lengths[row] = length
         self.logs[row].extend(ids)
-        self._unclean[row] = True
+        self._mark(row)
 
     def publish(self) -> None:
         """Put full pages whose tokens are known into the prefix index, give up pages that are there
@@ -232,7 +237,8 @@ class Batch:
         other.settled = self.settled[chosen]
         other.logs = [self.logs[row].copy() for row in chosen]
         other.private, other._identity = self.private, self._identity
-        other._unclean[:] = True
+        self._mark(chosen, unclean=False)
+        other._mark(slice(None))
         return other
 
     # -- a step ------------------------------------------------------------------------------------
@@ -266,13 +272,16 @@ class Batch:
                 f"a step has a count >= 0 for each of {self.rows} rows, got {counts.tolist()}"
             )
         self.drop_step()
+        self._note_dropped()
         cache, growths = self._cache, []
+        touched = self._touched if self._odd else None
         with cache.lock:
             cache.collect_garbage()
-            for rows in self._groups:
+            for rows in self._groups if self._loose else ():
                 rows.trim(self.lengths)
+            self._loose = False
             try:
-                needs = [rows.needs(self.lengths, counts) for rows in self._groups]
+                needs = [rows.needs(self.lengths, counts, touched) for rows in self._groups]
                 for rows, need in zip(self._groups, needs, strict=True):
                     growths.append(rows.take(need))
             except OutOfPagesError as error:
@@ -282,14 +291,20 @@ class Batch:
                     error, self.memory_bytes(), counts, self.lengths
                 ) from None
             for rows, growth in zip(self._groups, growths, strict=True):
-                rows.enter(growth, self.lengths, counts)
+                rows.enter(growth, self.lengths, counts, touched)
+        self._begun = counts
         for rows, growth in zip(self._groups, growths, strict=True):
-            rows.fill(growth, self.lengths, counts, tails=self._unclean)
+            tails = self._unclean if self._odd else None
+            rows.fill(growth, self.lengths, counts, tails=tails)
         if any(growth.copies for growth in growths):
             with cache.lock:
                 for rows, growth in zip(self._groups, growths, strict=True):
                     rows.end_copies(growth)
-        self._unclean &= counts == 0
+        if self._odd:
+            idle = counts == 0
+            self._unclean &= idle
+            self._touched &= idle
+            self._odd = bool((self._unclean | self._touched).any())
         if order is not None and len(order) == self.rows and (np.diff(order) == 1).all():
             order = None
         nothing: list[DecodePlan | None] = [None] * len(self._groups)
@@ -371,7 +386,7 @@ class Batch:
         """
         step = self._running()
         before, after = step.starts, step.starts + step.counts
-        self.step = None
+        self.step = self._begun = None
         if step.order is None:
             self._plans = [group.decode_plan for group in step.groups]
         self.lengths = after
@@ -387,7 +402,6 @@ class Batch:
     def drop_step(self) -> None:
         """Forget a step that is not to count; its pages go back with the next step."""
         if self.step is not None:
-            self._unclean |= self.step.counts > 0
             self.step = None
             self._plans = [None] * len(self._groups)
 
@@ -400,6 +414,7 @@ class Batch:
         self.check_open()
         chosen = self._chosen(rows)
         self.drop_step()
+        self._note_dropped()
         self._plans = [None] * len(self._groups)
         with self._cache.lock:
             for group in self._groups:
@@ -407,7 +422,8 @@ class Batch:
                 group.select(chosen)
         self.lengths = self.lengths[chosen]
         self.settled = self.settled[chosen]
-        self._unclean = self._unclean[chosen]
+        self._unclean, self._touched = self._unclean[chosen], self._touched[chosen]
+        self._mark(slice(None), unclean=False)
         seen: set[int] = set()
         logs, trails = [], []
         for row in chosen.tolist():
@@ -435,8 +451,9 @@ class Batch:
         for group in self._groups:
             group.check_rewind(self.lengths, lengths)
         self.drop_step()
+        self._note_dropped()
         self._plans = [None] * len(self._groups)
-        self._unclean |= lengths < self.lengths
+        self._mark(lengths < self.lengths)
         full = lengths // self._cache.config.page_size
         for row in np.flatnonzero(lengths < self.lengths).tolist():
             self.logs[row].cut(int(lengths[row]))
@@ -468,6 +485,20 @@ class Batch:
             raise UsageError(f"the {'cache' if self._cache.closed else 'batch'} is closed")
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _note_dropped(self) -> None:
+        """Have the next step look for what one that was not committed has left."""
+        if self._begun is not None:
+            self._mark(self._begun > 0)
+            self._loose, self._begun = True, None
+
+    def _mark(self, rows: Any, *, unclean: bool = True) -> None:
+        """Have the next step look at these rows' last pages (an index of any kind): whether others
+        hold them too, and at what is behind the rows' ends.
+        """
+        self._touched[rows] = self._odd = True
+        if unclean:
+            self._unclean[rows] = True
 
     def _chosen(self, rows: Sequence[int]) -> Ints:
         chosen = np.asarray(rows, np.int64)

@@ -14,6 +14,8 @@ from kvpaged.pages.pool import PageClass
 from kvpaged.pages.table import BlockTable
 
 Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+"""One for each row."""
 
 
 class Copy(NamedTuple):
@@ -74,13 +76,15 @@ class GroupRows:
 
     # -- a step's pages ----------------------------------------------------------------------------
 
-    def needs(self, lengths: Ints, counts: Ints) -> Needs:
+    def needs(self, lengths: Ints, counts: Ints, touched: Flags | None) -> Needs:
         """What `counts` new tokens a row need; nothing changes.
+
+        `touched`: rows whose last page may be shared, or sealed; `None`: no row.
 
         Raises:
             OutOfPagesError: more than could be had, with all that nobody holds evicted.
         """
-        needs = Needs(self._copies(lengths, counts), self._new(lengths, counts))
+        needs = Needs(self._copies(lengths, counts, touched), self._new(lengths, counts))
         self.page_class.allocator.check_room(needs.pages())
         return needs
 
@@ -112,37 +116,38 @@ class GroupRows:
         for _, ids in growth.new:
             self.page_class.allocator.release(ids)
 
-    def enter(self, growth: Growth, lengths: Ints, counts: Ints) -> None:
+    def enter(self, growth: Growth, lengths: Ints, counts: Ints, touched: Flags | None) -> None:
         """Put taken pages into the table, and mark open again what takes tokens after a rewind."""
         entries = self.page_class.entries
         for copy in growth.copies:
             entry = entries(np.array([copy.new], np.int32))
             self.table.replace(copy.row, copy.place, copy.new, int(entry[0]))
-        rows = self._rows_in_a_page(lengths, counts)
-        self.page_class.allocator.states[self.table.pages[rows, lengths[rows] // self._size]] = OPEN
+        if touched is not None:
+            rows = self._rows_in_a_page(lengths, counts, touched)
+            pages = self.table.pages[rows, lengths[rows] // self._size]
+            self.page_class.allocator.states[pages] = OPEN
         for row, ids in growth.new:
             self.table.extend(row, ids, entries(ids))
 
-    def fill(
-        self, growth: Growth, lengths: Ints, counts: Ints, *, tails: npt.NDArray[np.bool_]
-    ) -> None:
+    def fill(self, growth: Growth, lengths: Ints, counts: Ints, *, tails: Flags | None) -> None:
         """Copy what is shared, and zero what a step leaves partly filled.
 
         The CPU path masks slots past a row's end by adding -inf to their scores, which a NaN left
         there by somebody else would survive. `tails`: rows past whose present lengths slots may
-        hold what a rewind or a step that did not count left there, bool `[rows]`.
+        hold what a rewind or a step that did not count left there; `None`: none.
         """
         if growth.copies:
             old, new = (np.array([copy[i] for copy in growth.copies], np.int32) for i in (2, 3))
             copy_pages(self.page_class, old, new, backend=self.backend)
         if self.backend != "cpu":
             return
-        for row, ids in growth.new:
-            if (lengths[row] + counts[row]) % self._size:
-                clear_pages(self.page_class, ids[-1:])
-        for row in np.flatnonzero(tails & (counts > 0) & (lengths % self._size > 0)).tolist():
-            place, slot = divmod(int(lengths[row]), self._size)
-            clear_tail(self.page_class, int(self.table.pages[row, place]), slot)
+        partly = [ids[-1] for row, ids in growth.new if (lengths[row] + counts[row]) % self._size]
+        if partly:
+            clear_pages(self.page_class, np.array(partly, np.int32))
+        if tails is not None:
+            for row in self._rows_in_a_page(lengths, counts, tails).tolist():
+                place, slot = divmod(int(lengths[row]), self._size)
+                clear_tail(self.page_class, int(self.table.pages[row, place]), slot)
 
     def end_copies(self, growth: Growth) -> None:
         """Let go of the pages that copies took the place of."""
@@ -237,14 +242,18 @@ class GroupRows:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _rows_in_a_page(self, lengths: Ints, counts: Ints) -> Ints:
+    def _rows_in_a_page(self, lengths: Ints, counts: Ints, among: Flags) -> Ints:
         """Rows whose new tokens begin in the middle of a page."""
-        rows: Ints = np.flatnonzero((counts > 0) & (lengths % self._size > 0))
+        rows: Ints = np.flatnonzero(among & (counts > 0) & (lengths % self._size > 0))
         return rows
 
-    def _copies(self, lengths: Ints, counts: Ints) -> list[tuple[int, int, int]]:
+    def _copies(
+        self, lengths: Ints, counts: Ints, touched: Flags | None
+    ) -> list[tuple[int, int, int]]:
         """Rows whose new tokens go into a page that others hold, or that is in the prefix index."""
-        rows = self._rows_in_a_page(lengths, counts)
+        if touched is None:
+            return []
+        rows = self._rows_in_a_page(lengths, counts, touched)
         places = lengths[rows] // self._size
         pages = self.table.pages[rows, places]
         allocator = self.page_class.allocator
@@ -263,9 +272,12 @@ class GroupRows:
         return copies
 
     def _new(self, lengths: Ints, counts: Ints) -> list[tuple[int, int]]:
-        need = -(-(lengths + counts) // self._size) - self.table.count
-        rows = np.flatnonzero(need > 0)
-        return list(zip(rows.tolist(), need[rows].tolist(), strict=True))
+        ends, held = lengths + counts, self.table.count
+        rows = np.flatnonzero(ends > held * self._size)
+        if not len(rows):
+            return []
+        need = -(-ends[rows] // self._size) - held[rows]
+        return list(zip(rows.tolist(), need.tolist(), strict=True))
 
     def _release(self, gone: list[Ids]) -> None:
         if gone:

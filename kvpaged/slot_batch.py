@@ -98,7 +98,8 @@ class SlotBatch(Batch):
         self.lengths[target] = self.lengths[source]
         self.tokens[target] = self.tokens[source]
         self.known[target] = self.known[source]
-        self._unclean[target] = True
+        self._mark([source], unclean=False)
+        self._mark(target)
 
     def rewind(self, slot: int, to: int) -> None:
         """Forget a row's keys and values from token `to` on; its ids stay.

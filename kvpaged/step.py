@@ -4,6 +4,7 @@ it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,18 +137,21 @@ def make_step(
     """
     new, had = (counts, starts) if order is None else (counts[order], starts[order])
     rows = len(new)
-    cu_q = np.zeros(rows + 1, np.int32)
-    np.cumsum(new, out=cu_q[1:])
-    tokens = int(cu_q[-1])
-    decode = tokens == rows and bool((new == 1).all())
+    longest = int(new.max(initial=0))
+    decode = longest == 1 and int(new.min()) == 1
     lengths = (had + new).astype(np.int32)
     if decode:
-        row_of, position = np.arange(rows, dtype=np.int32), had.astype(np.int32)
+        tokens, cu_q = rows, _arange(rows + 1)
+        row_of, position = cu_q[:-1], had.astype(np.int32)
     else:
+        cu_q = np.zeros(rows + 1, np.int32)
+        np.cumsum(new, out=cu_q[1:])
+        tokens = int(cu_q[-1])
         row_of = np.repeat(np.arange(rows, dtype=np.int32), new)
         position = np.arange(tokens, dtype=np.int32) - np.repeat(cu_q[:-1] - had, new).astype(
             np.int32
         )
+    most = int(lengths.max(initial=0))
     tables = [group.table for group in groups]
     steps: list[GroupStep | None] = [None] * len(tables)
     nothing = row_of[:0]
@@ -171,11 +175,11 @@ def make_step(
                 table=entries if order is None else entries[picked], lengths=lens, cu_q=cu,
                 positions=positions, owners=owners,
                 page_size=groups[i].page_class.geometry.page_size,
-                max_len=int(lengths.max(initial=0)), rows=rows, total=tokens,
-                max_q=int(new.max(initial=0)), decode=decode, hint=None if change else hints[i],
+                max_len=most, rows=rows, total=tokens,
+                max_q=longest, decode=decode, hint=None if change else hints[i],
             )  # fmt: skip
             few = 1 if groups[i].backend == "cpu" else MAX_DECODE_QUERIES
-            steps[i] = _in_parts(whole, new, lengths, cu_q, few)
+            steps[i] = whole if longest <= few else _in_parts(whole, new, lengths, cu_q, few)
         if home:
             first = [positions, cu, *sent[5:7]]
     return Step(
@@ -183,7 +187,7 @@ def make_step(
         starts=starts,
         decode=decode,
         total=tokens,
-        max_q=int(new.max(initial=0)),
+        max_q=longest,
         groups=[step for step in steps if step is not None],
         positions=first[0],
         cu_seqlens=first[1],
@@ -191,6 +195,13 @@ def make_step(
         more=first[3],
         order=order,
     )
+
+
+@lru_cache(maxsize=64)
+def _arange(stop: int) -> npt.NDArray[np.int32]:
+    numbers = np.arange(stop, dtype=np.int32)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _in_parts(

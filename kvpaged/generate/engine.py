@@ -11,13 +11,14 @@ from torch import Tensor
 
 from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.generate import scheduler
-from kvpaged.generate.lookup import guess
+from kvpaged.generate.drafts import accept_drafts, write_drafts
 from kvpaged.generate.pages import PageNeeds
 from kvpaged.generate.params import FinishReason
 from kvpaged.generate.replies import end_reply, tell
 from kvpaged.generate.requests import Line, Reply, Request
 from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampling import StepSampler
+from kvpaged.generate.scheduler import StepPlan
 from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
 from kvpaged.step import Ints, Step
@@ -97,6 +98,9 @@ class Engine:
         self.stats = EngineStats()
         self._look = True  # something has changed for those who wait
         self._since_publish = 0
+        self._deadline = np.inf  # no request ends before it
+        self._nothing: Ints = np.zeros(batch.rows, np.int64)
+        self._steady: tuple[StepPlan, Ints] | None = None  # the plan of steps of replies alone
 
     # -- coming and going --------------------------------------------------------------------------
 
@@ -104,6 +108,7 @@ class Engine:
         """Put a request's replies in the line; those beyond the rows there are come in turns."""
         replies = request.replies
         request.open = len(replies)
+        self._deadline = min(self._deadline, request.deadline)
         if request.problem is not None:
             for reply in replies:
                 self._end(reply, "error", request.problem)
@@ -147,10 +152,12 @@ class Engine:
         reply.slot = None
         for sibling, kept in siblings:
             self.rows.leave(kept)
+            self._steady = None
             end_reply(sibling, sibling.ids, reason, error, self.clock())
         end_reply(reply, ids, reason, error, self.clock())
 
     def _vacate(self, slot: int) -> None:
+        self._steady = None
         self.batch.vacate(slot)
         self.rows.leave(slot)
         self._look = True
@@ -165,6 +172,8 @@ class Engine:
 
     def _expire(self) -> None:
         now = self.clock()
+        if now <= self._deadline:
+            return
         late = {
             reply.request
             for slot in np.flatnonzero(self.rows.deadline < now).tolist()
@@ -173,6 +182,8 @@ class Engine:
         late |= {line.reply.request for line in self.line if line.reply.request.deadline < now}
         for request in late:
             self.cancel(request, "deadline")
+        waiting = min((line.reply.request.deadline for line in self.line), default=np.inf)
+        self._deadline = min(float(self.rows.deadline.min()), waiting)
 
     # -- admission ---------------------------------------------------------------------------------
 
@@ -224,9 +235,11 @@ class Engine:
         """Let a reply run in the first of `slots`; the others are kept for its siblings."""
         reply: Reply = line.reply
         slot = slots[0]
+        self._steady = None
         found = self.batch.admit(slot, reply.ids, trail, salt=reply.request.salt)
         self._enter(reply, slot)
         self.rows.prefilling[slot] = True
+        self.rows.recount()
         if not reply.completion.preemptions:
             for each in (reply, *line.others):
                 each.completion.cached_tokens = found
@@ -273,16 +286,23 @@ class Engine:
         """The next step, begun; rows are set back until its pages are there."""
         batch, rows = self.batch, self.rows
         while True:
-            drafts = self._guess()
-            plan = scheduler.plan_step(
-                done=batch.lengths, known=batch.known, drafts=drafts, prefilling=rows.prefilling,
-                rank=rows.rank, budget=self.budget, chunk=self.chunk,
-            )  # fmt: skip
-            if not len(plan.order):
-                return None
-            counts = np.zeros(batch.rows, np.int64)
-            counts[plan.order] = plan.counts
-            if plan.counts.max() == 1:
+            drafts = write_drafts(batch, rows) if rows.counted["lookup"] else self._nothing
+            steady = not (rows.counted["prefilling"] or rows.counted["lookup"])
+            if not steady or self._steady is None:
+                plan = scheduler.plan_step(
+                    done=batch.lengths, known=batch.known, drafts=drafts,
+                    prefilling=rows.prefilling, rank=rows.rank, budget=self.budget,
+                    chunk=self.chunk,
+                )  # fmt: skip
+                if not len(plan.order):
+                    return None
+                counts = np.zeros(batch.rows, np.int64)
+                counts[plan.order] = plan.counts
+                singles = int(plan.counts.max()) == 1
+                self._steady = (plan, counts) if steady and singles else None
+            else:
+                (plan, counts), singles = self._steady, True
+            if singles:
                 ids = batch.tokens[plan.order, batch.lengths[plan.order]]
             else:
                 ends = np.cumsum(plan.counts)
@@ -293,21 +313,6 @@ class Engine:
                 return batch.begin(counts, ids, order=plan.order, more=picks)
             except OutOfPagesError as error:
                 self._set_back(error)
-
-    def _guess(self) -> Ints:
-        """Drafts written behind the known tokens of rows that ask for them; how many each."""
-        rows, batch = self.rows, self.batch
-        drafts = np.zeros(batch.rows, np.int64)
-        if not rows.lookup.any():
-            return drafts
-        for slot in np.flatnonzero((rows.lookup > 0) & ~rows.prefilling).tolist():
-            known = int(batch.known[slot])
-            most = min(int(rows.lookup[slot]), int(rows.limit[slot]) - known - 1)
-            if known:
-                ids = guess(batch.tokens[slot, :known], most)
-                batch.tokens[slot, known : known + len(ids)] = ids
-                drafts[slot] = len(ids)
-        return drafts
 
     def _set_back(self, error: OutOfPagesError) -> None:
         """Make room: the last in the line of those that run goes back to the line, to be computed
@@ -321,6 +326,7 @@ class Engine:
         if len(running) == 1 and length % size:
             # Its last page may be one that others wrote: it takes another instead of a copy.
             self.batch.rewind(slot, length - length % size)
+            self._steady = None
             return
         if len(running) == 1:
             self._end(reply, "error", error)
@@ -363,9 +369,12 @@ class Engine:
     def _take(self, step: Step, picked: Tensor) -> None:
         """Enter the chosen tokens, find out who has ended, tell those who listen."""
         rows, batch, sampler = self.rows, self.batch, self.sampler
-        done = rows.prefilling & (batch.lengths == batch.known)
+        done = self._nothing
+        if rows.counted["prefilling"]:
+            done = rows.prefilling & (batch.lengths == batch.known)
         if done.any():
             rows.prefilling[done] = False
+            rows.recount()
             self._look = True
             self._since_publish = PUBLISH_EVERY
             for slot in np.flatnonzero(done).tolist():
@@ -375,20 +384,18 @@ class Engine:
         tokens = picked.numpy() if picked.device.type == "cpu" else picked.cpu().numpy()
         slots = sampler.slots
         if sampler.drafted:
-            slots, tokens = self._accept(slots, tokens)
-        batch.tokens[slots, batch.known[slots]] = tokens
-        batch.known[slots] += 1
-        self.stats.generated += len(slots)
+            slots, tokens = accept_drafts(batch, rows, sampler.drafts, slots, tokens)
         known = batch.known[slots]
+        batch.tokens[slots, known] = tokens
+        known += 1
+        batch.known[slots] = known
+        self.stats.generated += len(slots)
         stop = (rows.stops[slots] == tokens[:, None]).any(1)
         over = known >= rows.limit[slots]
-        first = known == rows.prompt[slots] + 1
-        if first.any():
-            now = self.clock()
-            for slot in slots[first].tolist():
-                if (reply := rows.replies[slot]) is not None:
-                    reply.completion.first_token_s = now - reply.request.submitted
-        for place in np.flatnonzero(rows.talks[slots]).tolist() if rows.talks.any() else ():
+        if rows.counted["first"]:
+            self._note_first(slots[rows.first[slots]])
+        talks = np.flatnonzero(rows.talks[slots]).tolist() if rows.counted["talks"] else ()
+        for place in talks:
             reply = rows.replies[int(slots[place])]
             last = bool(stop[place] or over[place])
             if reply is not None and tell(reply, int(tokens[place]), last=last):
@@ -404,6 +411,14 @@ class Engine:
             if (reply := rows.replies[int(slots[place])]) is not None:
                 self._end(reply, "stop" if stop[place] else "length")
 
+    def _note_first(self, slots: Ints) -> None:
+        now = self.clock()
+        for slot in slots.tolist():
+            if (reply := self.rows.replies[slot]) is not None:
+                reply.completion.first_token_s = now - reply.request.submitted
+        self.rows.first[slots] = False
+        self.rows.recount()
+
     def _branch(self, slot: int) -> None:
         """A prompt is computed: its other replies begin from it."""
         reply = self.rows.replies[slot]
@@ -411,43 +426,9 @@ class Engine:
         for sibling, kept in reply.siblings:
             self.batch.fork(slot, kept)
             self.rows.replies[kept] = sibling
+            self._steady = None
             self.sampler.copy(slot, kept)
         reply.siblings = []
-
-    def _accept(self, slots: Ints, tokens: np.ndarray) -> tuple[Ints, np.ndarray]:
-        """Of rows with drafts, count those that were right in; returns for each row its last token,
-        which is to be entered.
-        """
-        batch, sampler, rows = self.batch, self.sampler, self.rows
-        lengths = batch.lengths.copy()
-        firsts = np.flatnonzero(np.diff(slots, prepend=-1) != 0)
-        last = firsts.copy()
-        for number, first in enumerate(firsts.tolist()):
-            slot = int(slots[first])
-            count = int(sampler.drafts[slot])
-            if not count:
-                continue
-            known = int(batch.known[slot])
-            drafts = batch.tokens[slot, known : known + count]
-            right = 0
-            while right < count and drafts[right] == tokens[first + right]:
-                right += 1
-                if (rows.stops[slot] == tokens[first + right - 1]).any():
-                    right -= 1  # it ends here: this is its last token
-                    break
-            reply = rows.replies[slot]
-            if reply is not None:
-                reply.completion.drafted += count
-                reply.completion.accepted += right
-                for token in tokens[first : first + right].tolist() if rows.talks[slot] else ():
-                    if tell(reply, token, last=False):
-                        break
-            batch.known[slot] += right
-            lengths[slot] = known + right
-            last[number] = first + right
-        if (lengths < batch.lengths).any():
-            batch.rewind_all(lengths)
-        return slots[last], tokens[last]
 
     def _publish(self) -> None:
         """Others may have what is full by now: prompts at once, replies now and then."""

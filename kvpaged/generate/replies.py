@@ -8,8 +8,9 @@ def tell(reply: Reply, token: int, *, last: bool) -> bool:
     """A reply has one more token; returns whether a stop text ends it. Its last token is told with
     its end.
     """
+    before = reply.tail is not None and reply.tail.stopped
     shown = reply.tail.add([token]) if reply.tail is not None else ""
-    stopped = reply.tail is not None and reply.tail.stopped
+    stopped = before or (reply.tail is not None and reply.tail.stopped)
     reply.unsent.append(token)
     if reply.request.on_event is not None and not last and not stopped:
         unsent, reply.unsent = reply.unsent, []

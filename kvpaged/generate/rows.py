@@ -9,6 +9,9 @@ from kvpaged.generate.sampler import uniforms
 Ints = npt.NDArray[np.int64]
 NONE = -1
 
+COUNTED = ("prefilling", "lookup", "temperature", "talks", "first", "processors", "logprobs")
+"""What most steps have none of."""
+
 
 class Rows:
     """The running rows.
@@ -23,9 +26,10 @@ class Rows:
         deadline: float64 seconds.
         lookup: int64, how many tokens to guess.
         temperature, top_k, top_p, min_p, penalty, seed: see `SamplingParams`.
-        drawn, filters, talks, logprobs: rows that don't take the highest score; that draw from
-            some tokens only; about whose tokens an object has to be told; -1 or the log-
-            probabilities wanted.
+        filters, processors, logprobs: rows that draw from some tokens only; that have processors;
+            -1 or the log-probabilities wanted.
+        talks, first: rows about whose tokens an object has to be told; that have none yet.
+        counted: how many rows there are of a kind that a step has to look for (`COUNTED`).
     """
 
     def __init__(self, rows: int) -> None:
@@ -48,6 +52,8 @@ class Rows:
         self.processors = np.zeros(rows, bool)
         self.logprobs = np.full(rows, NONE, np.int64)
         self.talks = np.zeros(rows, bool)
+        self.first = np.zeros(rows, bool)
+        self.counted = dict.fromkeys(COUNTED, 0)
 
     def free(self) -> list[int]:
         """Rows nobody has."""
@@ -83,13 +89,25 @@ class Rows:
         self.processors[slot] = bool(params.logits_processors)
         self.logprobs[slot] = NONE if params.logprobs is None else params.logprobs
         self.talks[slot] = reply.tail is not None or request.on_event is not None
+        self.first[slot] = reply.completion.first_token_s is None
+        self.recount()
 
     def leave(self, slot: int) -> None:
         """Nobody has the row any more."""
         self.replies[slot] = None
         self.taken[slot] = self.prefilling[slot] = self.talks[slot] = False
         self.deadline[slot] = np.inf
-        self.lookup[slot] = 0
+        self.lookup[slot] = self.temperature[slot] = 0
+        self.first[slot] = self.processors[slot] = False
+        self.logprobs[slot] = NONE
+        self.recount()
+
+    def recount(self) -> None:
+        """Rows have come, gone, or changed their kind."""
+        self.counted = {
+            name: int((getattr(self, name) > 0).sum()) for name in COUNTED if name != "logprobs"
+        }
+        self.counted["logprobs"] = int((self.logprobs >= 0).sum())
 
     def sampling(self, slots: Ints, nth: Ints) -> npt.NDArray[np.int32] | None:
         """What the device needs to draw the tokens of some rows, as int32 `[5 * rows]`: bits of
@@ -99,9 +117,9 @@ class Rows:
             slots: the rows.
             nth: the place in its reply of each token.
         """
-        temperature = self.temperature[slots]
-        if not temperature.any():
+        if not self.counted["temperature"]:
             return None
+        temperature = self.temperature[slots]
         floats = np.stack(
             [uniforms(self.seed[slots], nth), temperature, self.top_p[slots], self.min_p[slots]]
         )

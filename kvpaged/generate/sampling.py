@@ -52,6 +52,12 @@ class StepSampler:
         """Decide which tokens a step gives; returns what the device is told for it."""
         batch, rows = self._batch, self._rows
         self.errors = []
+        if not (rows.counted["prefilling"] or rows.counted["lookup"]):
+            self.drafted = False
+            self.slots, self.take = order, np.arange(len(order), dtype=np.int32)
+            nth = batch.known[order] - rows.prompt[order] if rows.counted["temperature"] else order
+            self._draws = rows.sampling(order, nth)
+            return self.take if self._draws is None else np.concatenate([self.take, self._draws])
         ends = np.cumsum(counts)
         whole = batch.lengths[order] + counts == batch.known[order] + drafts[order]
         self.drafted = bool(drafts.any())
@@ -64,7 +70,7 @@ class StepSampler:
             take = np.repeat(take - drafts[slots], many) + place
             nth = np.repeat(nth, many) + place
             slots = np.repeat(slots, many)
-        if rows.prefilling.any():
+        if rows.counted["prefilling"]:
             slots, take, nth = self._with_siblings(slots, take, nth)
         self.slots, self.take = slots, take.astype(np.int32)
         self._draws = rows.sampling(slots, nth)
@@ -102,8 +108,8 @@ class StepSampler:
         if self._seen is not None:
             chosen = torch.from_numpy(slots).to(tokens.device)
             self._seen[chosen, tokens] = True
-        wanted = rows.logprobs[slots]
-        if (wanted >= 0).any():
+        if rows.counted["logprobs"]:
+            wanted = rows.logprobs[slots]
             self._note_logprobs(logits, tokens, wanted)
         return tokens
 
@@ -111,7 +117,7 @@ class StepSampler:
         """Scores after each row's processors and penalty."""
         rows, slots = self._rows, self.slots
         scores = logits
-        if rows.processors[slots].any():
+        if rows.counted["processors"]:
             scores = logits.float().clone()
             for place in np.flatnonzero(rows.processors[slots]).tolist():
                 self._run_processors(place, int(slots[place]), scores)

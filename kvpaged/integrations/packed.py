@@ -218,14 +218,13 @@ class PackedModel:
 
         Args:
             ids, positions: int64 `[tokens]`.
-            take: int64 `[n]`, the tokens whose logits are wanted; none: `n` is 0.
+            take: ints `[n]`, the tokens whose logits are wanted; none: `n` is 0.
 
         Returns:
             `[n, vocabulary]`, of the model's dtype.
         """
         wanted = len(take)
-        if not wanted:
-            take = ids.new_zeros(1)
+        take = take.long() if wanted else ids.new_zeros(1)
         with torch.no_grad(), any_size() if self.compiled else nullcontext():
             logits: Tensor = self._forward(ids[None], positions[None], take)
         self.past.check_attended()
@@ -248,7 +247,6 @@ class PackedModel:
             batch.vacate(0)
         together = torch.stack(apart).float()
         batch.admit(0, first.cpu().numpy(), None)
-        counts = [3]
         if batch.rows > 1:
             batch.admit(1, second.cpu().numpy(), None)
             packed = self._probe(batch, [3, 2], torch.cat([first, second])).float()
@@ -266,18 +264,22 @@ class PackedModel:
             start = time.perf_counter()
             self._forward = torch.compile(self._call_inside, dynamic=True, fullgraph=True)
             batch.drop_step()
-            self._probe(batch, counts, first)
+            self._probe(batch, [3], first, take=2)  # no two sizes alike: else they always are
             self.compile_s = time.perf_counter() - start
         batch.vacate(0)
 
-    def _probe(self, batch: SlotBatch, counts: list[int], ids: Tensor) -> Tensor:
-        """Logits of all tokens of a step over the first rows; the step is dropped."""
+    def _probe(
+        self, batch: SlotBatch, counts: list[int], ids: Tensor, take: int | None = None
+    ) -> Tensor:
+        """Logits of all tokens, or the first `take`, of a step over the first rows; the step is
+        dropped.
+        """
         every = np.zeros(batch.rows, np.int64)
         every[: len(counts)] = counts
         step = batch.begin(every, order=np.arange(len(counts)))
         try:
             positions = step.positions.long()
-            return self(ids, positions, torch.arange(len(ids), device=ids.device))
+            return self(ids, positions, torch.arange(take or len(ids), device=ids.device))
         finally:
             batch.drop_step()
 

@@ -284,7 +284,7 @@ class SessionCache(Cache, ServedCache):
             return
         if len(step.attended) < len(self._cache.layers):
             missing = set(self._cache.layers) - step.attended
-            self.batch.step = None
+            self.batch.drop_step()
             raise UnsupportedModelError(
                 f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
             )

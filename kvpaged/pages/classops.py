@@ -42,8 +42,10 @@ def clear_pages(page_class: PageClass, ids: Ids) -> None:
     whole = page_class.geometry.layout == "page-major"
     for kind in _kinds(page_class)[:1] if whole else _kinds(page_class):
         pieces = _pieces(page_class, kind)
-        for entry in page_class.entries(ids).tolist():
-            pieces[entry].zero_()
+        if len(ids) == 1:
+            pieces[int(page_class.entries(ids)[0])].zero_()
+        else:
+            pieces.index_fill_(0, page_class.entry_tensor(ids), 0)
 
 
 def page_checksums(page_class: PageClass, ids: Ids, *, backend: Backend) -> Tensor:

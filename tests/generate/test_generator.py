@@ -5,13 +5,14 @@ import os
 import random
 import signal
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from kvpaged import Generator, OutOfPagesError, PagedKVCache, SamplingParams
+from kvpaged import Completion, Generator, OutOfPagesError, PagedKVCache, SamplingParams
 from kvpaged.errors import UnsupportedModelError, UsageError
 from tests.hf.tiny import assert_same_tokens, tiny
 
@@ -34,7 +35,8 @@ def alone(model, prompt, new, **options):
 def mixed(count, seed=0, longest=90, new=20):
     """Prompts of mixed lengths, some of them beginning as others do."""
     rng = random.Random(seed)
-    prompts, news = [], []
+    prompts: list[list[int]] = []
+    news: list[int] = []
     for _ in range(count):
         ids = [rng.randrange(2, 128) for _ in range(rng.randint(1, longest))]
         if prompts and rng.random() < 0.4:
@@ -205,6 +207,7 @@ def test_ends_and_processors(model):
     with torch.no_grad():
         scores = model(torch.tensor([prompt])).logits[0, -1]
     assert other.tokens[0] == int(scores.argmin())
+    assert other.logprobs is not None
     assert len(other.logprobs) == 12
     assert other.logprobs[0].logprob == pytest.approx(float(scores.log_softmax(-1).min()), abs=1e-3)
     assert [i for i, _ in other.logprobs[0].top] == scores.topk(3).indices.tolist()
@@ -217,7 +220,7 @@ def test_one_bad_request_ends_alone(model):
 
     prompts, news = mixed(6)
     wanted = [alone(model, p, n) for p, n in zip(prompts, news, strict=True)]
-    bad = [[], [128], [3, -1], [2.5], [4, 5]]
+    bad: list[Any] = [[], [128], [3, -1], [2.5], [4, 5]]
     options = [SamplingParams()] * 4 + [SamplingParams(logits_processors=(broken,))]
     with (
         PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
@@ -349,7 +352,7 @@ def test_asyncio_and_threads_share_one_loop(model):
     ):
 
         async def one(prompt, new):
-            tokens = []
+            tokens: list[int] = []
             submission = generator.submit(prompt, max_new_tokens=new)
             async for event in submission:
                 tokens.extend(event.tokens)
@@ -360,7 +363,7 @@ def test_asyncio_and_threads_share_one_loop(model):
         async def all_of_them():
             return await asyncio.gather(*(one(p, n) for p, n in zip(prompts, news, strict=True)))
 
-        from_thread = []
+        from_thread: list[Completion] = []
         thread = threading.Thread(
             target=lambda: from_thread.extend(generator.generate(prompts, params_of(news)))
         )
@@ -437,7 +440,9 @@ def test_random_requests_cancels_and_set_backs_lose_nothing(model):
     rng = random.Random(0)
     with PagedKVCache.for_model(model, "200KiB", page_size=16) as cache:
         generator = Generator(model, cache, max_running=6, max_batch_tokens=40)
-        engine, asked, ended = generator._engine, [], []
+        engine = generator._engine
+        asked: list[Completion] = []
+        ended: list[Completion] = []
         for _ in range(300):
             if rng.random() < 0.3 and len(asked) - len(ended) < 20:
                 prompts, (new,) = mixed(1, seed=rng.random(), longest=120)

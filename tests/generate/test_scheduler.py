@@ -107,7 +107,8 @@ def test_who_shares_a_first_page_goes_together():
 
 def test_nobody_is_overtaken_for_ever():
     """One that needs the whole pool among ever new ones that need a page each."""
-    number, admitted = 1, []
+    number = 1
+    admitted: list[int] = []
     line = [Waiting(0, 1, ())]
     while 0 not in admitted:
         line.append(Waiting(number, 1, ()))
