@@ -63,6 +63,7 @@ bench: $(READY)  ## tokens/s, first token, KV memory and shared prefixes, beside
 	$(RUN) -m benchmarks.host
 	$(RUN) -m benchmarks.cpu_decode
 	$(RUN) -m benchmarks.generate $(if $(FULL),--full)
+	$(RUN) -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM))
 	$(RUN) -m benchmarks.prefix $(if $(VLLM),--vllm $(VLLM))
 
 PEER_KERNELS = $(if $(VLLM_KERNELS),--vllm $(VLLM_KERNELS)) $(if $(SGLANG_KERNELS),--sglang $(SGLANG_KERNELS))

@@ -17,10 +17,15 @@ import torch
 from benchmarks import common
 from kvpaged import PagedKVCache, PageGeometry
 from kvpaged.batch import Batch
+from kvpaged.generate.engine import Engine
+from kvpaged.generate.pages import PageNeeds
+from kvpaged.generate.params import Completion, SamplingParams
+from kvpaged.generate.requests import Reply, Request
 from kvpaged.keys import KEY_BYTES, TOKEN_BYTES, encode_tokens
 from kvpaged.pages.allocator import SEALED, PageAllocator
 from kvpaged.pages.frames import FrameBudget
 from kvpaged.pages.prefix import Node, PrefixIndex, Trail
+from kvpaged.slot_batch import SlotBatch
 
 PROMPT = 50_000
 PROMPT_GOALS_MS = {64: 1.5, 16: 4.0}  # keys and search of that many tokens, by page size
@@ -77,6 +82,44 @@ def step_times(rows: int, page_size: int, steps: int) -> dict[str, float]:
         "commit_us": float(np.median(committed)),
         "commit_mean_us": float(np.mean(committed)),
     }
+
+
+def engine_times(rows: int, *, steps: int) -> dict[str, float]:
+    """Microseconds of a whole step of the generator with `rows` replies of ragged lengths, the
+    model and the choice of tokens stubbed: scheduler, pages, tables, lengths, ends, and the prefix
+    index every `PUBLISH_EVERY` steps. Median and mean; pages of 64, no checksums.
+    """
+    geometry = PageGeometry(layers=1, kv_heads=1, head_dim=64, page_size=64, dtype=torch.bfloat16)
+    cache = PagedKVCache(geometry, "600MiB", checksums=False, namespace=b"benchmark")
+    batch = SlotBatch(cache, rows)
+    logits = torch.zeros(rows, 8)
+    engine = Engine(
+        batch, lambda ids, positions, take: logits[: len(take)], PageNeeds(cache),
+        budget=10**6, chunk=10**6, eos=(7,),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    for number in range(rows):
+        ids = rng.integers(0, 40_000, int(rng.integers(1, 200)))
+        request = Request(
+            number=number, prompt=ids, params=SamplingParams(max_new_tokens=10**4), salt=None,
+            rank=number, submitted=0.0, deadline=float("inf"), seed=number,
+        )  # fmt: skip
+        completion = Completion(number, 0, len(ids))
+        request.replies.append(
+            Reply(request=request, index=0, seed=number, ids=ids, completion=completion)
+        )
+        engine.add(request)
+    for _ in range(3):
+        engine.step()
+    times = []
+    for _ in range(steps):
+        before = engine.stats.host_s
+        engine.step()
+        times.append((engine.stats.host_s - before) * 1e6)
+    cache.check_integrity()
+    batch.close()
+    cache.close()
+    return {"step_us": float(np.median(times)), "step_mean_us": float(np.mean(times))}
 
 
 def prompt_times(tokens: int, page_size: int, repeat: int) -> dict[str, float]:
@@ -164,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for pages, calls in ((1, 50 if few else 5000), (1024, 2 if few else 50))
     }
     steps = {rows: step_times(rows, 64, 10 if few else 300) for rows in (1, 32, 256)}
+    engines = {rows: engine_times(rows, steps=10 if few else 320) for rows in (32, 256, 1024)}
     tokens = 1_000 if few else PROMPT
     prompts = {size: prompt_times(tokens, size, 3 if few else 51) for size in PROMPT_GOALS_MS}
     document: dict[str, Any] = {
@@ -171,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": common.environment(),
         "allocator": {str(pages): times for pages, times in allocator.items()},
         "step": {str(rows): times for rows, times in steps.items()},
+        "engine": {str(rows): times for rows, times in engines.items()},
         "prompt_tokens": tokens,
         "prompt": {str(size): times for size, times in prompts.items()},
     }
@@ -183,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [[f"{count} sequences", *(f"{t[key]:.0f}" for key in t)] for count, t in steps.items()]
     names = ["begin", "mean", "commit", "mean"]
     print(common.table(["decode step on the host, us", *names], rows))
+    rows = [[f"{count} running", *(f"{t[key]:.0f}" for key in t)] for count, t in engines.items()]
+    print(common.table(["step of the generator on the host, us", "median", "mean"], rows))
     names = ["BLAKE2b alone", "keys", "find", "both", "goal", "enter, us a page"]
     rows = [
         [

@@ -375,6 +375,15 @@ def test_asyncio_and_threads_share_one_loop(model):
         assert cache.stats().used == 0
 
 
+@pytest.fixture
+def default_interrupts():
+    """What Python does by itself, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupts")
 def test_ctrl_c_leaves_the_cache_whole(model):
     with (
         PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,

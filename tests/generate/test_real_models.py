@@ -1,0 +1,56 @@
+"""Greedy tokens of real models: 64 mixed requests, each as `generate()` gives it alone."""
+
+import random
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+
+from kvpaged import Generator, PagedKVCache, SamplingParams
+from kvpaged.testing import models
+from tests.hf.tiny import assert_same_tokens
+
+
+def requests(ids, count):
+    """Prompts of 1 to 200 tokens of text, a third of them beginning as an earlier one does."""
+    rng = random.Random(1)
+    prompts: list[list[int]] = []
+    for number in range(count):
+        length = int(200 ** rng.random())
+        start = rng.randrange(len(ids) - length)
+        begin = rng.choice(prompts)[:100] if number % 3 == 2 else []
+        prompts.append(begin + ids[start : start + length])
+    return prompts, [rng.choice([1, 3, 8]) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_sixty_four_requests_are_each_their_own(name):
+    model, tokenizer = models.load(name)
+    prompts, news = requests(tokenizer("\n".join(topics.values())[:100_000])["input_ids"], 64)
+    wanted = []
+    with torch.no_grad():
+        for prompt, new in zip(prompts, news, strict=True):
+            ids = torch.tensor([prompt])
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+            )
+            wanted.append(out[0, len(prompt) :].tolist())
+    page = model.config.num_hidden_layers * 2 * model.config.head_dim * 4 * 16
+    page *= model.config.num_key_value_heads
+    pools: list[tuple[int | str, dict[str, Any]]] = [
+        ("256MiB", {}),
+        (page * 40, {"chunk": 11, "max_running": 12, "pack_weights": True}),
+    ]
+    for memory, options in pools:
+        with (
+            PagedKVCache.for_model(model, memory, page_size=16) as cache,
+            Generator(model, cache, **options) as generator,
+        ):
+            done = generator.generate(prompts, [SamplingParams(max_new_tokens=new) for new in news])
+            cache.check_integrity()
+            assert sum(c.cached_tokens for c in done) > 0
+            for completion, prompt, tokens in zip(done, prompts, wanted, strict=True):
+                assert completion.error is None
+                ours, theirs = (torch.tensor([prompt + x]) for x in (completion.tokens, tokens))
+                assert_same_tokens(model, ours, theirs, None)
