@@ -162,13 +162,15 @@ class Engine:
         self.rows.leave(slot)
         self._look = True
 
-    def reset(self) -> None:
-        """After an interrupt: forget the running step, end everything that runs or waits."""
+    def reset(self, error: Exception | None = None) -> None:
+        """Forget the running step, end everything that runs or waits: because of `error`, if there
+        is one.
+        """
         self.batch.drop_step()
         for request in {line.reply.request for line in self.line} | {
             reply.request for reply in self.rows.replies if reply is not None
         }:
-            self.cancel(request)
+            self._end_all(request, "cancelled" if error is None else "error", error)
 
     def _expire(self) -> None:
         now = self.clock()

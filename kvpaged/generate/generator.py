@@ -287,7 +287,10 @@ class Generator:
                 if self._engine.idle or self._batch.closed:
                     self._thread = None
                     return
-                self._engine.step()
+                try:
+                    self._engine.step()
+                except Exception as error:  # nobody else would hear of it, and many wait
+                    self._engine.reset(error)
 
     # -- requests ----------------------------------------------------------------------------------
 

@@ -422,6 +422,24 @@ def test_a_failing_pass_ends_what_took_part_in_it(model):
         cache.check_integrity()
 
 
+def test_submissions_hear_of_a_failing_loop(model, monkeypatch):
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+
+        def broken(*_):
+            raise RuntimeError("a failing loop")
+
+        monkeypatch.setattr(generator._engine, "_take", broken)
+        (completion,) = generator.submit([5, 6, 7], max_new_tokens=5).result(60)
+        assert str(completion.error) == "a failing loop"
+        monkeypatch.undo()
+        (completion,) = generator.submit([5, 6, 7], max_new_tokens=5).result(60)
+        assert completion.tokens == alone(model, [5, 6, 7], 5)
+        cache.check_integrity()
+
+
 def _fail_once():
     calls = []
 
