@@ -63,6 +63,7 @@ def accept_drafts(
                     reply.unsent.pop()
                     break
             reply.completion.accepted += right
+            del reply.logprobs[known + right + 1 - int(rows.prompt[slot]) :]  # of wrong guesses
         batch.known[slot] += right
         lengths[slot] = known + right
         last[number] = first + right

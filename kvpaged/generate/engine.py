@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpaged.errors import OutOfPagesError, UsageError
+from kvpaged.errors import OutOfPagesError
 from kvpaged.generate import scheduler
 from kvpaged.generate.drafts import accept_drafts, write_drafts
 from kvpaged.generate.pages import PageNeeds
@@ -442,5 +442,3 @@ class Engine:
     def check(self) -> None:
         """Raise `UsageError` unless it can take requests."""
         self.batch.check_open()
-        if self.batch.closed:
-            raise UsageError("the generator is closed")

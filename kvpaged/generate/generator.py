@@ -74,9 +74,8 @@ class Generator:
                 are up to twice as fast with.
 
         Raises:
-            UsageError: the cache is of another model.
+            UsageError: the cache is of another model, or a number is out of range.
             UnsupportedModelError: the model can't be run over packed tokens.
-            ConfigError: a number is out of range.
         """
         from kvpaged.integrations.transformers import open_packed
 
@@ -89,8 +88,8 @@ class Generator:
         on_cpu = cache.groups[0].device.type == "cpu"
         max_running = _count("max_running", max_running, 64 if on_cpu else 256)
         budget = _count("max_batch_tokens", max_batch_tokens, 512 if on_cpu else 4096)
-        if budget < max_running:
-            budget = max_running
+        budget = max(budget, max_running)
+        chunk = _count("chunk", chunk, budget)
         self.cache = cache
         self.tokenizer = tokenizer
         self._batch = SlotBatch(cache, max_running)
@@ -107,7 +106,7 @@ class Generator:
         self._regimes = preparation.lengths
         self._engine = Engine(
             self._batch, self._packed, PageNeeds(cache),
-            budget=budget, chunk=_count("chunk", chunk, budget), eos=_eos(inner),
+            budget=budget, chunk=chunk, eos=_eos(inner),
         )  # fmt: skip
         self._numbers = itertools.count()
         self._turn = threading.Condition(threading.RLock())

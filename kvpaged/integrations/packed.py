@@ -106,7 +106,7 @@ class PackedPass(Cache, PackedCache):
     ) -> Tensor:
         """Put a layer's new keys and values (`[1, kv_heads, tokens, width]`) into pages and attend.
 
-        Returns `[1, tokens, q_heads, width]`; tokens beyond the step's are padding and get zeros.
+        Returns `[1, tokens, q_heads, width]`.
         """
         if window != self._windows[layer]:
             raise UnsupportedModelError(
@@ -129,12 +129,9 @@ class PackedPass(Cache, PackedCache):
         step = self.batch.step
         if step is None:
             raise UsageError("a packed pass runs without a step of its batch")
-        total, padded = step.total, q.shape[2]
-        q, k, v = (x[0, :, :total].transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         self.batch.write(layer, k, v)
         out = self.batch.attend(layer, q, scale=scale, softcap=softcap, sinks=sinks)
-        if total < padded:
-            out = torch.cat([out, out.new_zeros(padded - total, *out.shape[1:])])
         return out.unsqueeze(0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -169,7 +169,7 @@ def test_drawn_tokens_do_not_depend_on_the_batch(model):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_guessing_ahead_changes_no_token(model, temperature):
     prompts = [[5, 6, 7, 8, 9] * 8, [3, 4] * 20, mixed(1)[0][0]]
-    options = {"max_new_tokens": 40, "temperature": temperature, "seed": 4}
+    options = {"max_new_tokens": 40, "temperature": temperature, "seed": 4, "logprobs": 0}
     with (
         PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
         Generator(model, cache) as generator,
@@ -179,6 +179,10 @@ def test_guessing_ahead_changes_no_token(model, temperature):
         guessed = generator.generate(prompts, prompt_lookup=5, **options)
         cache.check_integrity()
     assert [c.tokens for c in guessed] == [c.tokens for c in plain]
+    for ours, theirs in zip(guessed, plain, strict=True):
+        pairs = zip(ours.logprobs or (), theirs.logprobs or (), strict=True)
+        assert all(a.logprob == pytest.approx(b.logprob, abs=1e-3) for a, b in pairs)
+        assert len(ours.logprobs or ()) == len(ours.tokens)
     if temperature == 0:  # a tiny model repeats itself
         assert sum(c.drafted for c in guessed) > 0
         assert sum(c.accepted for c in guessed) > 0
