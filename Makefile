@@ -3,7 +3,7 @@
 #   TORCH_INDEX=<url>   take torch (only torch) from another index, e.g. PyTorch's CPU builds
 #   FULL=1              make bench: every point instead of the usual ones
 #   VLLM=<python>       make bench: an interpreter that has vLLM, to be measured beside
-#   PYTEST_ARGS=...     make test: more arguments for pytest
+#   PYTEST_ARGS=...     make test: more arguments for pytest; -n 0 runs it in one process
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -48,7 +48,7 @@ demo: $(READY)  ## a real model answers through the paged cache and through Dyna
 
 test: $(READY)  ## the test suite (CPU; Triton's interpreter stands in for a GPU)
 	@$(RUN) -m kvpaged.testing.models smollm2 gemma3
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 check: $(READY)  ## format, lint, types
 	$(RUN) -m ruff format --check .

@@ -1,8 +1,6 @@
 """A batch: sequences that take their steps together, and the pages they hold."""
 
-import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,22 +9,26 @@ from torch import Tensor
 
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UsageError
-from kvpaged.keys import encode_tokens
 from kvpaged.ops import Options
 from kvpaged.pages.allocator import Ids
-from kvpaged.pages.prefix import Match, Trail
+from kvpaged.pages.prefix import Trail
 from kvpaged.pages.stage import Stage
-from kvpaged.step import Ints, Step, attend_layer, make_step, plan_layers, write_layer
+from kvpaged.sequences import Sequences
+from kvpaged.step import (
+    Ints,
+    Step,
+    attend_layer,
+    make_step,
+    next_step,
+    plan_layers,
+    write_layer,
+)
 from kvpaged.tokens import Ids as TokenIds
-from kvpaged.tokens import TokenLog
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan
 
-NEVER = 2**62
-"""Stands for the settled pages of a row nothing more of which goes into the prefix index."""
 
-
-class Batch:
+class Batch(Sequences):
     """Sequences (rows) in the pages of a cache.
 
     One thread at a time may use a batch; several batches of one cache may be used by several
@@ -54,166 +56,20 @@ class Batch:
         """`trails`: where each row stands in the prefix index (`CacheBooks.trails`); `None`: its
         pages are nobody else's.
         """
-        self._cache = cache
-        self._trails: list[Trail | None] = [None] * rows if trails is None else list(trails)
-        self.settled: Ints = np.array([0 if trail else NEVER for trail in self._trails], np.int64)
-        shared = any(self._trails)
-        self.private = None if shared else cache.private or "nothing of it is kept for others"
-        self._identity = next((trail.identity for trail in self._trails if trail), None)
-        self.lengths: Ints = np.zeros(rows, np.int64)
-        self.logs = [TokenLog() for _ in range(rows)]
+        super().__init__(cache, rows, trails)
         self.step: Step | None = None
-        self.closed = False
-        self._groups = cache.make_rows(rows)
         self._plans: list[DecodePlan | None] = [None] * len(self._groups)
-        # Rows past whose ends slots may hold other than zeros; rows whose last page may be shared
-        # or sealed; whether there are any of either; whether pages past the rows' ends are held.
-        self._unclean: npt.NDArray[np.bool_] = np.zeros(rows, bool)
-        self._touched: npt.NDArray[np.bool_] = np.zeros(rows, bool)
-        self._odd = self._loose = False
+        self._loose = False  # pages past the rows' ends are held
         self._begun: Ints | None = None  # counts of a step that has not been committed
+        # A committed step of one token a row, and which of its rows ended at a page's end: as long
+        # as nothing but publishing has happened since.
+        self._last: Step | None = None
+        self._full: Ints = np.empty(0, np.int64)
         self._stages = {group.device: Stage(group.device) for group in cache.groups}
-        # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only
-        # leaves a note.
-        tables = [group.table for group in self._groups]
-        self._finalizer = weakref.finalize(self, cache.leave_garbage, tables)
-        cache.register(self)
-
-    # -- what it holds -----------------------------------------------------------------------------
-
-    @property
-    def rows(self) -> int:
-        """How many sequences."""
-        return len(self.lengths)
-
-    @property
-    def device(self) -> torch.device:
-        """Where a step's tokens and positions are: that of the first group."""
-        return self._cache.groups[0].device
-
-    def held(self, group: int) -> Ids:
-        """Page ids of a group that rows hold, shared pages as often as they are held."""
-        held: Ids = self._groups[group].table.all_held()
-        return held
-
-    def tokens_held(self, group: int) -> int:
-        """Token slots of a group that rows have filled and still hold."""
-        size = self._cache.classes[group].geometry.page_size
-        return int(np.maximum(self.lengths - self._groups[group].table.first * size, 0).sum())
-
-    def page_map(self, group: int = 0) -> list[Ids]:
-        """Page ids of each row in a group, in order of the tokens they hold."""
-        return [self._groups[group].table.held(row).copy() for row in range(self.rows)]
-
-    def pages(self) -> int:
-        """Pages held, over all groups, shared ones once."""
-        return sum(len(np.unique(self.held(group))) for group in range(len(self._groups)))
-
-    def memory_bytes(self) -> int:
-        """Bytes of those pages."""
-        classes = self._cache.classes
-        return sum(
-            classes[group].bytes_of(len(np.unique(self.held(group))))
-            for group in range(len(classes))
-        )
 
     def transfers(self) -> int:
         """Host-to-device copies its steps have made so far."""
         return sum(stage.transfers for stage in self._stages.values())
-
-    # -- the prefix index --------------------------------------------------------------------------
-
-    def find(self, row: int, ids: TokenIds, limit: int) -> Match | None:
-        """What is in memory of the first `limit` of a row's tokens `ids`; the lock is held."""
-        trail = self._trails[row]
-        if trail is None or limit <= 0:
-            return None
-        return self._cache.index.find(trail, encode_tokens(ids), limit)
-
-    def attach(self, row: int, match: Match, ids: TokenIds) -> None:
-        """Let an empty row begin with the pages of its tokens `ids`, which `match` allows; the lock
-        is held.
-
-        The last page may hold other tokens after those: the step that writes to it copies it first.
-        """
-        length = len(ids)
-        size = self._cache.config.page_size
-        nodes = match.nodes[: -(-length // size)]
-        for number, group in enumerate(self._groups):
-            first = match.first_page(number, length)
-            if first and nodes[first - 1].pages[number] is not None:
-                first -= 1  # as much room for a rewind as a row that left its window has
-            pages = [node.pages[number] for node in nodes[first:]]
-            group.attach(row, first, np.array(pages, np.int32))
-        trail = self._trails[row]
-        assert trail is not None
-        full = length // size
-        if full:
-            trail.node = nodes[full - 1]
-        self.settled[row] = full
-        self.lengths[row] = length
-        self.logs[row].extend(ids)
-        self._mark(row)
-
-    def publish(self) -> None:
-        """Put full pages whose tokens are known into the prefix index, give up pages that are there
-        already for theirs, and give back what has left a window.
-        """
-        full = self.lengths // self._cache.config.page_size
-        due = np.flatnonzero(full > self.settled).tolist()
-        if not due and all(group.window is None for group in self._groups):
-            return
-        if due and not self._cache.closed and not self._cache.is_identity(self._identity):
-            self.keep_private("the model or the namespace has changed since it began")
-            due = []
-        with self._cache.lock:
-            if self._cache.closed:
-                return
-            for row in due:
-                self._publish_row(row, int(full[row]))
-            for group in self._groups:
-                group.leave_window(self.lengths, self.settled)
-
-    def _publish_row(self, row: int, full: int) -> None:
-        trail, ids = self._trails[row], self._known_ids(row)
-        if trail is None or ids is None:
-            self.private = self.private or "a forward pass came without token ids, or out of place"
-            self._lose_trail(row)
-            return
-        size = self._cache.config.page_size
-        for place in range(int(self.settled[row]), min(full, len(ids) // size)):
-            tokens = encode_tokens(ids[place * size : (place + 1) * size])
-            pages = [group.page_at(row, place) for group in self._groups]
-            node = self._cache.index.enter(trail, tokens, pages)
-            if node is None:
-                self._lose_trail(row)
-                return
-            for group, mine, theirs in zip(self._groups, pages, node.pages, strict=True):
-                if mine is not None and theirs is not None and mine != theirs:
-                    group.swap(row, place, theirs)
-            self.settled[row] = place + 1
-
-    def _known_ids(self, row: int) -> TokenIds | None:
-        """A row's token ids, or `None` if some are not known."""
-        return self.logs[row].ids
-
-    def is_current(self) -> bool:
-        """Whether what makes its pages valid is as it was when it began."""
-        return self.private is not None or self._cache.is_identity(self._identity)
-
-    def watch(self) -> bool:
-        """The same, where it may change between any two passes; cheap where it can't."""
-        return self._cache.watch(self._identity)
-
-    def keep_private(self, why: str) -> None:
-        """Put nothing more of it into the prefix index; what is there stays."""
-        self.private = why
-        for row in range(self.rows):
-            self._lose_trail(row)
-
-    def _lose_trail(self, row: int) -> None:
-        self._trails[row] = None
-        self.settled[row] = NEVER
 
     def spawn(self, rows: Sequence[int]) -> "Batch":
         """A new batch of the sequences `rows` (indices; they may repeat), sharing their pages.
@@ -316,6 +172,45 @@ class Batch:
         )  # fmt: skip
         return self.step
 
+    def again(self, more: npt.NDArray[np.int32] | None = None) -> Step | None:
+        """`begin` for one more token of each row that the step before gave one, at a fraction of
+        its cost; `None`, and nothing changed, where that does not hold: `begin` is to be called.
+
+        The step's ids (`Step.tokens`) are empty.
+
+        Args:
+            more: see `begin`; `None`: what the step before was told.
+
+        Raises:
+            OutOfPagesError: the pool has not enough pages; nothing changed.
+        """
+        self.check_open()
+        last, full, cache = self._last, self._full, self._cache
+        if last is None or self._odd or self._loose or self._begun is not None:
+            return None
+        if len(full):
+            taken: list[Ids] = []
+            with cache.lock:
+                cache.collect_garbage()
+                try:
+                    for rows in self._groups:
+                        taken.append(rows.take_each(full))
+                except OutOfPagesError as error:
+                    for rows, ids in zip(self._groups, taken, strict=False):
+                        rows.page_class.allocator.release(ids)
+                    raise cache.shortage(
+                        error, self.memory_bytes(), last.counts, self.lengths
+                    ) from None
+                for rows, ids in zip(self._groups, taken, strict=True):
+                    rows.enter_each(full, ids)
+            for rows, ids in zip(self._groups, taken, strict=True):
+                rows.clear(ids)
+        self._begun, self._last = last.counts, None
+        hints = self._plans
+        self._plans = [None] * len(self._groups)
+        self.step = next_step(last, self._groups, self._stages, hints, more)
+        return self.step
+
     def write(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Put the new tokens' K and V (`[tokens, kv_heads, width]`) of a model's layer into their
         pages.
@@ -390,17 +285,26 @@ class Batch:
         if step.order is None:
             self._plans = [group.decode_plan for group in step.groups]
         self.lengths = after
+        self._last = step if step.decode else None
         for row, log in enumerate(self.logs if ids is not None else ()):
             if ids is not None and step.counts[row]:
                 log.extend(ids[row])
+        if step.decode:
+            self._full = step.at_page_end(after, self._cache.config.page_size)
+            if not len(self._full):
+                return
         with self._cache.lock:
-            sealed = [rows.mark_sealed(before, after) for rows in self._groups]
+            if step.decode:
+                sealed = [rows.seal_last(self._full, after) for rows in self._groups]
+            else:
+                sealed = [rows.mark_sealed(before, after) for rows in self._groups]
             self._cache.counters.sealed += sum(len(ids) for ids in sealed)
         for rows, ids_sealed in zip(self._groups, sealed, strict=True):
             rows.sum_sealed(ids_sealed)
 
     def drop_step(self) -> None:
         """Forget a step that is not to count; its pages go back with the next step."""
+        self._last = None
         if self.step is not None:
             self.step = None
             self._plans = [None] * len(self._groups)
@@ -479,11 +383,6 @@ class Batch:
         if not self._cache.closed:
             self._groups = self._cache.make_rows(self.rows)
 
-    def check_open(self) -> None:
-        """Raise `UsageError` if this batch or its cache is closed."""
-        if self.closed or self._cache.closed:
-            raise UsageError(f"the {'cache' if self._cache.closed else 'batch'} is closed")
-
     # -- inside ------------------------------------------------------------------------------------
 
     def _note_dropped(self) -> None:
@@ -491,14 +390,6 @@ class Batch:
         if self._begun is not None:
             self._mark(self._begun > 0)
             self._loose, self._begun = True, None
-
-    def _mark(self, rows: Any, *, unclean: bool = True) -> None:
-        """Have the next step look at these rows' last pages (an index of any kind): whether others
-        hold them too, and at what is behind the rows' ends.
-        """
-        self._touched[rows] = self._odd = True
-        if unclean:
-            self._unclean[rows] = True
 
     def _chosen(self, rows: Sequence[int]) -> Ints:
         chosen = np.asarray(rows, np.int64)

@@ -54,9 +54,10 @@ class GroupRows:
     """Which pages rows hold in one group, and what a step does to them.
 
     Used by its batch alone. The cache's lock is held around what takes or gives back pages
-    (`needs`, `take`, `give_back`, `enter`, `end_copies`, `mark_sealed`, `leave_window`, `trim`,
-    `select`, `attach`, `swap`); `fill` and `sum_sealed` touch bytes of pages that only this batch
-    can change, outside it. Lengths are tokens a row, int64 `[rows]`.
+    (`needs`, `take`, `take_each`, `give_back`, `enter`, `enter_each`, `end_copies`, `mark_sealed`,
+    `seal_last`, `leave_window`, `trim`, `select`, `attach`, `swap`); `fill`, `clear` and
+    `sum_sealed` touch bytes of pages that only this batch can change, outside it. Lengths are
+    tokens a row, int64 `[rows]`.
     """
 
     def __init__(
@@ -129,6 +130,24 @@ class GroupRows:
         for row, ids in growth.new:
             self.table.extend(row, ids, entries(ids))
 
+    def take_each(self, rows: Ints) -> Ids:
+        """Take a page for each of some rows, to follow its last; only the allocator changes.
+
+        Raises:
+            OutOfPagesError: fewer could be had; nothing is held.
+        """
+        last = self.table.pages[rows, self.table.count[rows] - 1]
+        return self.page_class.allocator.alloc_each(last.tolist())
+
+    def enter_each(self, rows: Ints, ids: Ids) -> None:
+        """Let rows hold what `take_each` took."""
+        self.table.append_each(rows, ids, self.page_class.entries(ids))
+
+    def clear(self, ids: Ids) -> None:
+        """Zero pages of this batch that are to be partly filled, where `fill` would."""
+        if self.backend == "cpu":
+            clear_pages(self.page_class, ids)
+
     def fill(self, growth: Growth, lengths: Ints, counts: Ints, *, tails: Flags | None) -> None:
         """Copy what is shared, and zero what a step leaves partly filled.
 
@@ -164,6 +183,12 @@ class GroupRows:
             first = max(int(before[row]) // self._size, int(self.table.first[row]))
             full.append(self.table.pages[row, first : int(after[row]) // self._size])
         ids = np.concatenate(full) if full else np.empty(0, np.int32)
+        self.page_class.allocator.states[ids] = SEALED
+        return ids
+
+    def seal_last(self, rows: Ints, lengths: Ints) -> Ids:
+        """Make the last pages of some rows, full at these lengths, immutable; returns them."""
+        ids: Ids = self.table.pages[rows, lengths[rows] // self._size - 1]
         self.page_class.allocator.states[ids] = SEALED
         return ids
 

@@ -3,11 +3,12 @@
 import numpy as np
 import numpy.typing as npt
 
-from kvpaged.batch import NEVER, Batch
+from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import Salt
 from kvpaged.pages.prefix import Trail
+from kvpaged.sequences import NEVER
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids, TokenLog
 
@@ -77,7 +78,7 @@ class SlotBatch(Batch):
         with self._cache.lock:
             for group in self._groups:
                 group.drop_row(slot)
-        self._plans = [None] * len(self._groups)
+        self._last, self._plans = None, [None] * len(self._groups)
         self._trails[slot] = None
         self.settled[slot] = NEVER
         self.lengths[slot] = self.known[slot] = 0

@@ -2,7 +2,7 @@
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -47,6 +47,7 @@ class GroupStep:
         decode_plan, lanes, spans: the CPU's calls, made when first needed and shared by the group's
             layers.
         shares: how a GPU's programs share a decode, by the number of query heads.
+        picked: the batch's rows that take part, int32, if not all do.
     """
 
     table: Tensor
@@ -66,6 +67,7 @@ class GroupStep:
     lanes: list[Lane] | None = None
     hint: DecodePlan | None = None
     shares: dict[int, "SharePlan"] = field(default_factory=dict)
+    picked: Tensor | None = None
     _slots: Tensor | None = None
 
     @property
@@ -110,6 +112,12 @@ class Step:
     order: Ints | None = None
     attended: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+
+    def at_page_end(self, lengths: Ints, page_size: int) -> Ints:
+        """Of a step of one token a row: the rows whose last page is full at these lengths."""
+        if self.order is None:
+            return np.flatnonzero(lengths % page_size == 0)
+        return self.order[lengths[self.order] % page_size == 0]
 
 
 def make_step(
@@ -172,11 +180,11 @@ def make_step(
                 places, values = next(extras), next(extras)
                 entries.view(-1)[places.long()] = values
             whole = GroupStep(
-                table=entries if order is None else entries[picked], lengths=lens, cu_q=cu,
+                table=_table_of(entries, order, picked), lengths=lens, cu_q=cu,
                 positions=positions, owners=owners,
                 page_size=groups[i].page_class.geometry.page_size,
                 max_len=most, rows=rows, total=tokens,
-                max_q=longest, decode=decode, hint=None if change else hints[i],
+                max_q=longest, decode=decode, hint=None if change else hints[i], picked=picked,
             )  # fmt: skip
             few = 1 if groups[i].backend == "cpu" else MAX_DECODE_QUERIES
             steps[i] = whole if longest <= few else _in_parts(whole, new, lengths, cu_q, few)
@@ -195,6 +203,70 @@ def make_step(
         more=first[3],
         order=order,
     )
+
+
+def next_step(
+    last: Step,
+    groups: Sequence[GroupRows],
+    stages: dict[torch.device, Stage],
+    hints: Sequence[DecodePlan | None],
+    more: npt.NDArray[np.int32] | None = None,
+) -> Step:
+    """`make_step` for one more token of each row that `last` gave one: a device works out lengths
+    and positions by itself, and is told what has changed in its tables, if anything has.
+
+    Args:
+        last: a step of one token a row, committed.
+        groups, stages, hints: as of `make_step`.
+        more: what else the first group's device should have; `None`: what it had.
+    """
+    steps: dict[int, GroupStep] = {}
+    told, nothing = last.more, np.empty(0, np.int32)
+    for device, stage in stages.items():
+        mine = [i for i, group in enumerate(groups) if group.table.device == device]
+        changes = [groups[i].table.take_changes() for i in mine]
+        extra = [array for change in changes if change for array in change]
+        home = groups[0].table.device == device
+        given = more if more is not None and home else nothing
+        extras: Iterator[Tensor] = iter(())
+        if extra or given.size:
+            sent = stage.send([given, *extra])
+            told = sent[0] if given.size else told
+            extras = iter(sent[1:])
+        lengths: Tensor | None = None
+        for i, change in zip(mine, changes, strict=True):
+            before, entries = last.groups[i], groups[i].table.entries
+            lengths = before.lengths + 1 if lengths is None else lengths
+            table = before.table
+            if change:
+                places, values = next(extras), next(extras)
+                entries.view(-1)[places.long()] = values
+                table = _table_of(entries, last.order, before.picked)
+            steps[i] = GroupStep(
+                table=table, lengths=lengths, cu_q=before.cu_q, positions=before.lengths,
+                owners=before.owners, page_size=before.page_size, max_len=before.max_len + 1,
+                rows=before.rows, total=before.total, max_q=1, decode=True,
+                hint=None if change else hints[i], picked=before.picked,
+            )  # fmt: skip
+    ordered = [steps[i] for i in range(len(groups))]
+    return Step(
+        counts=last.counts, starts=last.starts + last.counts, decode=True, total=last.total,
+        max_q=1, groups=ordered, positions=ordered[0].positions, cu_seqlens=last.cu_seqlens,
+        tokens=last.tokens[:0], more=told, order=last.order,
+    )  # fmt: skip
+
+
+def _table_of(entries: Tensor, order: Ints | None, picked: Tensor | None) -> Tensor:
+    """The rows of a table that take part in a step; those side by side as a view."""
+    if order is None:
+        return entries
+    if len(order) and int(order[-1]) - int(order[0]) == len(order) - 1 and _rises(order):
+        return entries[int(order[0]) : int(order[-1]) + 1]
+    return entries[picked]
+
+
+def _rises(order: Ints) -> bool:
+    return bool((np.diff(order) == 1).all())
 
 
 @lru_cache(maxsize=64)

@@ -165,6 +165,29 @@ class PageAllocator:
         pieces = [np.arange(start, start + length, dtype=np.int32) for start, length in runs]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
+    def alloc_each(self, after: list[int]) -> Ids:
+        """Take a page for each of some sequences, to follow the last one each has: what `alloc(1,
+        page)` would give one after another.
+
+        Returns:
+            Page ids, int32, in the order of `after`.
+
+        Raises:
+            OutOfPagesError: fewer are available; nothing changed.
+        """
+        if len(after) > self.free_pages:
+            self.check_room(len(after))
+            self._make_room(len(after))
+        runs: list[tuple[int, int]] = []
+        for page in after:
+            if not self._continue_run(page + 1, 1, runs):
+                while not self._start_run(1, runs):
+                    pass
+        ids = np.array([start for start, _ in runs], np.int32)
+        self.refs[ids] = 1
+        self.states[ids] = OPEN
+        return ids
+
     def check_room(self, count: int) -> None:
         """Raise `OutOfPagesError` unless `alloc` could hand out `count` pages; nothing changes."""
         room = self.free_pages + len(self._cached)

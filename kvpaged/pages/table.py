@@ -68,6 +68,15 @@ class BlockTable:
         self.count[row] = stop
         self._note(row * self.pages.shape[1] + np.arange(start, stop), entries)
 
+    def append_each(self, rows: npt.NDArray[np.int64], ids: Ids, entries: Ids) -> None:
+        """Append one page to each of some rows."""
+        places = self.count[rows]
+        if int(places.max()) >= self.pages.shape[1]:
+            self._widen(int(places.max()) + 1)
+        self.pages[rows, places] = ids
+        self.count[rows] = places + 1
+        self._note(rows * self.pages.shape[1] + places, entries)
+
     def begin_at(self, row: int, first: int) -> None:
         """Let a row without pages hold its logical pages from `first` on."""
         assert self.count[row] == 0

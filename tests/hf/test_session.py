@@ -157,7 +157,7 @@ def test_crop_reset_and_selecting_rows(small):
         past.crop(-25)
         cache.check_integrity()
         again = model(prompt[:, 15:], attention_mask=mask, past_key_values=past).logits
-        torch.testing.assert_close(again[:, -5:], logits[:, -5:])
+        torch.testing.assert_close(again[:, -5:], logits[:, -5:], rtol=1e-4, atol=1e-4)
         past.batch_select_indices(torch.tensor([2, 0]))
         more = ids(2, 3, seed=4)
         out = model(

@@ -1,0 +1,201 @@
+"""Sequences, and the pages of a cache that they hold: their own, and those of the prefix index."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvpaged.books import CacheBooks
+from kvpaged.errors import UsageError
+from kvpaged.keys import encode_tokens
+from kvpaged.pages.allocator import Ids
+from kvpaged.pages.prefix import Match, Trail
+from kvpaged.step import Ints
+from kvpaged.tokens import Ids as TokenIds
+from kvpaged.tokens import TokenLog
+
+NEVER = 2**62
+"""Stands for the settled pages of a row nothing more of which goes into the prefix index."""
+
+
+class Sequences:
+    """The rows of a batch between steps: their lengths, their pages, their places in the prefix
+    index. `Batch` has the invariants.
+    """
+
+    def __init__(
+        self, cache: CacheBooks, rows: int, trails: Sequence[Trail | None] | None = None
+    ) -> None:
+        """`trails`: where each row stands in the prefix index (`CacheBooks.trails`); `None`: its
+        pages are nobody else's.
+        """
+        self._cache = cache
+        self._trails: list[Trail | None] = [None] * rows if trails is None else list(trails)
+        self.settled: Ints = np.array([0 if trail else NEVER for trail in self._trails], np.int64)
+        shared = any(self._trails)
+        self.private = None if shared else cache.private or "nothing of it is kept for others"
+        self._identity = next((trail.identity for trail in self._trails if trail), None)
+        self.lengths: Ints = np.zeros(rows, np.int64)
+        self.logs = [TokenLog() for _ in range(rows)]
+        self.closed = False
+        self._groups = cache.make_rows(rows)
+        # Rows past whose ends slots may hold other than zeros; rows whose last page may be shared
+        # or sealed; whether there are any of either.
+        self._unclean: npt.NDArray[np.bool_] = np.zeros(rows, bool)
+        self._touched: npt.NDArray[np.bool_] = np.zeros(rows, bool)
+        self._odd = False
+        # Pages go back also when a batch is forgotten: the collector may run anywhere, so it only
+        # leaves a note.
+        tables = [group.table for group in self._groups]
+        self._finalizer = weakref.finalize(self, cache.leave_garbage, tables)
+        cache.register(self)
+
+    # -- what it holds -----------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """How many sequences."""
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a step's tokens and positions are: that of the first group."""
+        return self._cache.groups[0].device
+
+    def held(self, group: int) -> Ids:
+        """Page ids of a group that rows hold, shared pages as often as they are held."""
+        held: Ids = self._groups[group].table.all_held()
+        return held
+
+    def tokens_held(self, group: int) -> int:
+        """Token slots of a group that rows have filled and still hold."""
+        size = self._cache.classes[group].geometry.page_size
+        return int(np.maximum(self.lengths - self._groups[group].table.first * size, 0).sum())
+
+    def page_map(self, group: int = 0) -> list[Ids]:
+        """Page ids of each row in a group, in order of the tokens they hold."""
+        return [self._groups[group].table.held(row).copy() for row in range(self.rows)]
+
+    def pages(self) -> int:
+        """Pages held, over all groups, shared ones once."""
+        return sum(len(np.unique(self.held(group))) for group in range(len(self._groups)))
+
+    def memory_bytes(self) -> int:
+        """Bytes of those pages."""
+        classes = self._cache.classes
+        return sum(
+            classes[group].bytes_of(len(np.unique(self.held(group))))
+            for group in range(len(classes))
+        )
+
+    # -- the prefix index --------------------------------------------------------------------------
+
+    def find(self, row: int, ids: TokenIds, limit: int) -> Match | None:
+        """What is in memory of the first `limit` of a row's tokens `ids`; the lock is held."""
+        trail = self._trails[row]
+        if trail is None or limit <= 0:
+            return None
+        return self._cache.index.find(trail, encode_tokens(ids), limit)
+
+    def attach(self, row: int, match: Match, ids: TokenIds) -> None:
+        """Let an empty row begin with the pages of its tokens `ids`, which `match` allows; the lock
+        is held.
+
+        The last page may hold other tokens after those: the step that writes to it copies it first.
+        """
+        length = len(ids)
+        size = self._cache.config.page_size
+        nodes = match.nodes[: -(-length // size)]
+        for number, group in enumerate(self._groups):
+            first = match.first_page(number, length)
+            if first and nodes[first - 1].pages[number] is not None:
+                first -= 1  # as much room for a rewind as a row that left its window has
+            pages = [node.pages[number] for node in nodes[first:]]
+            group.attach(row, first, np.array(pages, np.int32))
+        trail = self._trails[row]
+        assert trail is not None
+        full = length // size
+        if full:
+            trail.node = nodes[full - 1]
+        self.settled[row] = full
+        self.lengths[row] = length
+        self.logs[row].extend(ids)
+        self._mark(row)
+
+    def publish(self) -> None:
+        """Put full pages whose tokens are known into the prefix index, give up pages that are there
+        already for theirs, and give back what has left a window.
+        """
+        full = self.lengths // self._cache.config.page_size
+        due = np.flatnonzero(full > self.settled).tolist()
+        if not due and all(group.window is None for group in self._groups):
+            return
+        if due and not self._cache.closed and not self._cache.is_identity(self._identity):
+            self.keep_private("the model or the namespace has changed since it began")
+            due = []
+        with self._cache.lock:
+            if self._cache.closed:
+                return
+            for row in due:
+                self._publish_row(row, int(full[row]))
+            for group in self._groups:
+                group.leave_window(self.lengths, self.settled)
+
+    def _publish_row(self, row: int, full: int) -> None:
+        trail, ids = self._trails[row], self._known_ids(row)
+        if trail is None or ids is None:
+            self.private = self.private or "a forward pass came without token ids, or out of place"
+            self._lose_trail(row)
+            return
+        size = self._cache.config.page_size
+        for place in range(int(self.settled[row]), min(full, len(ids) // size)):
+            tokens = encode_tokens(ids[place * size : (place + 1) * size])
+            pages = [group.page_at(row, place) for group in self._groups]
+            node = self._cache.index.enter(trail, tokens, pages)
+            if node is None:
+                self._lose_trail(row)
+                return
+            for group, mine, theirs in zip(self._groups, pages, node.pages, strict=True):
+                if mine is not None and theirs is not None and mine != theirs:
+                    group.swap(row, place, theirs)
+            self.settled[row] = place + 1
+
+    def _known_ids(self, row: int) -> TokenIds | None:
+        """A row's token ids, or `None` if some are not known."""
+        return self.logs[row].ids
+
+    def is_current(self) -> bool:
+        """Whether what makes its pages valid is as it was when it began."""
+        return self.private is not None or self._cache.is_identity(self._identity)
+
+    def watch(self) -> bool:
+        """The same, where it may change between any two passes; cheap where it can't."""
+        return self._cache.watch(self._identity)
+
+    def keep_private(self, why: str) -> None:
+        """Put nothing more of it into the prefix index; what is there stays."""
+        self.private = why
+        for row in range(self.rows):
+            self._lose_trail(row)
+
+    def _lose_trail(self, row: int) -> None:
+        self._trails[row] = None
+        self.settled[row] = NEVER
+
+    def check_open(self) -> None:
+        """Raise `UsageError` if this batch or its cache is closed."""
+        if self.closed or self._cache.closed:
+            raise UsageError(f"the {'cache' if self._cache.closed else 'batch'} is closed")
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _mark(self, rows: Any, *, unclean: bool = True) -> None:
+        """Have the next step look at these rows' last pages (an index of any kind): whether others
+        hold them too, and at what is behind the rows' ends.
+        """
+        self._touched[rows] = self._odd = True
+        if unclean:
+            self._unclean[rows] = True
