@@ -63,6 +63,25 @@ def test_one_bad_request_ends_alone(model):
     assert [c.tokens for c in done[5:]] == wanted
 
 
+@pytest.mark.parametrize("new", [4, 9])
+def test_a_stream_says_nothing_of_a_token_that_could_not_be_chosen(model, new):
+    def broken(ids, scores):
+        if ids.shape[1] == 2 + 3:
+            raise ValueError("broken processor")
+        return scores
+
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        options = SamplingParams(max_new_tokens=new, logits_processors=(broken,))
+        events = list(generator.stream([[5, 6]], options))
+    last = events[-1].completion
+    assert last is not None
+    assert last.finish_reason == "error"
+    assert [i for event in events for i in event.tokens] == last.tokens == alone(model, [5, 6], 3)
+
+
 def test_a_request_that_cannot_fit_alone_says_by_how_much(model):
     with (
         PagedKVCache.for_model(model, "100KiB", page_size=16) as cache,
