@@ -4,7 +4,11 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +91,105 @@ def test_asyncio_and_threads_share_one_loop(model):
         assert [c.tokens for c in from_thread] == wanted
         cache.check_integrity()
         assert cache.stats().used == 0
+
+
+@pytest.mark.parametrize("door", ["generate", "stream"])
+def test_threads_are_told_of_their_own_requests(model, door):
+    """Numbers were drawn one by one, so that those of two calls could alternate."""
+    wrong: list[Any] = []
+
+    def ask(token):
+        for _ in range(30):
+            prompts = [[token, i] for i in range(2, 12)]
+            if door == "generate":
+                said = [c.request for c in generator.generate(prompts, max_new_tokens=1)]
+            else:
+                said = sorted(e.request for e in generator.stream(prompts, max_new_tokens=1))
+            if said != list(range(10)):
+                wrong.append(said)
+
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=ask, args=(token,)) for token in range(2, 6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_loop_of_steps_keeps_nobody_out(model):
+    """The lock went back to the thread that had just let go of it, until its replies had ended."""
+    passes: list[int] = []
+
+    def slow(module, args):
+        passes.append(1)
+        time.sleep(0.01)
+
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        handle = model.model.layers[0].register_forward_pre_hook(slow)
+        thread = threading.Thread(target=lambda: generator.generate([[5, 6]], max_new_tokens=60))
+        thread.start()
+        while len(passes) < 3:
+            time.sleep(0.001)
+        (reply,) = generator.submit([7, 8], max_new_tokens=2).result(60)
+        gone = generator.submit([7, 9], max_new_tokens=60)
+        gone.cancel()
+        (short,) = generator.generate([[9, 8]], max_new_tokens=2)
+        so_far = len(passes)
+        thread.join()
+        handle.remove()
+    assert so_far < 30  # of 60
+    assert len(reply.tokens) == len(short.tokens) == 2
+    assert gone.result(60)[0].finish_reason == "cancelled"
+
+
+def test_more_may_wait_than_an_event_loop_has_threads(model):
+    order: list[int] = []
+
+    async def wait(number, new):
+        await generator.submit([5, 6, number], max_new_tokens=new)
+        order.append(number)
+
+    async def several():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        await asyncio.gather(wait(2, 300), wait(3, 5), wait(4, 100))
+
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        asyncio.run(several())
+    assert order == [3, 4, 2]
+
+
+def test_an_event_loop_that_is_gone_harms_nobody(model):
+    async def wait(submission):
+        await submission
+
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        loop = asyncio.new_event_loop()
+        submission = generator.submit([5, 6], max_new_tokens=200)
+        events = aiter(submission)
+        loop.run_until_complete(anext(events))  # type: ignore[arg-type]
+        waits = loop.create_task(wait(submission))
+        loop.run_until_complete(asyncio.sleep(0))
+        waits.cancel()
+        loop.run_until_complete(asyncio.gather(waits, return_exceptions=True))
+        loop.close()
+        assert len(generator.generate([[7, 8]], max_new_tokens=250)[0].tokens) == 250
+        assert len(submission.result(60)[0].tokens) == 200
 
 
 @pytest.fixture
