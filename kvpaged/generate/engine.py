@@ -394,6 +394,10 @@ class Engine:
         self.stats.generated += len(slots)
         stop = (rows.stops[slots] == tokens[:, None]).any(1)
         over = known >= rows.limit[slots]
+        for slot, error in sampler.errors:
+            if (reply := rows.replies[slot]) is not None:
+                batch.known[slot] -= 1  # the token stands for one that could not be chosen
+                self._end(reply, "error", error)
         if rows.counted["first"]:
             self._note_first(slots[rows.first[slots]])
         talks = np.flatnonzero(rows.talks[slots]).tolist() if rows.counted["talks"] else ()
@@ -402,10 +406,6 @@ class Engine:
             last = bool(stop[place] or over[place])
             if reply is not None and tell(reply, int(tokens[place]), last=last):
                 stop[place] = True
-        for slot, error in sampler.errors:
-            if (reply := rows.replies[slot]) is not None:
-                batch.known[slot] -= 1  # the token stands for one that could not be chosen
-                self._end(reply, "error", error)
         ended = np.flatnonzero(stop | over).tolist()
         if ended:
             self.batch.publish()

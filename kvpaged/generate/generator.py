@@ -23,6 +23,7 @@ from kvpaged.generate.requests import Ints, Reply, Request
 from kvpaged.generate.scheduler import rank_of
 from kvpaged.generate.submission import Submission
 from kvpaged.generate.text import TextTail
+from kvpaged.generate.turns import Turns
 from kvpaged.keys import Salt
 from kvpaged.slot_batch import SlotBatch
 
@@ -109,7 +110,8 @@ class Generator:
             budget=budget, chunk=chunk, eos=_eos(inner),
         )  # fmt: skip
         self._numbers = itertools.count()
-        self._turn = threading.Condition(threading.RLock())
+        self._numbering = threading.Lock()
+        self._turn = Turns()
         self._thread: threading.Thread | None = None
 
     # -- asking ------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ class Generator:
         )  # fmt: skip
         submission.of = request
         self._add([request])
-        with self._turn:
+        with held_interrupts(), self._turn:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="kvpaged", daemon=True)
                 self._thread.start()
@@ -226,7 +228,7 @@ class Generator:
 
     def stats(self) -> EngineStats:
         """Running totals of its steps."""
-        with self._turn:
+        with held_interrupts(), self._turn:
             return replace(self._engine.stats)
 
     @property
@@ -236,7 +238,7 @@ class Generator:
 
     def close(self) -> None:
         """Cancel what is open and give all pages back; full ones wait in the cache."""
-        with self._turn:
+        with held_interrupts(), self._turn:
             if not self._batch.closed:
                 self._engine.reset()
             self._batch.close()
@@ -253,7 +255,7 @@ class Generator:
     # -- steps -------------------------------------------------------------------------------------
 
     def _add(self, asked: list[Request]) -> None:
-        with self._turn:
+        with held_interrupts(), self._turn:
             self._engine.check()
             if self._engine.idle:
                 self._packed.refresh()
@@ -271,11 +273,11 @@ class Generator:
             self._cancel(asked)
 
     def _step(self) -> None:
-        with self._turn, held_interrupts():
+        with held_interrupts(), self._turn:
             self._engine.step()
 
     def _cancel(self, asked: Sequence[Request]) -> None:
-        with self._turn, held_interrupts():
+        with held_interrupts(), self._turn:
             for request in asked:
                 if request.open and not self._batch.closed:
                     self._engine.cancel(request)
@@ -312,16 +314,17 @@ class Generator:
         now = time.perf_counter()
         each = [replace(p or SamplingParams(), **options) for p in given]
         deadline = np.inf if deadline_s is None else now + deadline_s
+        with self._numbering:  # one call's follow each other, whoever else calls
+            numbers = [next(self._numbers) for _ in each]
         return [
-            self._request(prompt, own, salt, priority, now, deadline, on_event)
-            for prompt, own in zip(prompts, each, strict=True)
+            self._request(number, prompt, own, salt, priority, now, deadline, on_event)
+            for number, prompt, own in zip(numbers, prompts, each, strict=True)
         ]
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, salt: Salt, priority: int, now: float,
-        deadline: float, on_event: Callable[[TokenEvent], None] | None,
+        self, number: int, prompt: Prompt, params: SamplingParams, salt: Salt, priority: int,
+        now: float, deadline: float, on_event: Callable[[TokenEvent], None] | None,
     ) -> Request:  # fmt: skip
-        number = next(self._numbers)
         problem: Exception | None = None
         ids: Ints = np.zeros(1, np.int64)
         try:
