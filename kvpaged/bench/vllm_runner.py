@@ -1,8 +1,8 @@
-"""vLLM as benchmarks.prefix drives it: requests as JSON lines on stdin, answers on stdout.
+"""vLLM as benchmarks drive it: requests as JSON lines on stdin, answers on stdout.
 
-Run by an interpreter that has vLLM, and nothing of this tree:
+Run by its path, by an interpreter that has vLLM, and nothing of kvpaged (`vllm_engine` does it):
 
-    python vllm_prefix.py MODEL DTYPE LENGTH ROWS BLOCK
+    python vllm_runner.py MODEL DTYPE LENGTH ROWS BLOCK
 
 A request is `{"prompts": [[ids]], "new": n, "reset": true}` (`n`: a number, or one each): greedy,
 without an end of sequence, with an empty prefix cache if `reset`. The answer to it is one line:
@@ -83,6 +83,8 @@ def main(answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
+    # Modules beside this file are not what anything here means by their names.
+    sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)]
     # vLLM logs to stdout: that goes to stderr, and answers keep what was stdout.
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
