@@ -106,10 +106,11 @@ class VLLMEngine:
 
 
 def environment(python: Path) -> dict[str, str]:
-    """This environment without our paths; with Intel's OpenMP where vLLM's has it, as vLLM advises
-    for CPUs, its threads asleep when there is nothing to do.
+    """This environment without our paths; as many threads as torch has here; with Intel's OpenMP
+    where vLLM's has it, as vLLM advises for CPUs, its threads asleep when there is nothing to do.
     """
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{torch.get_num_threads() - 1}")
     variables["KMP_BLOCKTIME"] = "1"
     openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
     if openmp.exists():

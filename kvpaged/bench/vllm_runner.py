@@ -22,10 +22,9 @@ MEMORY_GIB = 4
 
 
 def make_engine(folder: str, dtype: str, length: int, rows: int, block: int) -> Any:
-    """vLLM's engine in this process, on all cores, with automatic prefix caching."""
+    """vLLM's engine in this process, with automatic prefix caching."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its loop runs in `serve`
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(MEMORY_GIB))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     llm = import_module("vllm").LLM(
