@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import common
-from benchmarks.systems import PAGE_SIZE, SYSTEMS, Run, Runner, load_model, runners
+from benchmarks.systems import SYSTEMS, Run, Runner, load_model, runners
+from kvpaged.bench.common import PAGE_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,9 @@ import torch
 from benchmarks import common, generate
 from benchmarks.generate import Point
 from benchmarks.gpu_common import Record, Setting, ceilings
-from benchmarks.systems import PAGE_SIZE, Run, run_dynamic, run_paged
+from benchmarks.systems import Run, run_dynamic, run_paged
 from kvpaged import PagedKVCache
+from kvpaged.bench.common import PAGE_SIZE
 
 POINTS = (Point(1, 512, 128), Point(8, 512, 128), Point(32, 512, 128), Point(8, 4096, 64))
 QUICK_POINTS = (Point(2, 20, 3),)

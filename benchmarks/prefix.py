@@ -26,7 +26,7 @@ import torch
 from benchmarks import common
 from benchmarks.prefix_report import report, report_ceiling
 from benchmarks.prefix_systems import SYSTEMS, Served, System, Work, open_systems
-from benchmarks.systems import PAGE_SIZE
+from kvpaged.bench.common import PAGE_SIZE
 from kvpaged.testing import models
 
 if TYPE_CHECKING:

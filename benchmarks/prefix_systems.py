@@ -4,10 +4,7 @@ All compute greedily, in one dtype, and never stop by themselves. `generate()` i
 """
 
 import copy
-import json
-import os
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,15 +16,14 @@ import torch
 from benchmarks import common
 from benchmarks.systems import (
     MEMORY,
-    PAGE_SIZE,
-    collect_results,
-    continuous_manager,
     generate_with,
     layer_bytes,
     load_model,
 )
 from kvpaged import PagedKVCache
-from kvpaged.testing import models
+from kvpaged.bench.common import PAGE_SIZE
+from kvpaged.bench.hf import collect_results, continuous_manager
+from kvpaged.bench.vllm_engine import VLLMEngine
 from kvpaged.testing.progress import phase
 
 if TYPE_CHECKING:
@@ -244,7 +240,7 @@ class Continuous(System):
 
 
 class VLLM(System):
-    """vLLM's automatic prefix caching in an interpreter of its own, alive and idle between calls.
+    """vLLM's automatic prefix caching.
 
     Attributes:
         about: its versions, and tokens a block.
@@ -252,63 +248,20 @@ class VLLM(System):
 
     shares_within = True
 
-    def __init__(self, python: Path, dtype: torch.dtype, *, rows: int, length: int) -> None:
-        script = Path(__file__).with_name("vllm_prefix.py")
-        about = [models.path("smollm2"), str(dtype).removeprefix("torch.")]
-        self._process = subprocess.Popen(
-            [str(part) for part in (python, script, *about, length, rows, PAGE_SIZE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=vllm_environment(python),
-        )
-        self._reset = True
-        self.about: dict[str, Any] = self._answer()
+    def __init__(self, engine: VLLMEngine) -> None:
+        self._engine = engine
+        self.about = engine.about
 
     def forget(self) -> None:
         """Have the next call reset its cache."""
-        self._reset = True
+        self._engine.forget()
 
     def generate(self, ids: torch.Tensor, new: int) -> Served:
         """All rows at once; times are taken over there."""
-        answer = self.ask(ids.tolist(), new)
+        answer = self._engine.ask(ids.tolist(), new)
         computed = ids.numel() - answer["cached"]
         tokens = torch.tensor(answer["tokens"])
         return Served(answer["total_s"], answer["first_s"], computed, None, tokens)
-
-    def ask(self, prompts: list[list[int]], new: int | list[int]) -> Any:
-        """Prompts of any lengths at once; the answer as it comes (`vllm_prefix`)."""
-        request = {"prompts": prompts, "new": new, "reset": self._reset}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        self._reset = False
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"vLLM ended with exit status {self._process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End its process."""
-        self._process.communicate()
-
-
-def vllm_environment(python: Path) -> dict[str, str]:
-    """This environment without our paths; with Intel's OpenMP where vLLM's has it, as vLLM advises
-    for CPUs, its threads asleep when there is nothing to do.
-    """
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    variables["KMP_BLOCKTIME"] = "1"
-    openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
-    if openmp.exists():
-        before = variables.get("LD_PRELOAD", "")
-        variables["LD_PRELOAD"] = ":".join(path for path in (str(openmp), before) if path)
-    return variables
 
 
 def open_systems(
@@ -333,6 +286,7 @@ def open_systems(
         stack.callback(made["continuous"].forget)
     if "vllm" in names and vllm is not None:
         with phase("starting vLLM, which may compile for a minute"):
-            made["vllm"] = engine = VLLM(vllm, work.dtype, **sizes)
+            engine = VLLMEngine(vllm, work.dtype, **sizes)
         stack.callback(engine.close)
+        made["vllm"] = VLLM(engine)
     return made, plain

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import common, cpu_decode, generate, host, prefix, serving
+from benchmarks import common, cpu_decode, generate, host, prefix
 from benchmarks.systems import SYSTEMS
 
 
@@ -61,18 +61,6 @@ def test_prefix_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
     assert cases["dynamic"]["kv_bytes"] == document["shared"]["kv_bytes_dense"]
     assert document["chat"]["dynamic"]["computed_tokens"] == [10, 26]
     assert document["chat"]["copied"]["computed_tokens"] == [10, 11]
-
-
-def test_serving_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
-    systems = ["kvpaged", "generate"]
-    serving.main(["--quick", "--rounds", "1", "--systems", *systems, "--out", str(tmp_path)])
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document == json.loads((tmp_path / "serving.json").read_text())
-    assert list(document["works"]) == ["batch 1", "batch 3", "spread", "shared"]
-    for entry in document["works"].values():
-        assert set(entry["kvpaged"]["over"]) == {"generate"}
-        if document["dtype"] == "float32":
-            assert entry["kvpaged"]["same_tokens_as_generate"] == 1
 
 
 def test_host_runs_tiny_and_ends_with_its_document(tmp_path, capsys):

@@ -32,6 +32,10 @@ def test_importing_kvpaged_loads_no_optional_dependency(statement):
     assert not loaded & {"transformers", "triton", "gguf", "safetensors", "matplotlib"}
 
 
+def test_the_command_line_loads_no_optional_dependency_either():
+    assert not loaded_by("import kvpaged.cli") & {"transformers", "triton", "gguf", "matplotlib"}
+
+
 def test_importing_kvpaged_testing_models_loads_no_transformers():
     assert not loaded_by("import kvpaged.testing.models") & {"transformers", "gguf"}
 

@@ -1,8 +1,8 @@
-"""vLLM as benchmarks.prefix drives it: requests as JSON lines on stdin, answers on stdout.
+"""vLLM as benchmarks drive it: requests as JSON lines on stdin, answers on stdout.
 
-Run by an interpreter that has vLLM, and nothing of this tree:
+Run by its path, by an interpreter that has vLLM, and nothing of kvpaged (`vllm_engine` does it):
 
-    python vllm_prefix.py MODEL DTYPE LENGTH ROWS BLOCK
+    python vllm_runner.py MODEL DTYPE LENGTH ROWS BLOCK
 
 A request is `{"prompts": [[ids]], "new": n, "reset": true}` (`n`: a number, or one each): greedy,
 without an end of sequence, with an empty prefix cache if `reset`. The answer to it is one line:
@@ -22,10 +22,9 @@ MEMORY_GIB = 4
 
 
 def make_engine(folder: str, dtype: str, length: int, rows: int, block: int) -> Any:
-    """vLLM's engine in this process, on all cores, with automatic prefix caching."""
+    """vLLM's engine in this process, with automatic prefix caching."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its loop runs in `serve`
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(MEMORY_GIB))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     llm = import_module("vllm").LLM(
@@ -83,6 +82,8 @@ def main(answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
+    # Modules beside this file are not what anything here means by their names.
+    sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)]
     # vLLM logs to stdout: that goes to stderr, and answers keep what was stdout.
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

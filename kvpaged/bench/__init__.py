@@ -1,0 +1,1 @@
+"""The serving benchmark, run by `kvpaged bench`, and what all benchmarks share."""
