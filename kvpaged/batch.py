@@ -27,6 +27,8 @@ from kvpaged.tokens import Ids as TokenIds
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan
 
+_NONE: Ints = np.empty(0, np.int64)
+
 
 class Batch(Sequences):
     """Sequences (rows) in the pages of a cache.
@@ -48,6 +50,7 @@ class Batch(Sequences):
         lengths: tokens of each row, int64 `[rows]`.
         logs: their ids, as far as known.
         private: why nothing more of it goes into the prefix index, or `None`.
+        filled: int64, rows whose last page the last step filled, if it gave each row one token.
     """
 
     def __init__(
@@ -61,10 +64,9 @@ class Batch(Sequences):
         self._plans: list[DecodePlan | None] = [None] * len(self._groups)
         self._loose = False  # pages past the rows' ends are held
         self._begun: Ints | None = None  # counts of a step that has not been committed
-        # A committed step of one token a row, and which of its rows ended at a page's end: as long
-        # as nothing but publishing has happened since.
+        # A committed step of one token a row, as long as nothing but publishing has happened since.
         self._last: Step | None = None
-        self._full: Ints = np.empty(0, np.int64)
+        self.filled: Ints = _NONE
         self._stages = {group.device: Stage(group.device) for group in cache.groups}
 
     def transfers(self) -> int:
@@ -185,7 +187,7 @@ class Batch(Sequences):
             OutOfPagesError: the pool has not enough pages; nothing changed.
         """
         self.check_open()
-        last, full, cache = self._last, self._full, self._cache
+        last, full, cache = self._last, self.filled, self._cache
         if last is None or self._odd or self._loose or self._begun is not None:
             return None
         if len(full):
@@ -286,16 +288,17 @@ class Batch(Sequences):
             self._plans = [group.decode_plan for group in step.groups]
         self.lengths = after
         self._last = step if step.decode else None
+        self.filled = _NONE
         for row, log in enumerate(self.logs if ids is not None else ()):
             if ids is not None and step.counts[row]:
                 log.extend(ids[row])
         if step.decode:
-            self._full = step.at_page_end(after, self._cache.config.page_size)
-            if not len(self._full):
+            self.filled = step.at_page_end(after, self._cache.config.page_size)
+            if not len(self.filled):
                 return
         with self._cache.lock:
             if step.decode:
-                sealed = [rows.seal_last(self._full, after) for rows in self._groups]
+                sealed = [rows.seal_last(self.filled, after) for rows in self._groups]
             else:
                 sealed = [rows.mark_sealed(before, after) for rows in self._groups]
             self._cache.counters.sealed += sum(len(ids) for ids in sealed)

@@ -129,30 +129,52 @@ class Sequences:
         """Put full pages whose tokens are known into the prefix index, give up pages that are there
         already for theirs, and give back what has left a window.
         """
+        self.enter_pages(self.due())
+        self.leave_windows()
+
+    def due(self) -> list[tuple[int, int]]:
+        """Rows with full pages that are to go into the prefix index, and how many full pages each
+        has; those may be entered later too, for the namespace has just been looked at.
+        """
         full = self.lengths // self._cache.config.page_size
-        due = np.flatnonzero(full > self.settled).tolist()
-        if not due and all(group.window is None for group in self._groups):
-            return
-        if due and not self._cache.closed and not self._cache.is_identity(self._identity):
+        rows = np.flatnonzero(full > self.settled)
+        if not len(rows) or self._cache.closed:
+            return []
+        if not self._cache.is_identity(self._identity):
             self.keep_private("the model or the namespace has changed since it began")
-            due = []
+            return []
+        return list(zip(rows.tolist(), full[rows].tolist(), strict=True))
+
+    def enter_pages(self, due: Sequence[tuple[int, int]]) -> None:
+        """Put pages into the prefix index: of each row those before the page named."""
+        if not due:
+            return
         with self._cache.lock:
             if self._cache.closed:
                 return
-            for row in due:
-                self._publish_row(row, int(full[row]))
-            for group in self._groups:
-                group.leave_window(self.lengths, self.settled)
+            for row, full in due:
+                self._publish_row(row, full)
+
+    def leave_windows(self) -> None:
+        """Give back pages that no later query sees."""
+        if all(group.window is None for group in self._groups):
+            return
+        with self._cache.lock:
+            if not self._cache.closed:
+                for group in self._groups:
+                    group.leave_window(self.lengths, self.settled)
 
     def _publish_row(self, row: int, full: int) -> None:
-        trail, ids = self._trails[row], self._known_ids(row)
+        size, begun = self._cache.config.page_size, int(self.settled[row])
+        trail, ids = self._trails[row], self._known_ids(row, begun * size)
         if trail is None or ids is None:
             self.private = self.private or "a forward pass came without token ids, or out of place"
             self._lose_trail(row)
             return
-        size = self._cache.config.page_size
-        for place in range(int(self.settled[row]), min(full, len(ids) // size)):
-            tokens = encode_tokens(ids[place * size : (place + 1) * size])
+        full = min(full, int(self.lengths[row]) // size, begun + len(ids) // size)
+        for place in range(begun, full):
+            start = (place - begun) * size
+            tokens = encode_tokens(ids[start : start + size])
             pages = [group.page_at(row, place) for group in self._groups]
             node = self._cache.index.enter(trail, tokens, pages)
             if node is None:
@@ -163,9 +185,10 @@ class Sequences:
                     group.swap(row, place, theirs)
             self.settled[row] = place + 1
 
-    def _known_ids(self, row: int) -> TokenIds | None:
-        """A row's token ids, or `None` if some are not known."""
-        return self.logs[row].ids
+    def _known_ids(self, row: int, start: int) -> TokenIds | None:
+        """A row's token ids from place `start` on, or `None` if some are not known."""
+        ids = self.logs[row].ids
+        return None if ids is None else ids[start:]
 
     def is_current(self) -> bool:
         """Whether what makes its pages valid is as it was when it began."""

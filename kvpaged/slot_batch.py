@@ -22,6 +22,8 @@ class SlotBatch(Batch):
         tokens: int32 `[slots, width]`, the ids of each row, as far as known: its user writes those
             it generates, and makes room for them by `widen`.
         known: int64 `[slots]`, how many of them.
+        coming: int64 `[slots]`, how many of those have been chosen and not yet read: their place
+            in `tokens` holds anything.
     """
 
     def __init__(self, cache: CacheBooks, slots: int) -> None:
@@ -29,6 +31,7 @@ class SlotBatch(Batch):
         self.private = cache.private
         self.tokens: npt.NDArray[np.int32] = np.zeros((slots, 256), np.int32)
         self.known: Ints = np.zeros(slots, np.int64)
+        self.coming: Ints = np.zeros(slots, np.int64)
 
     def widen(self, width: int) -> None:
         """Make room for rows of `width` tokens."""
@@ -81,7 +84,7 @@ class SlotBatch(Batch):
         self._last, self._plans = None, [None] * len(self._groups)
         self._trails[slot] = None
         self.settled[slot] = NEVER
-        self.lengths[slot] = self.known[slot] = 0
+        self.lengths[slot] = self.known[slot] = self.coming[slot] = 0
         self.logs[slot] = TokenLog()
 
     def fork(self, source: int, target: int) -> None:
@@ -116,5 +119,9 @@ class SlotBatch(Batch):
         """For each layer group, int64 `[slots]`: the pages each row holds."""
         return [group.table.count - group.table.first for group in self._groups]
 
-    def _known_ids(self, row: int) -> Ids | None:
-        return self.tokens[row, : self.known[row]].astype(np.int64)
+    def ids(self, slot: int, start: int = 0) -> Ids:
+        """A row's token ids from place `start` on, as far as they have been read: int64, a copy."""
+        return self.tokens[slot, start : self.known[slot] - self.coming[slot]].astype(np.int64)
+
+    def _known_ids(self, row: int, start: int) -> Ids | None:
+        return self.ids(row, start)

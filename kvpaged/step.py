@@ -117,7 +117,8 @@ class Step:
         """Of a step of one token a row: the rows whose last page is full at these lengths."""
         if self.order is None:
             return np.flatnonzero(lengths % page_size == 0)
-        return self.order[lengths[self.order] % page_size == 0]
+        rows: Ints = self.order[lengths[self.order] % page_size == 0]
+        return rows
 
 
 def make_step(

@@ -33,6 +33,7 @@ FLOORS = {
     "kvpaged.cache": 6,
     "kvpaged.books": 6,
     "kvpaged.batch": 6,
+    "kvpaged.sequences": 6,
     "kvpaged.group_rows": 6,
     "kvpaged.token_batch": 6,
     "kvpaged.slot_batch": 6,

@@ -11,22 +11,21 @@ from torch import Tensor
 
 from kvpaged.errors import OutOfPagesError
 from kvpaged.generate import scheduler
-from kvpaged.generate.drafts import accept_drafts, write_drafts
+from kvpaged.generate.flight import Flight
+from kvpaged.generate.landing import Landing
 from kvpaged.generate.pages import PageNeeds
 from kvpaged.generate.params import FinishReason
-from kvpaged.generate.replies import end_reply, tell
+from kvpaged.generate.publisher import Publisher
+from kvpaged.generate.replies import end_reply
 from kvpaged.generate.requests import Line, Reply, Request
 from kvpaged.generate.rows import Rows
-from kvpaged.generate.sampling import StepSampler
-from kvpaged.generate.scheduler import StepPlan
+from kvpaged.generate.sampling import Choice, Picked, StepSampler
+from kvpaged.generate.stepping import Made, StepMaker
 from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
-from kvpaged.step import Ints, Step
+from kvpaged.step import Step
 
 log = logging.getLogger("kvpaged.generate")
-
-PUBLISH_EVERY = 16
-"""Steps after which full pages of replies go into the prefix index; prompts go at once."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Ids and positions, int64 `[tokens]`, and the tokens whose logits are wanted, int64 `[n]`, to
@@ -61,8 +60,11 @@ class Engine:
     Invariants, between steps:
       1. A row is taken exactly if a reply has it or it is kept for one (`Reply.siblings`).
       2. A running row's tokens before `batch.lengths` are in pages, those up to `batch.known` wait
-         to be computed: one of a reply, more of a prompt.
+         to be computed: one of a reply, more of a prompt. Of a reply the last may be on its way.
       3. Every request not ended is in the line, or in rows, whole.
+
+    Looking ahead, a step is launched before the tokens of the one before have been read: they go
+    into it on the device. A row whose reply turns out to have ended has taken part for nothing.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Engine:
         budget: int,
         chunk: int,
         eos: Sequence[int],
+        lookahead: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """
@@ -84,6 +87,8 @@ class Engine:
             budget: tokens of a step.
             chunk: the most tokens of one prompt in a step.
             eos: the model's end-of-sequence tokens.
+            lookahead: launch a step before the tokens of the one before have been read, where
+                nothing on the host needs them.
             clock: seconds.
         """
         self.batch = batch
@@ -91,16 +96,21 @@ class Engine:
         self.needs = needs
         self.budget, self.chunk = budget, chunk
         self.eos = tuple(eos)
+        self.lookahead = lookahead
         self.clock = clock
         self.rows = Rows(batch.rows)
         self.sampler = StepSampler(batch, self.rows)
         self.line: list[Line] = []
         self.stats = EngineStats()
         self._look = True  # something has changed for those who wait
-        self._since_publish = 0
         self._deadline = np.inf  # no request ends before it
-        self._nothing: Ints = np.zeros(batch.rows, np.int64)
-        self._steady: tuple[StepPlan, Ints] | None = None  # the plan of steps of replies alone
+        self._maker = StepMaker(batch, self.rows, self.sampler, budget, chunk)
+        self._flight: Flight | None = None
+        self._publisher = Publisher(batch)
+        self._landing = Landing(
+            batch, self.rows, self.sampler,
+            end=self._end, before_end=self._publisher.publish, clock=clock,
+        )  # fmt: skip
 
     # -- coming and going --------------------------------------------------------------------------
 
@@ -147,17 +157,18 @@ class Engine:
         siblings, reply.siblings = reply.siblings, []
         ids = reply.ids
         if (slot := reply.slot) is not None:
-            ids = self.batch.tokens[slot, : self.batch.known[slot]].astype(np.int64)
+            ids = self.batch.ids(slot)
             self._vacate(slot)
         reply.slot = None
         for sibling, kept in siblings:
             self.rows.leave(kept)
-            self._steady = None
+            self._maker.change()
             end_reply(sibling, sibling.ids, reason, error, self.clock())
         end_reply(reply, ids, reason, error, self.clock())
 
     def _vacate(self, slot: int) -> None:
-        self._steady = None
+        self._maker.change()
+        self._publisher.forget(slot)
         self.batch.vacate(slot)
         self.rows.leave(slot)
         self._look = True
@@ -167,6 +178,7 @@ class Engine:
         is one.
         """
         self.batch.drop_step()
+        self._flight = None
         for request in {line.reply.request for line in self.line} | {
             reply.request for reply in self.rows.replies if reply is not None
         }:
@@ -237,7 +249,7 @@ class Engine:
         """Let a reply run in the first of `slots`; the others are kept for its siblings."""
         reply: Reply = line.reply
         slot = slots[0]
-        self._steady = None
+        self._maker.change()
         found = self.batch.admit(slot, reply.ids, trail, salt=reply.request.salt)
         self._enter(reply, slot)
         self.rows.prefilling[slot] = True
@@ -261,16 +273,22 @@ class Engine:
     # -- a step ------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Admit, compute one step, hand out what came of it; false if there was nothing to do."""
+        """Admit, launch one step, hand out what came of it, or of the one before; false if there
+        was nothing to do.
+        """
         start = self.clock()
         self._expire()
         self._admit()
-        step = self._make_step()
-        if step is None:
+        if self._flight is not None and not self._may_look_ahead():
+            self._land()
+        made = self._make_step()
+        if made is None:
+            self._land()
             return not self.idle
+        step, choice, ids = made
         middle = self.clock()
         try:
-            picked = self._compute(step)
+            picked = self._compute(step, choice, ids)
         except Exception as error:
             self._fail(step, error)
             return True
@@ -278,43 +296,31 @@ class Engine:
         self.stats.steps += 1
         self.stats.tokens += step.total
         self.batch.commit()
-        self._take(step, picked)
-        self._publish()
+        before, self._flight = self._flight, self._launched(choice, picked)
+        if before is not None:
+            self._land(before)
+        if not self._may_look_ahead():
+            self._land()
+        self._publisher.after_step()
         self.stats.device_s += end - middle
         self.stats.host_s += self.clock() - end + middle - start
         return True
 
-    def _make_step(self) -> Step | None:
-        """The next step, begun; rows are set back until its pages are there."""
-        batch, rows = self.batch, self.rows
+    def _may_look_ahead(self) -> bool:
+        """Whether nothing on the host needs the tokens of the step before."""
+        counted = self.rows.counted
+        return self.lookahead and not (counted["lookup"] or counted["processors"])
+
+    def _make_step(self) -> Made | None:
+        """The next step; rows are set back until its pages are there."""
         while True:
-            drafts = write_drafts(batch, rows) if rows.counted["lookup"] else self._nothing
-            steady = not (rows.counted["prefilling"] or rows.counted["lookup"])
-            if not steady or self._steady is None:
-                plan = scheduler.plan_step(
-                    done=batch.lengths, known=batch.known, drafts=drafts,
-                    prefilling=rows.prefilling, rank=rows.rank, budget=self.budget,
-                    chunk=self.chunk,
-                )  # fmt: skip
-                if not len(plan.order):
-                    return None
-                counts = np.zeros(batch.rows, np.int64)
-                counts[plan.order] = plan.counts
-                singles = int(plan.counts.max()) == 1
-                self._steady = (plan, counts) if steady and singles else None
-            else:
-                (plan, counts), singles = self._steady, True
-            if singles:
-                ids = batch.tokens[plan.order, batch.lengths[plan.order]]
-            else:
-                ends = np.cumsum(plan.counts)
-                base = np.repeat(batch.lengths[plan.order] - ends + plan.counts, plan.counts)
-                ids = batch.tokens[np.repeat(plan.order, plan.counts), base + np.arange(ends[-1])]
-            picks = self.sampler.choose(plan.order, plan.counts, drafts)
             try:
-                return batch.begin(counts, ids, order=plan.order, more=picks)
+                return self._maker.make(self._flight)
             except OutOfPagesError as error:
-                self._set_back(error)
+                if self._flight is not None:
+                    self._land()  # who has ended gives pages back
+                else:
+                    self._set_back(error)
 
     def _set_back(self, error: OutOfPagesError) -> None:
         """Make room: the last in the line of those that run goes back to the line, to be computed
@@ -328,15 +334,15 @@ class Engine:
         if len(running) == 1 and length % size:
             # Its last page may be one that others wrote: it takes another instead of a copy.
             self.batch.rewind(slot, length - length % size)
-            self._steady = None
+            self._maker.change()
             return
         if len(running) == 1:
             self._end(reply, "error", error)
             return
-        self.batch.publish()
+        self._publisher.publish()
         self.stats.preemptions += 1
         reply.completion.preemptions += 1
-        reply.ids = self.batch.tokens[slot, : self.batch.known[slot]].astype(np.int64)
+        reply.ids = self.batch.ids(slot)
         others = [sibling for sibling, _ in reply.siblings]
         for _, kept in reply.siblings:
             self.rows.leave(kept)
@@ -347,20 +353,22 @@ class Engine:
         self._queue(reply, others)
         self._look = False  # until somebody ends or a prompt is done: else it comes and goes
 
-    def _compute(self, step: Step) -> Tensor:
+    def _compute(self, step: Step, choice: Choice, ids: Tensor) -> Picked:
         """One forward pass, and the tokens chosen from it."""
         if not self.batch.watch():
             self.batch.keep_private("the model has changed since it began")
-        take = self.sampler.take
-        logits = self.forward(step.tokens.long(), step.positions.long(), step.more[: len(take)])
-        if not len(take):
-            return logits.new_empty(0, dtype=torch.int64)
-        return self.sampler.pick(step, logits)
+        count = len(choice.take)
+        logits = self.forward(ids, step.positions.long(), step.more[:count])
+        if not count:
+            return Picked(logits.new_empty(0, dtype=torch.int64), None, choice.slots, [])
+        return self.sampler.pick(choice, step, logits)
 
     def _fail(self, step: Step, error: Exception) -> None:
         """A pass failed: what took part in it ends, the rest goes on."""
         log.warning("a step of %d tokens failed: %s", step.total, error)
         self.batch.drop_step()
+        self._maker.change()
+        self._land()
         slots = np.flatnonzero(step.counts) if step.order is None else step.order
         for slot in slots.tolist():
             if (reply := self.rows.replies[slot]) is not None:
@@ -368,58 +376,34 @@ class Engine:
 
     # -- what came of it ---------------------------------------------------------------------------
 
-    def _take(self, step: Step, picked: Tensor) -> None:
-        """Enter the chosen tokens, find out who has ended, tell those who listen."""
-        rows, batch, sampler = self.rows, self.batch, self.sampler
-        done = self._nothing
+    def _launched(self, choice: Choice, picked: Picked) -> Flight:
+        """A step has been launched and committed: prompts that end with it, tokens that come."""
+        rows, batch = self.rows, self.batch
         if rows.counted["prefilling"]:
             done = rows.prefilling & (batch.lengths == batch.known)
-        if done.any():
-            rows.prefilling[done] = False
-            rows.recount()
-            self._look = True
-            self._since_publish = PUBLISH_EVERY
-            for slot in np.flatnonzero(done).tolist():
-                self._branch(slot)
-        if not len(sampler.take):
-            return
-        tokens = picked.numpy() if picked.device.type == "cpu" else picked.cpu().numpy()
-        slots = sampler.slots
-        if sampler.drafted:
-            slots, tokens = accept_drafts(batch, rows, sampler.drafts, slots, tokens)
-        known = batch.known[slots]
-        batch.tokens[slots, known] = tokens
-        known += 1
-        batch.known[slots] = known
-        self.stats.generated += len(slots)
-        stop = (rows.stops[slots] == tokens[:, None]).any(1)
-        over = known >= rows.limit[slots]
-        for slot, error in sampler.errors:
-            if (reply := rows.replies[slot]) is not None:
-                batch.known[slot] -= 1  # the token stands for one that could not be chosen
-                self._end(reply, "error", error)
-        if rows.counted["first"]:
-            self._note_first(slots[rows.first[slots]])
-        talks = np.flatnonzero(rows.talks[slots]).tolist() if rows.counted["talks"] else ()
-        for place in talks:
-            reply = rows.replies[int(slots[place])]
-            last = bool(stop[place] or over[place])
-            if reply is not None and tell(reply, int(tokens[place]), last=last):
-                stop[place] = True
-        ended = np.flatnonzero(stop | over).tolist()
-        if ended:
-            self.batch.publish()
-        for place in ended:
-            if (reply := rows.replies[int(slots[place])]) is not None:
-                self._end(reply, "stop" if stop[place] else "length")
+            if done.any():
+                rows.prefilling[done] = False
+                rows.recount()
+                for slot in np.flatnonzero(done).tolist():
+                    self._branch(slot)
+                self._publisher.publish()
+                self._look = True
+        flight = Flight.launched(choice, picked, rows)
+        if choice.drafts is None and len(choice.slots):
+            flight.ends = batch.known[choice.index] + 1
+            batch.known[choice.index] = flight.ends
+            batch.coming[choice.index] += 1
+        self._maker.launched(picked.tokens)
+        return flight
 
-    def _note_first(self, slots: Ints) -> None:
-        now = self.clock()
-        for slot in slots.tolist():
-            if (reply := self.rows.replies[slot]) is not None:
-                reply.completion.first_token_s = now - reply.request.submitted
-        self.rows.first[slots] = False
-        self.rows.recount()
+    def _land(self, flight: Flight | None = None) -> None:
+        """Read the tokens of a step: of the one under way, if no other."""
+        if flight is None:
+            flight, self._flight = self._flight, None
+        if flight is not None:
+            self.stats.generated += self._landing.land(flight)
+            if not self.rows.taken.any():
+                self._flight = None  # all that it could give is for nobody
 
     def _branch(self, slot: int) -> None:
         """A prompt is computed: its other replies begin from it."""
@@ -428,16 +412,9 @@ class Engine:
         for sibling, kept in reply.siblings:
             self.batch.fork(slot, kept)
             self.rows.replies[kept] = sibling
-            self._steady = None
+            self._maker.change()
             self.sampler.copy(slot, kept)
         reply.siblings = []
-
-    def _publish(self) -> None:
-        """Others may have what is full by now: prompts at once, replies now and then."""
-        self._since_publish += 1
-        if self._since_publish >= PUBLISH_EVERY:
-            self._since_publish = 0
-            self.batch.publish()
 
     def check(self) -> None:
         """Raise `UsageError` unless it can take requests."""

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvpaged.cache import PagedKVCache
@@ -19,6 +18,7 @@ from kvpaged.generate.engine import Engine, EngineStats
 from kvpaged.generate.interrupts import held_interrupts
 from kvpaged.generate.pages import PageNeeds
 from kvpaged.generate.params import Completion, SamplingParams, TokenEvent
+from kvpaged.generate.prompts import Prompt, Prompts
 from kvpaged.generate.requests import Ints, Reply, Request
 from kvpaged.generate.scheduler import rank_of
 from kvpaged.generate.submission import Submission
@@ -26,10 +26,6 @@ from kvpaged.generate.text import TextTail
 from kvpaged.generate.turns import Turns
 from kvpaged.keys import Salt
 from kvpaged.slot_batch import SlotBatch
-
-Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
-"""A prompt: text, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
-
 
 REPLY_SEED = 0xD1342543DE82EF95
 """How far apart the seeds of a request's replies are: odd, so that no two meet."""
@@ -57,6 +53,7 @@ class Generator:
         chunk: int | None = None,
         compile: bool = False,
         pack_weights: bool = False,
+        lookahead: bool | None = None,
     ) -> None:
         """
         Args:
@@ -73,6 +70,10 @@ class Generator:
                 inductor's cache on disk has the kernels.
             pack_weights: on a CPU, keep a packed copy of the linear layers' weights, which products
                 are up to twice as fast with.
+            lookahead: launch each step before the tokens of the one before have been read (where no
+                logits processor or prompt lookup needs them), so that the device does not wait for
+                the host; a reply that ends has then taken part in one step more. `None`: not on a
+                CPU.
 
         Raises:
             UsageError: the cache is of another model, or a number is out of range.
@@ -103,11 +104,12 @@ class Generator:
             self._batch.close()
             self._packed.release()
             raise
-        self._vocabulary = int(inner.get_input_embeddings().weight.shape[0])
-        self._regimes = preparation.lengths
+        vocabulary = int(inner.get_input_embeddings().weight.shape[0])
+        self._prompts = Prompts(tokenizer, vocabulary, preparation.lengths)
         self._engine = Engine(
             self._batch, self._packed, PageNeeds(cache),
             budget=budget, chunk=chunk, eos=_eos(inner),
+            lookahead=not on_cpu if lookahead is None else lookahead,
         )  # fmt: skip
         self._numbers = itertools.count()
         self._numbering = threading.Lock()
@@ -328,8 +330,8 @@ class Generator:
         problem: Exception | None = None
         ids: Ints = np.zeros(1, np.int64)
         try:
-            ids = self._encode(prompt)
-            self._check(ids, params)
+            ids = self._prompts.ids(prompt)
+            self._prompts.check(ids, params)
         except Exception as error:
             problem = error
         seed = secrets.randbits(62) if params.seed is None else params.seed
@@ -357,50 +359,6 @@ class Generator:
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
-
-    def _encode(self, prompt: Prompt) -> Ints:
-        """Token ids of a prompt.
-
-        Raises:
-            UsageError: it is no prompt, or needs a tokenizer.
-        """
-        if isinstance(prompt, Tensor):
-            return prompt.detach().to("cpu", torch.int64).numpy()
-        messages = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
-        if not isinstance(prompt, str) and not messages:
-            return np.asarray(prompt)
-        if self.tokenizer is None:
-            raise UsageError("prompts of text need Generator(..., tokenizer=...)")
-        if isinstance(prompt, str):
-            return np.asarray(self.tokenizer(prompt)["input_ids"], np.int64)
-        text = self.tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True
-        )
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return np.asarray(ids, np.int64)
-
-    def _check(self, ids: Ints, params: SamplingParams) -> None:
-        """Raise `UsageError` unless these ids can be a prompt with these params."""
-        if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-            raise UsageError(
-                f"a prompt is a flat, non-empty sequence of token ids, got shape {ids.shape} of "
-                f"{ids.dtype}"
-            )
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise UsageError(
-                f"token ids lie in 0..{self._vocabulary - 1}, got {int(ids.min())} to "
-                f"{int(ids.max())}"
-            )
-        if params.stop and self.tokenizer is None:
-            raise UsageError("stop texts need Generator(..., tokenizer=...)")
-        longest = len(ids) + params.max_new_tokens
-        regime = self._regimes.regime(longest)
-        if regime is None or regime != self._regimes.regime(1):
-            raise UsageError(
-                f"a prompt of {len(ids)} and {params.max_new_tokens} new tokens reaches lengths at "
-                "which the model's rotary embedding has other angles for all tokens of a pass: "
-                "not served in a batch"
-            )
 
 
 def _eos(model: Any) -> tuple[int, ...]:

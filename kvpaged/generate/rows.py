@@ -29,6 +29,7 @@ class Rows:
         filters, processors, logprobs: rows that draw from some tokens only; that have processors;
             -1 or the log-probabilities wanted.
         talks, first: rows about whose tokens an object has to be told; that have none yet.
+        epoch: int64, grows when a reply enters or leaves; `changes`: how often any has.
         counted: how many rows there are of a kind that a step has to look for (`COUNTED`).
     """
 
@@ -53,6 +54,8 @@ class Rows:
         self.logprobs = np.full(rows, NONE, np.int64)
         self.talks = np.zeros(rows, bool)
         self.first = np.zeros(rows, bool)
+        self.epoch = np.zeros(rows, np.int64)
+        self.changes = 0
         self.counted = dict.fromkeys(COUNTED, 0)
 
     def free(self) -> list[int]:
@@ -68,6 +71,7 @@ class Rows:
         """Write down what a reply wants, for its row."""
         request, params = reply.request, reply.request.params
         self.replies[slot] = reply
+        self._change(slot)
         self.taken[slot] = True
         self.rank[slot] = request.rank
         self.prompt[slot] = len(request.prompt)
@@ -95,12 +99,17 @@ class Rows:
     def leave(self, slot: int) -> None:
         """Nobody has the row any more."""
         self.replies[slot] = None
+        self._change(slot)
         self.taken[slot] = self.prefilling[slot] = self.talks[slot] = False
         self.deadline[slot] = np.inf
         self.lookup[slot] = self.temperature[slot] = 0
         self.first[slot] = self.processors[slot] = False
         self.logprobs[slot] = NONE
         self.recount()
+
+    def _change(self, slot: int) -> None:
+        self.epoch[slot] += 1
+        self.changes += 1
 
     def recount(self) -> None:
         """Rows have come, gone, or changed their kind."""

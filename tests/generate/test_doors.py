@@ -259,7 +259,7 @@ def test_submissions_hear_of_a_failing_loop(model, monkeypatch):
         def broken(*_):
             raise RuntimeError("a failing loop")
 
-        monkeypatch.setattr(generator._engine, "_take", broken)
+        monkeypatch.setattr(generator._engine, "_land", broken)
         (completion,) = generator.submit([5, 6, 7], max_new_tokens=5).result(60)
         assert str(completion.error) == "a failing loop"
         monkeypatch.undo()
