@@ -15,7 +15,7 @@ from torch import Tensor
 from kvpaged.cache import PagedKVCache
 from kvpaged.errors import UsageError
 from kvpaged.generate.engine import Engine, EngineStats
-from kvpaged.generate.interrupts import held_interrupts
+from kvpaged.generate.interrupts import close_at_exit, held_interrupts
 from kvpaged.generate.pages import PageNeeds
 from kvpaged.generate.params import Completion, SamplingParams, TokenEvent
 from kvpaged.generate.prompts import Prompt, Prompts
@@ -224,6 +224,7 @@ class Generator:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="kvpaged", daemon=True)
                 self._thread.start()
+                close_at_exit(self)
         return submission
 
     # -- looking after itself ----------------------------------------------------------------------

@@ -1,10 +1,13 @@
-"""Ctrl-C while books are being kept: it waits until they are whole again."""
+"""Ctrl-C while books are kept waits until they are whole; at the end, what is open is closed."""
 
+import atexit
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 
 @contextmanager
@@ -31,3 +34,23 @@ def held_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if seen:
         raise KeyboardInterrupt
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+_OPEN: "weakref.WeakSet[_Closes]" = weakref.WeakSet()
+
+
+def close_at_exit(what: _Closes) -> None:
+    """Close it before the interpreter ends, if it is still there: a thread that is killed in the
+    midst of a step takes the process with it (SIGABRT).
+    """
+    _OPEN.add(what)
+
+
+@atexit.register
+def _close_all() -> None:
+    for each in list(_OPEN):
+        each.close()

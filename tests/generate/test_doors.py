@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import common
 from kvpaged import Completion, Generator, PagedKVCache, SamplingParams
 from tests.generate.asked import alone, mixed, params_of
 
@@ -182,7 +184,7 @@ def test_an_event_loop_that_is_gone_harms_nobody(model):
         loop = asyncio.new_event_loop()
         submission = generator.submit([5, 6], max_new_tokens=200)
         events = aiter(submission)
-        loop.run_until_complete(anext(events))  # type: ignore[arg-type]
+        loop.run_until_complete(anext(events))
         waits = loop.create_task(wait(submission))
         loop.run_until_complete(asyncio.sleep(0))
         waits.cancel()
@@ -190,6 +192,25 @@ def test_an_event_loop_that_is_gone_harms_nobody(model):
         loop.close()
         assert len(generator.generate([[7, 8]], max_new_tokens=250)[0].tokens) == 250
         assert len(submission.result(60)[0].tokens) == 200
+
+
+LEFT_OPEN = """
+from kvpaged import Generator, PagedKVCache
+from tests.hf.tiny import tiny
+
+model = tiny(hidden_size=1024, intermediate_size=4096)
+generator = Generator(model, PagedKVCache.for_model(model, "100MiB", page_size=16))
+submissions = [generator.submit([5, 6, i], max_new_tokens=2000) for i in range(16)]
+next(iter(generator.stream([[7]], max_new_tokens=5)))
+"""
+
+
+def test_a_program_may_end_while_something_is_open():
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN], check=False, capture_output=True, text=True,
+        cwd=common.ROOT, env=common.tree_env(),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture

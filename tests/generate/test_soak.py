@@ -130,10 +130,20 @@ class Round:
         try:
             yield
         except UsageError as error:
-            if not self.closing or "closed" not in str(error):
-                raise
-            self.count({"replies refused": sum(ask.params.n for ask in asks)})
-            self.stopped.set()
+            self.refused(error, *asks)
+
+    def refused(self, error: UsageError, *asks: Ask) -> None:
+        if not self.closing or "closed" not in str(error):
+            raise error
+        self.count({"replies refused": sum(ask.params.n for ask in asks)})
+        self.stopped.set()
+
+    def submit(self, ask: Ask) -> Submission | None:
+        try:
+            return self.generator.submit(ask.prompt, ask.params, **ask.options)
+        except UsageError as error:
+            self.refused(error, ask)
+            return None
 
     def count(self, more: dict[str, int]) -> None:
         with self.lock:
@@ -207,15 +217,13 @@ class Round:
     def submits(self, rng: random.Random) -> None:
         """Several at a time, some of them cancelled."""
         asks = [self.ask(rng, "submit") for _ in range(rng.randint(1, 8))]
-        open_: list[Submission] = []
-        for ask in asks:
-            with self.unless_closed(ask):
-                open_.append(self.generator.submit(ask.prompt, ask.params, **ask.options))
+        asked = [(ask, self.submit(ask)) for ask in asks]
+        open_ = [(ask, submission) for ask, submission in asked if submission is not None]
         gone = {number for number in range(len(open_)) if rng.random() < 0.3}
         for number in gone:
             time.sleep(rng.random() * 0.004)
-            open_[number].cancel()
-        for number, (ask, submission) in enumerate(zip(asks, open_, strict=False)):
+            open_[number][1].cancel()
+        for number, (ask, submission) in enumerate(open_):
             self.check(ask, submission.result(HANG_S), cancelled=number in gone)
 
     async def event_loop(self, rng: random.Random) -> None:
@@ -225,9 +233,7 @@ class Round:
     async def awaits(self, rng: random.Random) -> None:
         """Read, leave, cancel or wait for one request."""
         ask = self.ask(rng, "submit")
-        submission = None
-        with self.unless_closed(ask):
-            submission = self.generator.submit(ask.prompt, ask.params, **ask.options)
+        submission = self.submit(ask)
         if submission is None:
             return
         number = submission.of.number
