@@ -38,6 +38,11 @@ def encode_tokens(ids: npt.NDArray[np.integer]) -> bytes:
     return ids.astype(">u4").tobytes()
 
 
+def encode_known(ids: npt.NDArray[np.integer]) -> bytes:
+    """`encode_tokens` of ids that have been checked when they came."""
+    return ids.astype(">u4").tobytes()
+
+
 def encode_salt(salt: Salt) -> bytes | None:
     """A salt as bytes (`str`: UTF-8); `None` stays.
 

@@ -10,7 +10,7 @@ import torch
 
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
-from kvpaged.keys import encode_tokens
+from kvpaged.keys import TOKEN_BYTES, encode_known, encode_tokens
 from kvpaged.pages.allocator import Ids
 from kvpaged.pages.prefix import Match, Trail
 from kvpaged.step import Ints
@@ -172,9 +172,9 @@ class Sequences:
             self._lose_trail(row)
             return
         full = min(full, int(self.lengths[row]) // size, begun + len(ids) // size)
+        encoded, width = encode_known(ids[: (full - begun) * size]), size * TOKEN_BYTES
         for place in range(begun, full):
-            start = (place - begun) * size
-            tokens = encode_tokens(ids[start : start + size])
+            tokens = encoded[(place - begun) * width : (place - begun + 1) * width]
             pages = [group.page_at(row, place) for group in self._groups]
             node = self._cache.index.enter(trail, tokens, pages)
             if node is None:

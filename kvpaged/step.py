@@ -179,7 +179,7 @@ def make_step(
             entries = tables[i].entries
             if change:
                 places, values = next(extras), next(extras)
-                entries.view(-1)[places.long()] = values
+                entries.view(-1).index_copy_(0, places.long(), values)
             whole = GroupStep(
                 table=_table_of(entries, order, picked), lengths=lens, cu_q=cu,
                 positions=positions, owners=owners,
@@ -241,7 +241,7 @@ def next_step(
             table = before.table
             if change:
                 places, values = next(extras), next(extras)
-                entries.view(-1)[places.long()] = values
+                entries.view(-1).index_copy_(0, places.long(), values)
                 table = _table_of(entries, last.order, before.picked)
             steps[i] = GroupStep(
                 table=table, lengths=lengths, cu_q=before.cu_q, positions=before.lengths,

@@ -30,7 +30,6 @@ class Rows:
             -1 or the log-probabilities wanted.
         talks, first: rows about whose tokens an object has to be told; that have none yet.
         epoch: int64, grows when a reply enters or leaves; `changes`: how often any has.
-        counted: how many rows there are of a kind that a step has to look for (`COUNTED`).
     """
 
     def __init__(self, rows: int) -> None:
@@ -56,7 +55,8 @@ class Rows:
         self.first = np.zeros(rows, bool)
         self.epoch = np.zeros(rows, np.int64)
         self.changes = 0
-        self.counted = dict.fromkeys(COUNTED, 0)
+        self._counted = dict.fromkeys(COUNTED, 0)
+        self._stale = False
 
     def free(self) -> list[int]:
         """Rows nobody has."""
@@ -113,10 +113,18 @@ class Rows:
 
     def recount(self) -> None:
         """Rows have come, gone, or changed their kind."""
-        self.counted = {
-            name: int((getattr(self, name) > 0).sum()) for name in COUNTED if name != "logprobs"
-        }
-        self.counted["logprobs"] = int((self.logprobs >= 0).sum())
+        self._stale = True
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """How many rows there are of each kind that a step has to look for (`COUNTED`)."""
+        if self._stale:
+            self._stale = False
+            self._counted = {
+                name: int((getattr(self, name) > 0).sum()) for name in COUNTED if name != "logprobs"
+            }
+            self._counted["logprobs"] = int((self.logprobs >= 0).sum())
+        return self._counted
 
     def sampling(self, slots: Ints, nth: Ints) -> npt.NDArray[np.int32] | None:
         """What the device needs to draw the tokens of some rows, as int32 `[5 * rows]`: bits of

@@ -1,5 +1,6 @@
 """The pool: one budget of bytes on one device, holding pages of one or more classes."""
 
+import functools
 import mmap
 import os
 from collections.abc import Sequence
@@ -68,6 +69,21 @@ class PageClass:
         """Where `layer`'s K or V lies in `flat`."""
         pages = self.allocator.capacity
         return self.geometry.view(layer, kind, pages=pages, storage_bytes=self._storage_bytes)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[torch.Tensor, ...]:
+        """What a page consists of, whole: `[entries, pieces, elements]`, of K and of V where they
+        lie apart.
+        """
+        kinds: tuple[Kind, ...] = ("k", "v")
+        if self.geometry.layout == "page-major" or not self.geometry.v_width:
+            kinds = ("k",)
+        return tuple(self._pieces_of(kind) for kind in kinds)
+
+    def _pieces_of(self, kind: Kind) -> torch.Tensor:
+        pages = self.allocator.capacity
+        view = self.geometry.pieces(kind, pages=pages, storage_bytes=self._storage_bytes)
+        return self.flat.as_strided(view.size, view.stride, view.offset).squeeze(1)
 
     def _layer_pages(self, layer: int) -> LayerPages:
         k = self.view(layer, "k")
