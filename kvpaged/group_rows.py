@@ -146,7 +146,9 @@ class GroupRows:
     def clear(self, ids: Ids) -> None:
         """Zero pages of this batch that are to be partly filled, where `fill` would."""
         if self.backend == "cpu":
-            clear_pages(self.page_class, ids)
+            used = ids[self.page_class.allocator.generations[ids] > 0]  # a pool begins as zeros
+            if len(used):
+                clear_pages(self.page_class, used)
 
     def fill(self, growth: Growth, lengths: Ints, counts: Ints, *, tails: Flags | None) -> None:
         """Copy what is shared, and zero what a step leaves partly filled.
@@ -162,7 +164,7 @@ class GroupRows:
             return
         partly = [ids[-1] for row, ids in growth.new if (lengths[row] + counts[row]) % self._size]
         if partly:
-            clear_pages(self.page_class, np.array(partly, np.int32))
+            self.clear(np.array(partly, np.int32))
         if tails is not None:
             for row in self._rows_in_a_page(lengths, counts, tails).tolist():
                 place, slot = divmod(int(lengths[row]), self._size)

@@ -49,7 +49,8 @@ class PageAllocator:
       1. A page is in a free mask exactly if its frame is owned, its references are 0, it is not
           cached and it has no lease.
       2. `free_pages` is the number of bits in all masks.
-      3. A page's generation grows each time it becomes free, and never otherwise.
+      3. A page's generation grows each time it becomes free, and never otherwise: it is 0 as long
+         as nobody has held the page, nor its memory as a page of another class.
       4. `_cached` has exactly the pages in state CACHED; each is kept (`depths` above 0).
     """
 
@@ -389,6 +390,9 @@ class PageAllocator:
     def _adopt(self, frame: int) -> None:
         self._used[frame] = 0
         self.free_pages += self.pages_per_frame
+        if frame in self._frames.handed_over:
+            pages = slice(frame * self.pages_per_frame, (frame + 1) * self.pages_per_frame)
+            self.generations[pages] += 1
         first = frame * self._per_frame
         for extent in range(first, first + self._per_frame):
             self._masks[extent] = self._full_mask(extent)

@@ -108,6 +108,8 @@ class FrameBudget:
         self._free = list(range(frames))  # ascending, hence a heap
         self._owners: list[FrameOwner] = []
         self._time = 0
+        self.handed_over: set[int] = set()
+        """Frames that have had more than one owner."""
 
     def register(self, owner: FrameOwner) -> None:
         """Make `owner` one whose empty frames may be taken for another."""
@@ -119,6 +121,7 @@ class FrameBudget:
             return heapq.heappop(self._free)
         for other in self._owners:
             if other is not owner and (frame := other.surrender_frame()) is not None:
+                self.handed_over.add(frame)
                 return frame
         return None
 

@@ -305,9 +305,10 @@ class PrefixIndex:
             node = Node(before, before.region, tokens, before.region.page_key(before.key, tokens))
             node.pages = [None] * len(pages)
             before.add(node)
+        held = node.pages
         for group, page in enumerate(pages):
-            if page is not None and node.pages[group] is None:
-                node.pages[group] = page
+            if page is not None and held[group] is None:
+                held[group] = page
                 self._nodes[group][page] = node
                 self._allocators[group].keep(page, node.depth)
         trail.node = node

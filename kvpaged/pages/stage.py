@@ -36,7 +36,7 @@ class Stage:
             sent = self._send_pinned(joined)
         else:
             sent = torch.from_numpy(joined).to(self.device)
-        return list(sent.split(sizes))
+        return list(torch.split_with_sizes(sent, sizes))
 
     def _send_pinned(self, joined: npt.NDArray[np.int32]) -> Tensor:
         turn = self.transfers % 2
