@@ -94,7 +94,7 @@ def engine_times(rows: int, *, steps: int) -> dict[str, float]:
     batch = SlotBatch(cache, rows)
     logits = torch.zeros(rows, 8)
     engine = Engine(
-        batch, lambda ids, positions, take: logits[: len(take)], PageNeeds(cache),
+        batch, lambda ids, positions, take, every: logits[: len(take)], PageNeeds(cache),
         budget=10**6, chunk=10**6, eos=(7,),
     )  # fmt: skip
     rng = np.random.default_rng(0)

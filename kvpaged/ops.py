@@ -151,7 +151,8 @@ def append(
         pages: where to; mutated.
         k: `[tokens, kv_heads, k_width]`, last dimension contiguous, of the pages' dtype.
         v: `[tokens, kv_heads, v_width]`, or `None` exactly when the pages have no V.
-        slots: int64 `[tokens]`, `entry * page_size + slot`, distinct.
+        slots: int64 `[tokens]`, `entry * page_size + slot`, distinct; -1 (not on a CPU): the token
+            goes nowhere.
         backend: which implementation.
         spans: the same places as runs (CPU only; optional).
     """

@@ -78,6 +78,10 @@ class GroupStep:
             self._slots = entry.long() * self.page_size + self.positions % self.page_size
         return self._slots
 
+    def skip_empty_rows(self) -> None:
+        """Of a step of one token a row: what rows of length 0 have goes nowhere (slot -1)."""
+        self._slots = torch.where(self.lengths > 0, self.slots, -1)
+
 
 @dataclass(slots=True)
 class Step:

@@ -27,9 +27,9 @@ from kvpaged.step import Step
 
 log = logging.getLogger("kvpaged.generate")
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Ids and positions, int64 `[tokens]`, and the tokens whose logits are wanted, int64 `[n]`, to
-logits `[n, vocabulary]`.
+Forward = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+"""Ids and positions, int64 `[tokens]`, the tokens whose logits are wanted, int64 `[n]`, and whether
+those are all, in order; to logits `[n, vocabulary]`.
 """
 
 
@@ -358,7 +358,7 @@ class Engine:
         if not self.batch.watch():
             self.batch.keep_private("the model has changed since it began")
         count = len(choice.take)
-        logits = self.forward(ids, step.positions.long(), step.more[:count])
+        logits = self.forward(ids, step.positions.long(), step.more[:count], choice.every)
         if not count:
             return Picked(logits.new_empty(0, dtype=torch.int64), None, choice.slots, [])
         return self.sampler.pick(choice, step, logits)

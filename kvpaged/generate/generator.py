@@ -54,6 +54,7 @@ class Generator:
         compile: bool = False,
         pack_weights: bool = False,
         lookahead: bool | None = None,
+        graphs: bool | None = None,
     ) -> None:
         """
         Args:
@@ -74,6 +75,10 @@ class Generator:
                 logits processor or prompt lookup needs them), so that the device does not wait for
                 the host; a reply that ends has then taken part in one step more. `None`: not on a
                 CPU.
+            graphs: capture the model's pass for steps of one token a row as CUDA graphs, here, one
+                for each of some batch sizes; hooks and adapters are as they are when it is
+                captured: again between requests when any has come or gone, or weights have been
+                replaced. `None`: where the cache is on one CUDA device.
 
         Raises:
             UsageError: the cache is of another model, or a number is out of range.
@@ -96,8 +101,9 @@ class Generator:
         self.tokenizer = tokenizer
         self._batch = SlotBatch(cache, max_running)
         self._packed = open_packed(
-            cache, preparation, self._batch, compiled=compile, pack_weights=pack_weights
-        )
+            cache, preparation, self._batch, compiled=compile, pack_weights=pack_weights,
+            graphs=graphs,
+        )  # fmt: skip
         try:
             self._packed.check(self._batch)
         except BaseException:

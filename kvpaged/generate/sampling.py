@@ -30,6 +30,7 @@ class Choice:
         take: int32 `[n]`, the step's tokens whose logits they come from.
         draws: what `Rows.sampling` made, or `None`.
         drafts: int64 `[rows]`, guessed tokens of each row; `None`: none has any.
+        every: they are all of the step's tokens, in order.
     """
 
     slots: Ints
@@ -37,6 +38,7 @@ class Choice:
     take: npt.NDArray[np.int32]
     draws: npt.NDArray[np.int32] | None
     drafts: Ints | None
+    every: bool
 
     def told(self) -> npt.NDArray[np.int32]:
         """What the device needs of it."""
@@ -108,7 +110,8 @@ class StepSampler:
         if rows.counted["prefilling"]:
             slots, take, nth = self._with_siblings(slots, take, nth)
         draws = rows.sampling(slots, nth)
-        return Choice(slots, as_index(slots), take.astype(np.int32), draws, drafts)
+        every = len(take) == int(ends[-1]) and bool((take == np.arange(len(take))).all())
+        return Choice(slots, as_index(slots), take.astype(np.int32), draws, drafts, every)
 
     def again(self, choice: Choice) -> None:
         """Make `choice`, of one token a row, that of the next token of the same rows."""

@@ -30,6 +30,7 @@ from kvpaged.integrations.attention import (
     Preparation,
     compiling_packed,
 )
+from kvpaged.integrations.graphs import Capture, DecodeGraphs
 from kvpaged.integrations.linears import PackedLinears
 from kvpaged.slot_batch import SlotBatch
 
@@ -190,9 +191,15 @@ class PackedModel:
 
     def __init__(
         self, cache: CacheBooks, preparation: Preparation, batch: Batch, *, compiled: bool,
-        pack_weights: bool,
+        pack_weights: bool, capture: Capture | None = None,
     ) -> None:  # fmt: skip
         """
+        Args:
+            cache, preparation, batch: what it runs over.
+            compiled: through `torch.compile`.
+            pack_weights: see `PackedLinears`.
+            capture: how decode steps are captured as graphs; `None`: they are not.
+
         Raises:
             UnsupportedModelError: its forward can't be told positions, or which logits to give.
         """
@@ -209,23 +216,34 @@ class PackedModel:
         self.compile_s: float | None = None
         self._linears = PackedLinears(preparation.model) if pack_weights else None
         self._forward = self._call
+        self.graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self.graphs = DecodeGraphs(cache, batch, self._model, self._run, capture=capture)
 
-    def __call__(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, take: Tensor, every: bool = False) -> Tensor:
         """One pass over the tokens of the running step.
 
         Args:
             ids, positions: int64 `[tokens]`.
             take: ints `[n]`, the tokens whose logits are wanted; none: `n` is 0.
+            every: those are all, in order.
 
         Returns:
-            `[n, vocabulary]`, of the model's dtype.
+            `[n, vocabulary]`, of the model's dtype; valid until the next pass.
         """
+        step = self.past.batch.step
+        if every and step is not None and self.graphs is not None and self.graphs.serves(step):
+            return self.graphs(step, ids, positions)
         wanted = len(take)
         take = take.long() if wanted else ids.new_zeros(1)
-        with torch.no_grad(), any_size() if self.compiled else nullcontext():
-            logits: Tensor = self._forward(ids[None], positions[None], take)
+        logits = self._run(ids[None], positions[None], take)
         self.past.check_attended()
         return logits[:wanted]
+
+    def _run(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
+        with torch.no_grad(), any_size() if self.compiled else nullcontext():
+            logits: Tensor = self._forward(ids, positions, take)
+        return logits
 
     def check(self, batch: SlotBatch) -> None:
         """See that packing sequences changes nothing for them, in a pass of two and two of one; a
@@ -264,6 +282,9 @@ class PackedModel:
             self._probe(batch, [3], first, take=2)  # no two sizes alike: else they always are
             self.compile_s = time.perf_counter() - start
         batch.vacate(0)
+        if self.graphs is not None:
+            batch.drop_step()
+            self.graphs.capture()
 
     def _probe(
         self, batch: SlotBatch, counts: list[int], ids: Tensor, take: int | None = None
@@ -284,6 +305,8 @@ class PackedModel:
         """Look whether weights have changed, between requests."""
         if self._linears is not None:
             self._linears.refresh()
+        if self.graphs is not None and self.graphs.is_stale():
+            self.graphs.capture()
 
     def release(self) -> None:
         """Leave the model as it was found."""

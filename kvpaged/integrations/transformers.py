@@ -6,7 +6,9 @@ from torch import Tensor
 
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
+from kvpaged.errors import UsageError
 from kvpaged.integrations.attention import Preparation, prepare
+from kvpaged.integrations.graphs import CudaCapture, can_capture
 from kvpaged.integrations.identity import ModelIdentity
 from kvpaged.integrations.packed import PackedModel
 from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
@@ -57,10 +59,29 @@ def open_session(
 
 
 def open_packed(
-    cache: CacheBooks, preparation: Preparation, batch: Batch, *, compiled: bool, pack_weights: bool
-) -> PackedModel:
-    """The model, run over packed tokens of a batch's steps: see `PackedModel`."""
-    return PackedModel(cache, preparation, batch, compiled=compiled, pack_weights=pack_weights)
+    cache: CacheBooks, preparation: Preparation, batch: Batch, *, compiled: bool,
+    pack_weights: bool, graphs: bool | None,
+) -> PackedModel:  # fmt: skip
+    """The model, run over packed tokens of a batch's steps: see `PackedModel`.
+
+    Args:
+        cache, preparation, batch, compiled, pack_weights: as there.
+        graphs: capture decode steps; `None`: where that is possible.
+
+    Raises:
+        UsageError: they are to be captured, and the cache is not on one CUDA device.
+    """
+    possible = can_capture(cache)
+    if graphs and not possible:
+        raise UsageError(
+            "graphs are captured on one CUDA device served by the Triton kernels; this cache is on "
+            + ", ".join(sorted({str(group.device) for group in cache.groups}))
+            + f" served by {', '.join(sorted(set(cache.backends)))}"
+        )
+    capture = CudaCapture() if possible and graphs is not False else None
+    return PackedModel(
+        cache, preparation, batch, compiled=compiled, pack_weights=pack_weights, capture=capture
+    )
 
 
 def _reuse(batch: Batch, ids: list[Ids], pads: Ids) -> int:

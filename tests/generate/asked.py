@@ -42,3 +42,17 @@ def assert_greedy(model, done, prompts, wanted):
         assert len(completion.tokens) == len(tokens)
         whole = torch.tensor([prompt + completion.tokens]), torch.tensor([prompt + tokens])
         assert_same_tokens(model, *whole, None)
+
+
+def hybrid():
+    """A tiny model with windows in some layers."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        initializer_range=0.3, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()

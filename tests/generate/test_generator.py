@@ -1,11 +1,10 @@
 """The generation loop on a tiny model: whatever a request rides with, its tokens are its own."""
 
 import pytest
-import torch
 
 from kvpaged import Generator, PagedKVCache, SamplingParams
 from kvpaged.errors import UnsupportedModelError
-from tests.generate.asked import alone, assert_greedy, mixed, params_of
+from tests.generate.asked import alone, assert_greedy, hybrid, mixed, params_of
 from tests.hf.tiny import tiny
 
 
@@ -58,16 +57,7 @@ def test_on_the_reference_kernels_and_page_major_pages(model, work):
 
 
 def test_windows_and_full_attention_side_by_side():
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=24,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        initializer_range=0.3, eos_token_id=None, pad_token_id=0, bos_token_id=1,
-    )  # fmt: skip
-    model = Gemma3ForCausalLM(config).eval()
+    model = hybrid()
     prompts, news = mixed(16, seed=3)
     wanted = [alone(model, p, n) for p, n in zip(prompts, news, strict=True)]
     with (

@@ -151,3 +151,18 @@ def test_refusals(append, change, message):
     }
     with pytest.raises(ValueError, match=message):
         append(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("append", APPENDS)
+def test_what_has_no_slot_goes_nowhere(append):
+    pool = make_pool(
+        "layer-major", 3, kv_heads=2, page_size=16, k_dim=64, v_dim=64, dtype=torch.bfloat16
+    )
+    before = bits(pool.memory).clone()
+    k, v = (random_bits(4, 2, 64, dtype=pool.k_pages.dtype, seed=seed) for seed in (1, 2))
+    append(k, v, pool.k_pages, pool.v_pages, torch.full((4,), -1))
+    assert torch.equal(bits(pool.memory), before)
+    append(k, v, pool.k_pages, pool.v_pages, torch.tensor([-1, 5, -1, -1]))
+    assert torch.equal(bits(pool.k_pages[0, :, 5]), bits(k[1]))
+    assert torch.equal(bits(pool.v_pages[0, :, 5]), bits(v[1]))
+    assert int((bits(pool.memory) != before).sum()) <= 2 * 2 * 64

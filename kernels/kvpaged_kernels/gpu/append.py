@@ -38,17 +38,18 @@ def _append(
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
     place = tl.load(slots + token)
+    heads = tl.where(place >= 0, kv_heads, 0)  # none of a token without a slot
     entry = place // PAGE_SIZE
     slot = place % PAGE_SIZE
 
     dim = tl.arange(0, BLOCK_K)[None, :]
-    mask = (head < kv_heads) & (dim < K_DIM)
+    mask = (head < heads) & (dim < K_DIM)
     values = tl.load(k + token * stride_k_token + head * stride_k_head + dim, mask=mask)
     page = k_pages + entry * stride_kp_entry + slot * stride_kp_slot
     tl.store(page + head * stride_kp_head + dim, values, mask=mask)
     if v is not None:
         dim = tl.arange(0, BLOCK_V)[None, :]
-        mask = (head < kv_heads) & (dim < V_DIM)
+        mask = (head < heads) & (dim < V_DIM)
         values = tl.load(v + token * stride_v_token + head * stride_v_head + dim, mask=mask)
         page = v_pages + entry * stride_vp_entry + slot * stride_vp_slot
         tl.store(page + head * stride_vp_head + dim, values, mask=mask)
@@ -108,8 +109,8 @@ def append(
     - `k`: `[tokens, kv_heads, k_dim]`, last stride 1; `v`: `[tokens, kv_heads, v_dim]` or None.
     - `k_pages`: `[entries, kv_heads, page_size, k_dim]`, **mutated**; `v_pages` likewise with
       `v_dim`, or None exactly when `v` is.
-    - `slots`: int64 `[tokens]`, `entry * page_size + slot`; all valid and distinct. They are not
-      checked on the device: a wrong one writes out of bounds.
+    - `slots`: int64 `[tokens]`, `entry * page_size + slot`, distinct; -1: the token goes nowhere.
+      They are not checked on the device: a wrong one writes out of bounds.
 
     Bytes are copied exactly. Raises ValueError where shapes, strides, dtypes or devices disagree.
     """

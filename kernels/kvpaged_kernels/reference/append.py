@@ -17,7 +17,7 @@ def append(
     - `k`: `[tokens, kv_heads, k_dim]`, last stride 1; `v`: `[tokens, kv_heads, v_dim]` or None.
     - `k_pages`: `[entries, kv_heads, page_size, k_dim]`, **mutated**; `v_pages` likewise with
       `v_dim`, or None exactly when `v` is.
-    - `slots`: int64 `[tokens]`, `entry * page_size + slot`; all valid and distinct.
+    - `slots`: int64 `[tokens]`, `entry * page_size + slot`, distinct; -1: the token goes nowhere.
 
     Bytes are copied exactly. Raises ValueError where shapes, strides, dtypes or devices disagree.
     """
@@ -29,6 +29,8 @@ def append(
         range(slots.shape[0]),
         strict=True,
     ):
+        if entry < 0:
+            continue
         k_pages[entry, :, slot] = k[token]
         if v is not None and v_pages is not None:
             v_pages[entry, :, slot] = v[token]
