@@ -23,7 +23,10 @@ import torch
 from benchmarks import common, triton_peers
 from benchmarks.gpu_common import Record, Setting
 
-PARTS = ("report", "correctness", "tune", "decode", "prefill", "pages", "layout", "end_to_end")
+PARTS = (
+    "report", "correctness", "tune", "decode", "prefill", "pages", "layout", "end_to_end",
+    "serving",
+)  # fmt: skip
 HARD_LIMIT_S = 540
 
 

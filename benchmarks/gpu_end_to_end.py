@@ -5,7 +5,7 @@ are the same for both but where bf16 rounding makes them part ways.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,30 +20,55 @@ POINTS = (Point(1, 512, 128), Point(8, 512, 128), Point(32, 512, 128), Point(8, 
 QUICK_POINTS = (Point(2, 20, 3),)
 
 
-def make_model(setting: Setting) -> Any:
+class Shape(NamedTuple):
+    """A Llama's sizes; the tiny one runs under Triton's interpreter."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SHAPES = {
+    "tiny": Shape(512, 64, 128, 2, 4, 2, 16),
+    "1B": Shape(32_000, 2048, 8192, 16, 32, 8, 64),
+    "8B": Shape(128_256, 4096, 14_336, 32, 32, 8, 128),
+}
+
+
+def make_model(setting: Setting, name: str) -> Any:
     """The same random weights at each call, in bf16 (fp32 at the tiny size)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape = SHAPES[name]
     config = LlamaConfig(
-        vocab_size=512 if setting.quick else 32_000,
-        hidden_size=64 if setting.quick else 2048,
-        intermediate_size=128 if setting.quick else 8192,
-        num_hidden_layers=2 if setting.quick else 16,
-        num_attention_heads=4 if setting.quick else 32,
-        num_key_value_heads=2 if setting.quick else 8,
-        head_dim=16 if setting.quick else 64,
-        max_position_embeddings=8192,
-        bos_token_id=1,
-        eos_token_id=None,
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim, max_position_embeddings=8192, bos_token_id=1, eos_token_id=None,
         pad_token_id=0,
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
-    with torch.device(setting.device):
-        model = LlamaForCausalLM(config)
-    dtype = torch.float32 if setting.quick else torch.bfloat16
-    model = model.to(dtype).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if name == "tiny" else torch.bfloat16)
+    try:
+        with torch.device(setting.device):
+            model = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     return model
+
+
+def bytes_read(model: Any) -> tuple[int, int]:
+    """Bytes of weights that a step reads, and of K and V for each token a sequence holds."""
+    config = model.config
+    weights = sum(x.nbytes for x in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    return weights, config.num_hidden_layers * per_layer
 
 
 def limit(point: Point, weights: int, token_bytes: int, copy_gb_s: float) -> float:
@@ -56,11 +81,9 @@ def run(record: Record, setting: Setting) -> dict[str, Any]:
     """One row a point."""
     limits = ceilings(setting)
     record.document["ceilings"] = limits
-    plain, prepared = make_model(setting), make_model(setting)
-    config = plain.config
-    weights = sum(x.nbytes for x in plain.parameters()) - plain.get_input_embeddings().weight.nbytes
-    per_layer = 2 * config.num_key_value_heads * config.head_dim * plain.dtype.itemsize
-    token_bytes = config.num_hidden_layers * per_layer
+    name = "tiny" if setting.quick else "1B"
+    plain, prepared = make_model(setting, name), make_model(setting, name)
+    weights, token_bytes = bytes_read(plain)
     memory = "4MiB" if setting.quick else "4GiB"
     with PagedKVCache.for_model(
         prepared, memory=memory, page_size=PAGE_SIZE, backend="triton"
@@ -72,7 +95,7 @@ def run(record: Record, setting: Setting) -> dict[str, Any]:
         for point in QUICK_POINTS if setting.quick else POINTS:
             if record.late():
                 continue
-            ids = generate.prompts_of(point, config.vocab_size).to(setting.device)
+            ids = generate.prompts_of(point, plain.config.vocab_size).to(setting.device)
             for system in systems.values():
                 system(ids, 2)
             cases = {

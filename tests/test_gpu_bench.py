@@ -25,6 +25,8 @@ FIELDS = {
     "pages": {"case", "seconds", "floor_bytes", "over_floor"},
     "layout": {"page_size", "pool_bytes", "seconds", "of_ceiling", "page_major_over_layer_major"},
     "end_to_end": {"batch", "prompt_tokens", "new_tokens", "systems", "paged_over"},
+    "serving": {"model", "batch", "tokens_s", "first_s", "same_tokens", "failures", "over",
+                "of_roofline", "step_floor_s", "capture_s"},
 }  # fmt: skip
 
 
@@ -101,6 +103,15 @@ def test_generate_had_the_tokens_of_dynamic_cache(parts):
     # fp32 at this size, so rounding makes no difference.
     (row,) = parts["end_to_end"]["rows"]
     assert row["systems"]["paged"]["tokens_as_dynamic"] == 1.0
+
+
+def test_the_generator_had_the_tokens_of_generate(parts):
+    rows = parts["serving"]["rows"]
+    assert [row["batch"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["same_tokens"]["kvpaged"] == 1.0
+        assert set(row["tokens_s"]) >= {"kvpaged", "no graphs", "no lookahead", "generate"}
+        assert row["over"]["kvpaged"] == 1.0
 
 
 def damaged(name):

@@ -70,6 +70,7 @@ def run_generate(model: "PreTrainedModel") -> Run:
                 mask[row, longest - len(work.prompts[i]) :] = 1
             new = max(work.new[i] for i in rows)
             ticks = TokenClock()
+            ids, mask = ids.to(model.device), mask.to(model.device)
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
                 disable_compile=True, pad_token_id=0, streamer=ticks,

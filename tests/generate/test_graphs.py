@@ -90,6 +90,7 @@ def test_replaced_weights_and_new_hooks_are_captured_anew(recorded):
         Generator(model, cache, max_running=2) as generator,
     ):
         graphs = generator._packed.graphs
+        assert graphs is not None
         before = graphs._captured
         captured = dict(before)
         generator.generate([[5, 6, 7]], max_new_tokens=3)
