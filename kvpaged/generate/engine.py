@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from kvpaged.generate.requests import Line, Reply, Request
 from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampling import Choice, Picked, StepSampler
 from kvpaged.generate.stepping import Made, StepMaker
+from kvpaged.pages.allocator import Ids
 from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
 from kvpaged.step import Step
@@ -42,6 +43,7 @@ class EngineStats:
         tokens: computed in them, prompts' too.
         generated: tokens of replies.
         preemptions: rows set back because pages ran out.
+        running, waiting: replies that have a row now, and that have none yet.
         host_s: seconds of steps that were not the forward pass and the choice of tokens.
         device_s: seconds of those.
     """
@@ -50,6 +52,8 @@ class EngineStats:
     tokens: int = 0
     generated: int = 0
     preemptions: int = 0
+    running: int = 0
+    waiting: int = 0
     host_s: float = 0.0
     device_s: float = 0.0
 
@@ -122,6 +126,10 @@ class Engine:
         if request.problem is not None:
             for reply in replies:
                 self._end(reply, "error", request.problem)
+            return
+        if (lack := self.needs.excess(replies[0], self.chunk)) is not None:
+            for reply in replies:
+                self._end(reply, "error", lack)
             return
         for first in range(0, len(replies), self.batch.rows):
             group = replies[first : first + self.batch.rows]
@@ -415,6 +423,22 @@ class Engine:
             self._maker.change()
             self.sampler.copy(slot, kept)
         reply.siblings = []
+
+    def totals(self) -> EngineStats:
+        """Its figures now."""
+        running = sum(reply is not None for reply in self.rows.replies)
+        kept = int(self.rows.taken.sum()) - running
+        waiting = kept + sum(line.slots for line in self.line)
+        return replace(self.stats, running=running, waiting=waiting)
+
+    def page_map(self, group: int) -> dict[tuple[int, int], Ids]:
+        """See `Generator.page_map`."""
+        pages = self.batch.page_map(group)
+        return {
+            (reply.request.number, reply.index): pages[slot]
+            for slot, reply in enumerate(self.rows.replies)
+            if reply is not None
+        }
 
     def check(self) -> None:
         """Raise `UsageError` unless it can take requests."""

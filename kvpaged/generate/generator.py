@@ -25,6 +25,7 @@ from kvpaged.generate.submission import Submission
 from kvpaged.generate.text import TextTail
 from kvpaged.generate.turns import Turns
 from kvpaged.keys import Salt
+from kvpaged.pages.allocator import Ids
 from kvpaged.slot_batch import SlotBatch
 
 REPLY_SEED = 0xD1342543DE82EF95
@@ -120,6 +121,7 @@ class Generator:
         self._numbers = itertools.count()
         self._numbering = threading.Lock()
         self._turn = Turns()
+        self._inbox: deque[Request] = deque()  # submitted, not in the line yet
         self._thread: threading.Thread | None = None
 
     # -- asking ------------------------------------------------------------------------------------
@@ -217,7 +219,8 @@ class Generator:
         """Ask for one prompt's replies and go on: `async for event in ...`, `await ...`, or
         `.result()`.
 
-        Arguments as of `generate`. A thread of the generator's own takes the steps.
+        Arguments as of `generate`. A thread of the generator's own takes the steps; this call waits
+        for none of them.
         """
         submission = Submission(self._cancel)
         (request,) = self._requests(
@@ -225,8 +228,9 @@ class Generator:
             on_event=submission.tell,
         )  # fmt: skip
         submission.of = request
-        self._add([request])
-        with held_interrupts(), self._turn:
+        self._engine.check()
+        with held_interrupts(), self._numbering:
+            self._inbox.append(request)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="kvpaged", daemon=True)
                 self._thread.start()
@@ -236,9 +240,16 @@ class Generator:
     # -- looking after itself ----------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Running totals of its steps."""
+        """Running totals of its steps, and how many replies run and wait now."""
         with held_interrupts(), self._turn:
-            return replace(self._engine.stats)
+            return self._engine.totals()
+
+    def page_map(self, group: int = 0) -> dict[tuple[int, int], Ids]:
+        """Page ids that each running reply holds in a layer group, in order of the tokens they
+        hold: by the number its request has in this generator, and its index.
+        """
+        with held_interrupts(), self._turn:
+            return self._engine.page_map(group)
 
     @property
     def compile_s(self) -> float | None:
@@ -251,6 +262,7 @@ class Generator:
             if not self._batch.closed:
                 self._engine.reset()
             self._batch.close()
+            self._collect()
             self._packed.release()
         if (thread := self._thread) is not None and thread is not threading.current_thread():
             thread.join()
@@ -266,10 +278,24 @@ class Generator:
     def _add(self, asked: list[Request]) -> None:
         with held_interrupts(), self._turn:
             self._engine.check()
-            if self._engine.idle:
-                self._packed.refresh()
+            self._collect()
             for request in asked:
+                self._enter(request)
+
+    def _collect(self) -> None:
+        """Put what was submitted into the line; if this has been closed, end it."""
+        while self._inbox:
+            request = self._inbox.popleft()
+            if self._batch.closed:
                 self._engine.add(request)
+                self._engine.cancel(request)
+            else:
+                self._enter(request)
+
+    def _enter(self, request: Request) -> None:
+        if self._engine.idle:
+            self._packed.refresh()
+        self._engine.add(request)
 
     def _run(self, asked: list[Request], after: Callable[[], None]) -> None:
         """Take steps until these requests have ended."""
@@ -283,10 +309,12 @@ class Generator:
 
     def _step(self) -> None:
         with held_interrupts(), self._turn:
+            self._collect()
             self._engine.step()
 
     def _cancel(self, asked: Sequence[Request]) -> None:
         with held_interrupts(), self._turn:
+            self._collect()
             for request in asked:
                 if request.open and not self._batch.closed:
                     self._engine.cancel(request)
@@ -294,9 +322,13 @@ class Generator:
     def _serve(self) -> None:
         while True:
             with self._turn:
+                self._collect()
                 if self._engine.idle or self._batch.closed:
-                    self._thread = None
-                    return
+                    with self._numbering:
+                        if not self._inbox:
+                            self._thread = None
+                            return
+                    continue
                 try:
                     self._engine.step()
                 except Exception as error:  # nobody else would hear of it, and many wait

@@ -95,23 +95,41 @@ class PageNeeds:
                 left.append(allocator.available() - promised - kept)
         return left
 
+    def excess(self, reply: Reply, chunk: int) -> OutOfPagesError | None:
+        """Why a request could not run in the pool if it were alone, if so; computed by `chunk`
+        tokens a step.
+        """
+        tokens = len(reply.ids) + 1
+        needs = [self.pages(group, tokens, chunk) for group in range(len(self._cache.classes))]
+        sizes = [page_class.allocator.capacity for page_class in self._cache.classes]
+        lacks = [
+            (need - size, group)
+            for group, (need, size) in enumerate(zip(needs, sizes, strict=True))
+        ]
+        missing, group = max(lacks, default=(0, 0))
+        if missing <= 0:
+            return None
+        return self._error(tokens, needs[group], sizes[group], group)
+
     def shortage(self, reply: Reply) -> OutOfPagesError:
         """Why a request can't run though nothing else does."""
-        cache, tokens = self._cache, len(reply.ids) + 1
+        tokens = len(reply.ids) + 1
         lacks = []
-        for group, page_class in enumerate(cache.classes):
-            need = self.pages(group, tokens, tokens)
-            lacks.append((need - page_class.allocator.available(), need, group))
-        missing, need, group = max(lacks)
-        page_class = cache.classes[group]
-        available = page_class.allocator.available()
-        size = page_class.geometry.page_bytes
-        others = page_class.allocator.capacity - available
+        for group, page_class in enumerate(self._cache.classes):
+            need, available = self.pages(group, tokens, tokens), page_class.allocator.available()
+            lacks.append((need - available, need, available, group))
+        _, need, available, group = max(lacks)
+        return self._error(tokens, need, available, group)
+
+    def _error(self, tokens: int, need: int, available: int, group: int) -> OutOfPagesError:
+        page_class = self._cache.classes[group]
+        capacity, missing = page_class.allocator.capacity, need - available
+        others = f", others hold {capacity - available}" if capacity > available else ""
         return OutOfPagesError(
             f"a request of {tokens - 1} tokens needs {need} pages of {self.page_size} tokens to "
             f"begin its reply and {available} are there: {missing} pages or "
-            f"{format_bytes(missing * size)} too few (the pool has {page_class.allocator.capacity}"
-            + (f", others hold {others})" if others else ")"),
+            f"{format_bytes(missing * page_class.geometry.page_bytes)} too few (the pool has "
+            f"{capacity}{others})",
             needed=need,
             available=available,
         )

@@ -28,6 +28,11 @@ class Submission:
         self._for_end: list[Waiter] = []
         self._ended = threading.Event()
 
+    @property
+    def number(self) -> int:
+        """Of its request in the generator: what its events and its replies say."""
+        return self.of.number
+
     def tell(self, event: TokenEvent) -> None:
         """Called with each event, from whichever thread takes the step."""
         with self._lock:

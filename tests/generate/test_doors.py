@@ -325,3 +325,45 @@ def test_random_requests_cancels_and_set_backs_lose_nothing(model):
         assert cache.stats().used == 0
         assert np.array_equal(engine.batch.known, np.zeros(6))
         generator.close()
+
+
+def test_submitting_waits_for_no_step(model):
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(ids, scores):
+        entered.set()
+        assert leave.wait(60)
+        return scores
+
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        first = generator.submit([5, 6, 7], max_new_tokens=1, logits_processors=(slow,))
+        assert entered.wait(60)
+        second = generator.submit([8, 9], max_new_tokens=2)  # the step above has not ended
+        assert not first._ended.is_set()
+        leave.set()
+        assert second.result(60)[0].tokens == alone(model, [8, 9], 2)
+        assert first.result(60)[0].finish_reason == "length"
+        third = generator.submit([8, 9], max_new_tokens=10**3)
+        third.cancel()  # it may be in the line, or not even there yet
+        assert third.result(60)[0].finish_reason == "cancelled"
+        cache.check_integrity()
+
+
+def test_what_runs_and_waits_and_holds_which_pages(model):
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache, max_running=2) as generator,
+    ):
+        stream = generator.stream([[5] * 40, [6] * 10, [7] * 10], max_new_tokens=4)
+        next(stream)
+        stats = generator.stats()
+        assert (stats.running, stats.waiting) == (2, 1)
+        held = generator.page_map()
+        assert {key: len(pages) for key, pages in held.items()} == {(0, 0): 3, (1, 0): 1}
+        assert len(set(np.concatenate(list(held.values())).tolist())) == 4
+        assert len(list(stream)) > 3
+        stats = generator.stats()
+        assert (stats.running, stats.waiting, generator.page_map()) == (0, 0, {})

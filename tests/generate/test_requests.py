@@ -142,3 +142,19 @@ def test_changed_weights_are_not_found():
     assert done.cached_tokens == 0
     assert done.tokens == alone(model, prompt, 8)
     assert "forward" not in vars(model.lm_head)
+
+
+def test_what_the_pool_could_never_hold_is_refused_at_once(model):
+    with (
+        PagedKVCache.for_model(model, "64KiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        pages = cache.stats().groups[0].pages
+        stream = generator.stream([[5] * 10, [6] * (pages * 16)], max_new_tokens=8)
+        first = next(stream)
+        assert first.completion is not None
+        assert first.request == 1
+        with pytest.raises(OutOfPagesError, match=rf"{pages + 1} pages of 16 .* {pages} are there"):
+            first.completion.raise_for_error()
+        done = [event.completion for event in stream if event.completion is not None]
+        assert [c.tokens for c in done] == [alone(model, [5] * 10, 8)]
