@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvpaged import Generator, PagedKVCache, SamplingParams
+from kvpaged.generate.text import TextTail
 from kvpaged.testing import models
 from tests.hf.tiny import assert_same_tokens
 
@@ -54,3 +55,17 @@ def test_sixty_four_requests_are_each_their_own(name):
                 assert completion.error is None
                 ours, theirs = (torch.tensor([prompt + x]) for x in (completion.tokens, tokens))
                 assert_same_tokens(model, ours, theirs, None)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_text_told_token_by_token_is_the_text_of_all(name, request):
+    _, tokenizer = request.getfixturevalue(name)
+    rng = random.Random(1)
+    text = "A quick brown fox's tale: 1,234.5 <b>ünïcödé</b> 漢字\t\n  emoji 🙂🏽 end"
+    ids = tokenizer(text)["input_ids"]
+    for order in (ids, rng.sample(ids, len(ids)), [rng.randrange(2000) for _ in range(200)]):
+        tail = TextTail(tokenizer, ())
+        shown = [tail.add([token]) for token in order]
+        shown.append(tail.end())
+        assert "".join(shown) == tail.text
+        assert tail.text.strip() == tokenizer.decode(order, skip_special_tokens=True).strip()
