@@ -14,7 +14,7 @@ def model() -> LlamaForCausalLM:
     return tiny()
 
 
-@pytest.fixture(params=[False, True], ids=["", "ahead"], autouse=True)
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
 def lookahead(request, monkeypatch):
     """Everything holds too where a step is launched before the one before has been read."""
     made = functools.partialmethod(Generator.__init__, lookahead=request.param)

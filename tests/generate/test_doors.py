@@ -18,6 +18,8 @@ from benchmarks import common
 from kvpaged import Completion, Generator, PagedKVCache, SamplingParams
 from tests.generate.asked import alone, mixed, params_of
 
+pytestmark = pytest.mark.usefixtures("lookahead")
+
 
 def test_streams_say_everything_once_and_cancel_when_left(model):
     prompts, news = mixed(5)

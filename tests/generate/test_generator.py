@@ -7,6 +7,8 @@ from kvpaged.errors import UnsupportedModelError
 from tests.generate.asked import alone, assert_greedy, hybrid, mixed, params_of
 from tests.hf.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("lookahead")
+
 
 @pytest.fixture(scope="module")
 def work(model):

@@ -10,6 +10,8 @@ from kvpaged.integrations.graphs import buckets, can_capture, record
 from tests.generate.asked import alone, assert_greedy, hybrid, mixed, params_of
 from tests.hf.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("lookahead")
+
 
 @pytest.fixture
 def recorded(monkeypatch):

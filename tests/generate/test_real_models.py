@@ -41,7 +41,7 @@ def test_sixty_four_requests_are_each_their_own(name):
     page *= model.config.num_key_value_heads
     pools: list[tuple[int | str, dict[str, Any]]] = [
         ("256MiB", {}),
-        (page * 40, {"chunk": 11, "max_running": 12, "pack_weights": True}),
+        (page * 40, {"chunk": 11, "max_running": 12, "pack_weights": True, "lookahead": True}),
     ]
     for memory, options in pools:
         with (

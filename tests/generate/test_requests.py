@@ -10,6 +10,8 @@ from kvpaged.errors import UsageError
 from tests.generate.asked import alone, mixed, params_of
 from tests.hf.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("lookahead")
+
 
 def test_ends_and_processors(model):
     prompt = mixed(1)[0][0]

@@ -28,6 +28,8 @@ from kvpaged.generate.submission import Submission
 from tests.generate.known import Ask, Known, prompts_of
 from tests.hf.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("lookahead")
+
 MINUTES = float(os.environ.get("KVPAGED_SOAK_MINUTES", "30"))
 HANG_S = 300
 """A thread that has not ended so long after it was told to: no limit on speed."""
