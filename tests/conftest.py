@@ -1,6 +1,7 @@
 """Set-up that must come before any import of torch, triton or transformers, and the real models."""
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 # Kernels run under Triton's interpreter unless the caller asks for the compiled ones.
@@ -39,3 +40,12 @@ def gemma3() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from kvpaged.testing import models
 
     return models.load("gemma3", dtype=torch.float32)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors of a few hundred numbers: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

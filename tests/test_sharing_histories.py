@@ -24,13 +24,7 @@ LENGTH = 60
 SOAK, SOAK_LENGTH = 1_000_000, 2_500
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here have a few hundred numbers: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def machine(shape: Shape, counts: Counter[str]) -> type[RuleBasedStateMachine]:

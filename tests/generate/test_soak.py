@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from kvpaged import Completion, Generator, PagedKVCache, TokenEvent
 from kvpaged.errors import UsageError
 from kvpaged.generate.submission import Submission
+from tests.generate.asked import hybrid
 from tests.generate.known import Ask, Known, prompts_of
 from tests.hf.tiny import tiny
 
-pytestmark = pytest.mark.usefixtures("lookahead")
+pytestmark = pytest.mark.usefixtures("lookahead", "one_thread")
 
 MINUTES = float(os.environ.get("KVPAGED_SOAK_MINUTES", "30"))
 HANG_S = 300
@@ -49,29 +48,13 @@ Ended = dict[tuple[int, int], Completion]
 """Tokens and ends of replies, by request and index."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here have a few hundred numbers: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def plain() -> Any:
     return tiny()
 
 
 def windows() -> Any:
     """Layers with a window beside full ones: two groups in one pool."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=24,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        initializer_range=0.3, eos_token_id=None, pad_token_id=0, bos_token_id=1,
-    )  # fmt: skip
-    return Gemma3ForCausalLM(config).eval()
+    return hybrid()
 
 
 def resident() -> int:
