@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.ops import Options
-from kvpaged.pages.allocator import Ids
+from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Trail
 from kvpaged.pages.stage import Stage
 from kvpaged.sequences import Sequences

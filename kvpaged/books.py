@@ -15,8 +15,9 @@ from kvpaged.geometry import LayerGroup, PageGeometry
 from kvpaged.group_rows import GroupRows, Ints
 from kvpaged.keys import Salt, encode_salt
 from kvpaged.ops import LayerPages
-from kvpaged.pages.allocator import OPEN, SEALED, Ids
+from kvpaged.pages.allocator import OPEN, SEALED
 from kvpaged.pages.classops import verify_pages
+from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass, PagePool
 from kvpaged.pages.prefix import PrefixIndex, Trail
 from kvpaged.pages.table import BlockTable

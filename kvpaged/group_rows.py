@@ -8,8 +8,9 @@ import torch
 
 from kvpaged.config import Backend
 from kvpaged.errors import OutOfPagesError, UsageError
-from kvpaged.pages.allocator import OPEN, SEALED, Ids
+from kvpaged.pages.allocator import OPEN, SEALED
 from kvpaged.pages.classops import clear_pages, clear_tail, copy_pages, keep_checksums
+from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass
 from kvpaged.pages.table import BlockTable
 

@@ -11,7 +11,7 @@ import torch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import TOKEN_BYTES, encode_known, encode_tokens
-from kvpaged.pages.allocator import Ids
+from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Match, Trail
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids as TokenIds

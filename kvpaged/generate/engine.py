@@ -21,7 +21,7 @@ from kvpaged.generate.requests import Line, Reply, Request
 from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampling import Choice, Picked, StepSampler
 from kvpaged.generate.stepping import Made, StepMaker
-from kvpaged.pages.allocator import Ids
+from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
 from kvpaged.step import Step

@@ -25,7 +25,7 @@ from kvpaged.generate.submission import Submission
 from kvpaged.generate.text import TextTail
 from kvpaged.generate.turns import Turns
 from kvpaged.keys import Salt
-from kvpaged.pages.allocator import Ids
+from kvpaged.pages.extents import Ids
 from kvpaged.slot_batch import SlotBatch
 
 REPLY_SEED = 0xD1342543DE82EF95

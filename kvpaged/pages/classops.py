@@ -8,7 +8,7 @@ from kvpaged import ops
 from kvpaged.config import Backend
 from kvpaged.errors import IntegrityError
 from kvpaged.geometry import Kind
-from kvpaged.pages.allocator import Ids
+from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass
 
 

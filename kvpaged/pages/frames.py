@@ -115,7 +115,7 @@ class FrameBudget:
         """Make `owner` one whose empty frames may be taken for another."""
         self._owners.append(owner)
 
-    def take(self, owner: FrameOwner) -> int | None:
+    def take(self, owner: object) -> int | None:
         """A frame for `owner`: a free one, else an empty one of another class, else `None`."""
         if self._free:
             return heapq.heappop(self._free)
@@ -125,11 +125,11 @@ class FrameBudget:
                 return frame
         return None
 
-    def obtainable(self, owner: FrameOwner) -> int:
+    def obtainable(self, owner: object) -> int:
         """How many frames `take` could still give `owner`."""
         return len(self._free) + sum(o.empty_frames() for o in self._owners if o is not owner)
 
-    def emptiable(self, owner: FrameOwner) -> int:
+    def emptiable(self, owner: object) -> int:
         """How many more `take` could give after evicting all pages of others that nobody holds."""
         return sum(other.emptiable_frames() for other in self._owners if other is not owner)
 

@@ -12,7 +12,8 @@ from kvpaged.config import format_bytes
 from kvpaged.errors import ConfigError
 from kvpaged.geometry import UNIT_BYTES, Kind, PageGeometry, View
 from kvpaged.ops import LayerPages
-from kvpaged.pages.allocator import Ids, PageAllocator
+from kvpaged.pages.allocator import PageAllocator
+from kvpaged.pages.extents import Ids
 from kvpaged.pages.frames import FrameBudget, FramePlan, plan_frames
 
 EXTENT_TOKENS = 256

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpaged.pages.allocator import Ids
+from kvpaged.pages.extents import Ids
 
 
 class Change(NamedTuple):
