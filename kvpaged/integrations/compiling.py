@@ -8,7 +8,6 @@ import os
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 
 from kvpaged.integrations.attention import compiling_packed
 from kvpaged.integrations.products import JoinProducts
+from kvpaged_kernels.cpu.native import cache_dir
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def compiled(run: Run, device: torch.device) -> Run:
+def compile_run(run: Run, device: torch.device) -> Run:
     """A function that is compiled at its first call, which is to be within `any_size`.
 
     On a CPU inductor's own kernels run in one thread: those of a few tokens take less time than it
@@ -65,17 +65,13 @@ def any_size() -> Iterator[None]:
 
 @contextmanager
 def kept_on_disk() -> Iterator[None]:
-    """What inductor compiles meanwhile is kept where it lasts: in `$TORCHINDUCTOR_CACHE_DIR` if that
-    is set, else `$XDG_CACHE_HOME/kvpaged/inductor`, ~/.cache by default.
-    """
+    """What inductor compiles meanwhile is kept where it lasts: see `cache_dir`."""
     name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
-        yield
-        return
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(root) if root else Path.home() / ".cache") / "kvpaged" / "inductor"
-    os.environ[name] = str(folder)
+    before = os.environ.get(name)
+    os.environ[name] = str(cache_dir("inductor"))
     try:
         yield
     finally:
-        os.environ.pop(name, None)
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before

@@ -187,7 +187,7 @@ def _bunches(model: nn.Module, native: bool) -> Iterator[list[nn.Linear]]:
     for parent in model.modules() if native else ():
         for names in SIBLINGS:
             some = [getattr(parent, name, None) for name in names]
-            modules = [module for module in some if _can_pack(module, native)]
+            modules = [m for m in some if isinstance(m, nn.Linear) and _can_pack(m, native)]
             if len(modules) == len(names) and fits_together([_tensors(m) for m in modules]):
                 done.update(modules)
                 yield modules

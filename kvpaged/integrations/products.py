@@ -7,6 +7,7 @@ output is a part of its.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,15 +15,16 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from kvpaged.integrations.linears import together
 
+_operator = torch.ops.kvpaged.packed_linear.default
+
 
 class JoinProducts(CustomGraphPass):
     """For inductor's `post_grad_custom_pre_pass`: functions only, no tensor is written to."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change a graph."""
-        operator = torch.ops.kvpaged.packed_linear.default
         by_input: dict[fx.Node, dict[int, fx.Node]] = {}
-        for node in graph.find_nodes(op="call_function", target=operator):
+        for node in graph.find_nodes(op="call_function", target=_operator):
             by_input.setdefault(node.args[0], {}).setdefault(node.args[1], node)
         for x, nodes in by_input.items():
             for numbers, (number, width) in tuple(together.items()):
@@ -39,11 +41,12 @@ def _join(graph: fx.Graph, x: fx.Node, nodes: Sequence[fx.Node], number: int, wi
     place = {node: i for i, node in enumerate(graph.nodes)}
     first = min(nodes, key=place.__getitem__)
     with graph.inserting_before(first):
-        whole = graph.call_function(first.target, (x, number, width))
-        whole.meta["val"] = first.target(x.meta["val"], number, width)
+        whole = graph.call_function(_operator, (x, number, width))
+        whole.meta["val"] = _operator(x.meta["val"], number, width)
         start = 0
         for node in nodes:
-            stop = start + int(node.args[2])
+            columns: Any = node.args[2]
+            stop = start + columns
             args = whole, -1, start, stop
             part = graph.call_function(torch.ops.aten.slice.Tensor, args)
             part.meta["val"] = torch.ops.aten.slice.Tensor(whole.meta["val"], *args[1:])

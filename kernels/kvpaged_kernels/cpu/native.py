@@ -30,19 +30,23 @@ class NativeError(RuntimeError):
     """There is no C++ compiler, or it failed: what it said."""
 
 
-def cache_dir() -> Path:
-    """Where compiled libraries are kept: in `$TORCHINDUCTOR_CACHE_DIR` if that is set, else
-    `$XDG_CACHE_HOME/kvpaged/native`, ~/.cache by default.
+def cache_dir(name: str) -> Path:
+    """A folder for what is compiled: in `$TORCHINDUCTOR_CACHE_DIR` if somebody has set that, else
+    in `$XDG_CACHE_HOME/kvpaged`, ~/.cache by default.
     """
-    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if inductor:
-        return Path(inductor) / "kvpaged"
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    told = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if told and told != default_cache_dir():  # inductor sets it to its default, in /tmp, by itself
+        return Path(told) / "kvpaged" / name
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "kvpaged" / "native"
+    return (Path(root) if root else Path.home() / ".cache") / "kvpaged" / name
 
 
 @lru_cache(maxsize=256)
-def library(name: str, dtype: torch.dtype, constants: tuple[tuple[str, int], ...] = ()) -> ctypes.CDLL:
+def library(
+    name: str, dtype: torch.dtype, constants: tuple[tuple[str, int], ...] = ()
+) -> ctypes.CDLL:
     """The library of a source file beside this one, for a dtype and constants (`-D`).
 
     Raises:
@@ -56,7 +60,7 @@ def library(name: str, dtype: torch.dtype, constants: tuple[tuple[str, int], ...
     parts = [version, _processor(), *_FLAGS, *defines]
     parts += [file.read_text() for file in (source, _SOURCES / "native_numbers.h")]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    target = cache_dir() / f"{name}-{key}.so"
+    target = cache_dir("native") / f"{name}-{key}.so"
     if not target.exists():
         _compile([compiler, *_FLAGS, *defines, str(source)], target)
     try:

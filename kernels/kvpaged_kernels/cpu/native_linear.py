@@ -105,7 +105,9 @@ def pack_together(layers: list[tuple[Tensor, Tensor | None]]) -> list[NativeLine
         columns = weight.shape[0]
         some = packed[start * inner : (start + columns) * inner] if len(layers) > 1 else packed
         made.append(
-            NativeLinear(some, own if bias is None else bias[start : start + columns], columns, inner)
+            NativeLinear(
+                some, own if bias is None else bias[start : start + columns], columns, inner
+            )
         )
         start += columns
     if len(layers) > 1:
@@ -137,7 +139,5 @@ def _packed(weight: Tensor) -> Tensor:
         weight = torch.cat([weight, weight.new_zeros(short, inner)])
     whole = weight.shape[0] // code.group * code.group
     parts = [weight[:whole].unflatten(0, (-1, code.group)), weight[whole:][None]]
-    parts = [
-        part.unflatten(2, (-1, code.step)).transpose(1, 2).flatten() for part in parts
-    ]
+    parts = [part.unflatten(2, (-1, code.step)).transpose(1, 2).flatten() for part in parts]
     return torch.cat(parts)
