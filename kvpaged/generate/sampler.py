@@ -31,6 +31,15 @@ def _scramble(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return scrambled
 
 
+def greedy(scores: Tensor) -> Tensor:
+    """The token of the highest score of each row (`[rows, vocabulary]`), the first of equal ones:
+    int64 `[rows]`. On a CPU `argmax` takes six times as long in half precision.
+    """
+    if scores.device.type == "cpu":
+        return scores.max(-1).indices
+    return scores.argmax(-1)
+
+
 def draw(
     scores: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
     uniform: Tensor, filters: bool, most: int,
@@ -49,14 +58,14 @@ def draw(
     Returns:
         int64 `[rows]`.
     """
-    greedy = temperature == 0
-    scaled = scores / torch.where(greedy, 1.0, temperature)[:, None]
+    cold = temperature == 0
+    scaled = scores / torch.where(cold, 1.0, temperature)[:, None]
     drawn = _by_order(scaled, uniform)
     if filters:
         chosen = _filtered(scaled, top_k, top_p, min_p, uniform, most)
         plain = (top_k == 0) & (top_p >= 1) & (min_p == 0)
         drawn = torch.where(plain, drawn, chosen)
-    return torch.where(greedy, scores.argmax(-1), drawn)
+    return torch.where(cold, greedy(scores), drawn)
 
 
 def _by_order(scaled: Tensor, uniform: Tensor) -> Tensor:

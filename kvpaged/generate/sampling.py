@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpaged.generate.params import TokenLogprobs
 from kvpaged.generate.requests import Reply
 from kvpaged.generate.rows import Rows
-from kvpaged.generate.sampler import draw, log_probabilities, penalise
+from kvpaged.generate.sampler import draw, greedy, log_probabilities, penalise
 from kvpaged.slot_batch import SlotBatch
 from kvpaged.step import Ints, Step
 
@@ -138,7 +138,7 @@ class StepSampler:
         scores = self._processed(slots, logits)
         count = len(slots)
         if choice.draws is None:
-            tokens = scores.argmax(-1)
+            tokens = greedy(scores)
         else:
             told = step.more[count:]
             floats = told[: 4 * count].view(torch.float32).view(4, count)

@@ -7,15 +7,13 @@ argument of the pass, so a graph compiled or captured from one serves any other.
 
 import inspect
 import itertools
+import logging
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-import torch.fx.experimental._config
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -28,11 +26,20 @@ from kvpaged.integrations.attention import (
     PackedCache,
     PackedTag,
     Preparation,
-    compiling_packed,
 )
+from kvpaged.integrations.compiling import Run, any_size, compile_run, kept_on_disk, shape_of
 from kvpaged.integrations.graphs import Capture, DecodeGraphs
 from kvpaged.integrations.linears import PackedLinears
+from kvpaged.integrations.native import NativeAttention
 from kvpaged.slot_batch import SlotBatch
+from kvpaged_kernels.cpu.native import NativeError
+
+log = logging.getLogger("kvpaged")
+
+MOST_COMPILED = 64
+"""Tokens of a step up to which a compiled model is run as such on a CPU, where its own kernels are
+in one thread.
+"""
 
 _passes: "weakref.WeakValueDictionary[int, PackedPass]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -40,7 +47,8 @@ _numbers = itertools.count()
 _library = torch.library.Library("kvpaged", "FRAGMENT")
 _library.define(
     "packed_attend(Tensor q, Tensor k, Tensor v, Tensor? sinks, int number, int layer, "
-    "float scale, float? softcap) -> Tensor"
+    "float scale, float? softcap) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
 )
 
 
@@ -69,7 +77,10 @@ class PackedPass(Cache, PackedCache):
     One thread at a time.
     """
 
-    def __init__(self, cache: CacheBooks, preparation: Preparation, batch: Batch) -> None:
+    def __init__(
+        self, cache: CacheBooks, preparation: Preparation, batch: Batch, *, native: bool = False
+    ) -> None:
+        """`native`: rows of one new token are served by native code where there is some."""
         super().__init__(layers=[])
         self._books = cache
         self._of = preparation
@@ -77,6 +88,7 @@ class PackedPass(Cache, PackedCache):
         self._number = next(_numbers)
         self._windows = {layer: group.window for group in cache.groups for layer in group.layers}
         self._tags = {layer: PackedTag(self, layer) for layer in cache.layers}
+        self._native = NativeAttention(cache) if native else None
         _passes[self._number] = self
 
     @property
@@ -130,7 +142,11 @@ class PackedPass(Cache, PackedCache):
         step = self.batch.step
         if step is None:
             raise UsageError("a packed pass runs without a step of its batch")
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        q, k, v = (_tokens_first(x) for x in (q, k, v))
+        if self._native is not None:
+            served = self._native.attend(step, layer, q, k, v, scale, softcap, sinks)
+            if served is not None:
+                return served.unsqueeze(0)
         self.batch.write(layer, k, v)
         out = self.batch.attend(layer, q, scale=scale, softcap=softcap, sinks=sinks)
         return out.unsqueeze(0)
@@ -182,6 +198,12 @@ class PackedPass(Cache, PackedCache):
         raise UsageError("a packed pass attends by attend_packed")
 
 
+def _tokens_first(x: Tensor) -> Tensor:
+    """`[1, heads, tokens, width]` as `[tokens, heads, width]`."""
+    x = x.squeeze(0).transpose(0, 1)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
 class PackedModel:
     """A causal language model, run over packed tokens: eagerly, or compiled.
 
@@ -210,12 +232,14 @@ class PackedModel:
                 f"{type(preparation.model).__name__}.forward takes no {' and no '.join(missing)}: "
                 "it can't run over packed tokens"
             )
-        self.past = PackedPass(cache, preparation, batch)
         self._model = preparation.model
+        self._cpu = batch.device.type == "cpu"
+        self.past = PackedPass(cache, preparation, batch, native=compiled and self._cpu)
         self.compiled = compiled
         self.compile_s: float | None = None
-        self._linears = PackedLinears(preparation.model) if pack_weights else None
-        self._forward = self._call
+        self._linears = _pack(self._model, native=compiled and self._cpu) if pack_weights else None
+        self._fast: Run | None = None  # the compiled forward
+        self._shape: list[Any] = []  # of the model it was compiled of
         self.graphs: DecodeGraphs | None = None
         if capture is not None:
             self.graphs = DecodeGraphs(cache, batch, self._model, self._run, capture=capture)
@@ -241,9 +265,13 @@ class PackedModel:
         return logits[:wanted]
 
     def _run(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
-        with torch.no_grad(), any_size() if self.compiled else nullcontext():
-            logits: Tensor = self._forward(ids, positions, take)
-        return logits
+        fast = self._fast
+        if fast is None or (self._cpu and ids.shape[1] > MOST_COMPILED):
+            with torch.no_grad():
+                return self._call(ids, positions, take)
+        self.past.enter(self._model, {})
+        with torch.no_grad(), any_size():
+            return fast(ids, positions, take)
 
     def check(self, batch: SlotBatch) -> None:
         """See that packing sequences changes nothing for them, in a pass of two and two of one; a
@@ -275,16 +303,34 @@ class PackedModel:
                     f"where they reach {together.abs().max():.3g}) when another is packed before "
                     "it: it can't run over packed tokens"
                 )
+        batch.drop_step()
+        self._probe(batch, [1], first[:1])  # native code is made
         if self.compiled:
             start = time.perf_counter()
-            self._forward = torch.compile(self._call_inside, dynamic=True, fullgraph=True)
+            self._compile()
             batch.drop_step()
-            self._probe(batch, [3], first, take=2)  # no two sizes alike: else they always are
+            with kept_on_disk():
+                self._probe(batch, [3], first, take=2)  # no two sizes alike: else they always are
             self.compile_s = time.perf_counter() - start
         batch.vacate(0)
         if self.graphs is not None:
             batch.drop_step()
             self.graphs.capture()
+
+    def _compile(self) -> None:
+        """Let the next pass compile the model as it is."""
+        model, past = self._model, self.past
+
+        def run(ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
+            """Without the model's own hooks, which are Python's."""
+            out = model.forward(
+                input_ids=ids, position_ids=positions, past_key_values=past, use_cache=True,
+                logits_to_keep=take,
+            )  # fmt: skip
+            logits: Tensor = out.logits[0]
+            return logits
+
+        self._fast, self._shape = compile_run(run, past.batch.device), shape_of(model)
 
     def _probe(
         self, batch: SlotBatch, counts: list[int], ids: Tensor, take: int | None = None
@@ -305,6 +351,8 @@ class PackedModel:
         """Look whether weights have changed, between requests."""
         if self._linears is not None:
             self._linears.refresh()
+        if self._fast is not None and shape_of(self._model) != self._shape:
+            self._compile()
         if self.graphs is not None and self.graphs.is_stale():
             self.graphs.capture()
 
@@ -321,19 +369,11 @@ class PackedModel:
         logits: Tensor = out.logits[0]
         return logits
 
-    def _call_inside(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
-        """The same without the model's own hooks, which are Python's."""
-        out = self._model.forward(
-            input_ids=ids, position_ids=positions, past_key_values=self.past, use_cache=True,
-            logits_to_keep=take,
-        )  # fmt: skip
-        logits: Tensor = out.logits[0]
-        return logits
 
-
-@contextmanager
-def any_size() -> Iterator[None]:
-    """Compile for one token as for many: sizes of 1 are not made a case of their own."""
-    config: Any = torch.fx.experimental._config
-    with compiling_packed(), config.patch(backed_size_oblivious=True):
-        yield
+def _pack(model: torch.nn.Module, *, native: bool) -> PackedLinears:
+    if native:
+        try:
+            return PackedLinears(model, native=True)
+        except NativeError as error:
+            log.warning("products stay with oneDNN: %s", error)
+    return PackedLinears(model)

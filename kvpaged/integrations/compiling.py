@@ -1,0 +1,77 @@
+"""How packed passes are compiled: once, for any number of tokens, and without guards.
+
+Guards would ask some thousand questions before each pass (1.2 ms for SmolLM2), whose answers change
+between requests, if at all. `shape_of` asks them then; a model that has changed is compiled again.
+"""
+
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor, nn
+
+from kvpaged.integrations.attention import compiling_packed
+from kvpaged.integrations.products import JoinProducts
+from kvpaged_kernels.cpu.native import cache_dir
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def compile_run(run: Run, device: torch.device) -> Run:
+    """A function that is compiled at its first call, which is to be within `any_size`.
+
+    On a CPU inductor's own kernels run in one thread: those of a few tokens take less time than it
+    takes to wake another.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    if device.type == "cpu":
+        options |= {
+            "cpp.threads": 1,
+            "size_asserts": False,
+            "post_grad_custom_pre_pass": JoinProducts(),
+        }
+    # What dynamo has compiled belongs to a code object, and without guards to any call of it.
+    own = types.FunctionType(
+        run.__code__.replace(), run.__globals__, run.__name__, run.__defaults__, run.__closure__
+    )
+    result: Run = torch.compile(own, dynamic=True, fullgraph=True, options=options)
+    return result
+
+
+def shape_of(model: nn.Module) -> list[Any]:
+    """What a graph of a model depends on and tensors' values are not."""
+    return [
+        (
+            id(module), module.training, id(vars(module).get("forward")),
+            [(x.shape, x.dtype, x.device) for x in module._parameters.values() if x is not None],
+            [(x.shape, x.dtype, x.device) for x in module._buffers.values() if x is not None],
+            len(module._forward_hooks), len(module._forward_pre_hooks),
+        )
+        for module in model.modules()
+    ]  # fmt: skip
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Compile for one token as for many: sizes of 1 are not made a case of their own."""
+    config: Any = torch.fx.experimental._config
+    with compiling_packed(), config.patch(backed_size_oblivious=True):
+        yield
+
+
+@contextmanager
+def kept_on_disk() -> Iterator[None]:
+    """What inductor compiles meanwhile is kept where it lasts: see `cache_dir`."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(cache_dir("inductor"))
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
