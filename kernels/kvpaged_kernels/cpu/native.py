@@ -58,7 +58,7 @@ def library(
     defines = [f"-D{DTYPES[dtype]}", *(f"-D{key}={value}" for key, value in constants)]
     compiler, version = _compiler()
     parts = [version, _processor(), *_FLAGS, *defines]
-    parts += [file.read_text() for file in (source, _SOURCES / "native_numbers.h")]
+    parts += [file.read_text() for file in (source, *sorted(_SOURCES.glob("*.h")))]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     target = cache_dir("native") / f"{name}-{key}.so"
     if not target.exists():

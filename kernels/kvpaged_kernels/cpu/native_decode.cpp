@@ -6,12 +6,11 @@
 //
 // Constants: FLOAT, BFLOAT16 or HALF; GROUP query heads a KV head; K_DIM, V_DIM; PAGE slots a page.
 
-#include <omp.h>
-
 #include <cmath>
 #include <vector>
 
 #include "native_numbers.h"
+#include "native_threads.h"
 
 constexpr int SLICE = PAGE < 64 ? PAGE : 64;           // tokens scored at a time
 constexpr int SCORES = (SLICE + VL - 1) / VL * VL;     // and room for them
@@ -239,9 +238,11 @@ void decode(
     }
     const int64_t work = pages * layer.kv_heads;
     if (work * PAGE * (K_DIM + V_DIM) < FEW) threads = 1;
+    const int first_processor = processor();
     std::vector<Part> heads(threads), tails(threads);  // of what a share's start and end cut
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        spread(first_processor);
         const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
         const int64_t start = work * me / all, stop = work * (me + 1) / all;
         int64_t tail_end = 0, tail_row = 0, tail_head = 0;

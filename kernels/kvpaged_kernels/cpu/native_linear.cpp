@@ -10,9 +10,8 @@
 // MT rows of x at most meet each vector while it is in a register; more rows are more passes over a
 // group, which is in a cache by then.
 
-#include <omp.h>
-
 #include "native_numbers.h"
+#include "native_threads.h"
 
 #ifdef __AVX512F__
 constexpr int NT = 4, MT = 6;
@@ -123,9 +122,11 @@ int elements_of_step() { return STEP; }
 
 // x: [count, inner], y: [count, columns], rows side by side.
 void linear(const Layer* layer, const Number* x, Number* y, int64_t count, int threads) {
+    const int first_processor = processor();
     const int64_t blocks = (layer->columns + VL - 1) / VL, groups = (blocks + NT - 1) / NT;
 #pragma omp parallel num_threads(threads) if (groups > 1)
     {
+        spread(first_processor);
         const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
         const int64_t first = groups * me / all, last = groups * (me + 1) / all;
         for (int64_t part = 0; part < count; part += ROWS) {
