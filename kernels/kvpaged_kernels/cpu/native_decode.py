@@ -109,7 +109,7 @@ class NativeDecode:
         """
         _, kv_heads, page_size, k_dim = k_pages.shape
         v_dim = v_pages.shape[3]
-        fits = v_pages.shape[:3] == k_pages.shape[:3] and k_pages.dtype == v_pages.dtype
+        fits = v_pages.shape[1:3] == k_pages.shape[1:3] and k_pages.dtype == v_pages.dtype
         if not fits or q_heads % kv_heads or not k_pages.stride(3) == v_pages.stride(3) == 1:
             raise ValueError(
                 f"{q_heads} query heads, pages {tuple(k_pages.shape)} and {tuple(v_pages.shape)}"
