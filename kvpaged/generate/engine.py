@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from kvpaged.generate.requests import Line, Reply, Request
 from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampling import Choice, Picked, StepSampler
 from kvpaged.generate.stepping import Made, StepMaker
+from kvpaged.generate.totals import EngineStats
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
@@ -32,30 +33,6 @@ Forward = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """Ids and positions, int64 `[tokens]`, the tokens whose logits are wanted, int64 `[n]`, and whether
 those are all, in order; to logits `[n, vocabulary]`.
 """
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Running totals.
-
-    Attributes:
-        steps: forward passes.
-        tokens: computed in them, prompts' too.
-        generated: tokens of replies.
-        preemptions: rows set back because pages ran out.
-        running, waiting: replies that have a row now, and that have none yet.
-        host_s: seconds of steps that were not the forward pass and the choice of tokens.
-        device_s: seconds of those.
-    """
-
-    steps: int = 0
-    tokens: int = 0
-    generated: int = 0
-    preemptions: int = 0
-    running: int = 0
-    waiting: int = 0
-    host_s: float = 0.0
-    device_s: float = 0.0
 
 
 class Engine:
@@ -131,9 +108,20 @@ class Engine:
             for reply in replies:
                 self._end(reply, "error", lack)
             return
-        for first in range(0, len(replies), self.batch.rows):
-            group = replies[first : first + self.batch.rows]
+        most = min(self.batch.rows, self.needs.most_replies(replies[0], self.chunk))
+        for first in range(0, len(replies), most):
+            group = replies[first : first + most]
             self._queue(group[0], group[1:])
+
+    def refuse(self, request: Request, error: Exception) -> None:
+        """End what is left of a request that could not be put in the line."""
+        self._refuse(request.replies, error)
+
+    def _refuse(self, replies: Sequence[Reply], error: Exception) -> None:
+        self._end_all(replies[0].request, "error", error)
+        for reply in replies:
+            if not reply.ended:
+                self._end(reply, "error", error)
 
     def _queue(self, reply: Reply, others: list[Reply]) -> None:
         reply.chain = self.needs.chain(reply.ids, reply.request.salt)
@@ -236,7 +224,7 @@ class Engine:
             try:
                 self._begin(line, mine, trails[place])
             except Exception as error:
-                self._end_all(line.reply.request, "error", error)
+                self._refuse((line.reply, *line.others), error)
         if not chosen and not len(running):
             line = self.line.pop(0)
             self._look = True
@@ -321,12 +309,16 @@ class Engine:
 
     def _make_step(self) -> Made | None:
         """The next step; rows are set back until its pages are there."""
+        given_back = False
         while True:
             try:
                 return self._maker.make(self._flight)
             except OutOfPagesError as error:
                 if self._flight is not None:
                     self._land()  # who has ended gives pages back
+                elif not given_back:
+                    self._publisher.publish()  # what has left a window goes back
+                    given_back = True
                 else:
                     self._set_back(error)
 
@@ -363,10 +355,13 @@ class Engine:
 
     def _compute(self, step: Step, choice: Choice, ids: Tensor) -> Picked:
         """One forward pass, and the tokens chosen from it."""
-        if not self.batch.watch():
+        as_before = self.batch.watch()
+        if not as_before:
             self.batch.keep_private("the model has changed since it began")
         count = len(choice.take)
-        logits = self.forward(ids, step.positions.long(), step.more[:count], choice.every)
+        logits = self.forward(
+            ids, step.positions.long(), step.more[:count], choice.every and as_before
+        )
         if not count:
             return Picked(logits.new_empty(0, dtype=torch.int64), None, choice.slots, [])
         return self.sampler.pick(choice, step, logits)
@@ -421,7 +416,6 @@ class Engine:
             self.batch.fork(slot, kept)
             self.rows.replies[kept] = sibling
             self._maker.change()
-            self.sampler.copy(slot, kept)
         reply.siblings = []
 
     def totals(self) -> EngineStats:

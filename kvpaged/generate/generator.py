@@ -14,17 +14,19 @@ from torch import Tensor
 
 from kvpaged.cache import PagedKVCache
 from kvpaged.errors import UsageError
-from kvpaged.generate.engine import Engine, EngineStats
+from kvpaged.generate.bar import Bar
+from kvpaged.generate.engine import Engine
 from kvpaged.generate.interrupts import close_at_exit, held_interrupts
 from kvpaged.generate.pages import PageNeeds
 from kvpaged.generate.params import Completion, SamplingParams, TokenEvent
-from kvpaged.generate.prompts import Prompt, Prompts
+from kvpaged.generate.prompts import Prompt, Prompts, eos_of, positions_of
 from kvpaged.generate.requests import Ints, Reply, Request
 from kvpaged.generate.scheduler import rank_of
 from kvpaged.generate.submission import Submission
 from kvpaged.generate.text import TextTail
+from kvpaged.generate.totals import EngineStats
 from kvpaged.generate.turns import Turns
-from kvpaged.keys import Salt
+from kvpaged.keys import Salt, encode_salt
 from kvpaged.pages.extents import Ids
 from kvpaged.slot_batch import SlotBatch
 
@@ -112,16 +114,17 @@ class Generator:
             self._packed.release()
             raise
         vocabulary = int(inner.get_input_embeddings().weight.shape[0])
-        self._prompts = Prompts(tokenizer, vocabulary, preparation.lengths)
+        self._prompts = Prompts(tokenizer, vocabulary, preparation.lengths, positions_of(inner))
         self._engine = Engine(
             self._batch, self._packed, PageNeeds(cache),
-            budget=budget, chunk=chunk, eos=_eos(inner),
+            budget=budget, chunk=chunk, eos=eos_of(inner),
             lookahead=not on_cpu if lookahead is None else lookahead,
         )  # fmt: skip
         self._numbers = itertools.count()
         self._numbering = threading.Lock()
         self._turn = Turns()
         self._inbox: deque[Request] = deque()  # submitted, not in the line yet
+        self._late: deque[Request] = deque()  # to be cancelled when the step that runs has ended
         self._thread: threading.Thread | None = None
 
     # -- asking ------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ class Generator:
         )
         for request in asked:
             request.on_end = done.append
-        with _bar(sum(len(request.replies) for request in asked), progress) as moved:
+        with Bar(sum(len(request.replies) for request in asked), progress) as moved:
             self._run(asked, lambda: moved(len(done)))
         replies = [reply.completion for request in asked for reply in request.replies]
         first = asked[0].number if asked else 0
@@ -195,13 +198,16 @@ class Generator:
         first = asked[0].number if asked else 0
         try:
             self._add(asked)
-            while events or any(request.open for request in asked):
+            while True:
                 while events:
                     event = events.popleft()
                     if event.completion is not None:
                         event.completion.request -= first
                     yield replace(event, request=event.request - first)
-                if any(request.open for request in asked):
+                with held_interrupts(), self._turn:  # in another's step one ends before it is told
+                    if not events and not any(request.open for request in asked):
+                        break
+                if not events:
                     self._step()
         finally:
             self._cancel(asked)
@@ -257,7 +263,12 @@ class Generator:
         return self._packed.compile_s
 
     def close(self) -> None:
-        """Cancel what is open and give all pages back; full ones wait in the cache."""
+        """Cancel what is open and give all pages back; full ones wait in the cache.
+
+        Raises:
+            UsageError: called within a step, by a logits processor, say.
+        """
+        self._check_outside()
         with held_interrupts(), self._turn:
             if not self._batch.closed:
                 self._engine.reset()
@@ -291,11 +302,18 @@ class Generator:
                 self._engine.cancel(request)
             else:
                 self._enter(request)
+        while self._late:
+            request = self._late.popleft()
+            if request.open and not self._batch.closed:
+                self._engine.cancel(request)
 
     def _enter(self, request: Request) -> None:
-        if self._engine.idle:
-            self._packed.refresh()
-        self._engine.add(request)
+        try:
+            if self._engine.idle:
+                self._packed.refresh()
+            self._engine.add(request)
+        except Exception as error:
+            self._engine.refuse(request, error)
 
     def _run(self, asked: list[Request], after: Callable[[], None]) -> None:
         """Take steps until these requests have ended."""
@@ -308,16 +326,24 @@ class Generator:
             self._cancel(asked)
 
     def _step(self) -> None:
+        self._check_outside()
         with held_interrupts(), self._turn:
             self._collect()
             self._engine.step()
+            self._collect()
 
     def _cancel(self, asked: Sequence[Request]) -> None:
-        with held_interrupts(), self._turn:
-            self._collect()
-            for request in asked:
-                if request.open and not self._batch.closed:
-                    self._engine.cancel(request)
+        self._late.extend(asked)
+        if not self._turn.is_mine():  # else within a step: at its end
+            with held_interrupts(), self._turn:
+                self._collect()
+
+    def _check_outside(self) -> None:
+        """Raise `UsageError` if this thread is within a step."""
+        if self._turn.is_mine():
+            raise UsageError(
+                "a step of this generator runs in this thread: it can't be used within"
+            )
 
     def _serve(self) -> None:
         while True:
@@ -331,6 +357,7 @@ class Generator:
                     continue
                 try:
                     self._engine.step()
+                    self._collect()
                 except Exception as error:  # nobody else would hear of it, and many wait
                     self._engine.reset(error)
 
@@ -352,6 +379,7 @@ class Generator:
         given = [params] * len(prompts) if isinstance(params, SamplingParams | None) else params
         if len(given) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts came with {len(given)} params")
+        encode_salt(salt)  # raises if it is none
         now = time.perf_counter()
         each = [replace(p or SamplingParams(), **options) for p in given]
         deadline = np.inf if deadline_s is None else now + deadline_s
@@ -400,40 +428,9 @@ class Generator:
         return text
 
 
-def _eos(model: Any) -> tuple[int, ...]:
-    """The model's end-of-sequence tokens."""
-    config = getattr(model, "generation_config", None) or model.config
-    eos = getattr(config, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return (int(eos),) if isinstance(eos, int) else tuple(int(x) for x in eos)
-
-
 def _count(name: str, given: int | None, default: int) -> int:
     if given is None:
         return default
     if given < 1:
         raise UsageError(f"{name} is 1 or more, got {given}")
     return given
-
-
-class _bar:
-    """A progress bar over replies, if wanted."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        self._bar: Any = None
-        if wanted:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=total, unit="reply")
-
-    def __enter__(self) -> Callable[[int], None]:
-        return self._move
-
-    def _move(self, done: int) -> None:
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -81,8 +81,12 @@ class Landing:
         for place in talks:
             reply = rows.replies[int(slots[place])]
             last = bool(stop[place] or over[place])
-            if reply is not None and tell(reply, int(tokens[place]), last=last):
-                stop[place] = True
+            try:
+                if reply is not None and tell(reply, int(tokens[place]), last=last):
+                    stop[place] = True
+            except Exception as error:  # a tokenizer's: of this reply alone
+                assert reply is not None
+                self._end(reply, "error", error)
         ended = np.flatnonzero(stop | over).tolist()
         if ended:
             self._before_end()

@@ -111,6 +111,17 @@ class PageNeeds:
             return None
         return self._error(tokens, needs[group], sizes[group], group)
 
+    def most_replies(self, reply: Reply, chunk: int) -> int:
+        """How many replies to one prompt the pool could hold at once, each with a page of its own,
+        at least 1.
+        """
+        tokens = len(reply.ids) + 1
+        rooms = [
+            page_class.allocator.capacity - self.pages(group, tokens, chunk)
+            for group, page_class in enumerate(self._cache.classes)
+        ]
+        return max(min(rooms) + 1, 1)
+
     def shortage(self, reply: Reply) -> OutOfPagesError:
         """Why a request can't run though nothing else does."""
         tokens = len(reply.ids) + 1

@@ -66,7 +66,7 @@ class SamplingParams:
         for name, value, fits, range_ in (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
             ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top_k", self.top_k, 0 <= self.top_k < 2**31, f"in 0..{2**31 - 1}"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < np.inf,
@@ -79,6 +79,10 @@ class SamplingParams:
         ):  # fmt: skip
             if not fits:
                 raise ConfigError(f"{name} is {range_}, got {value!r}")
+        if any(not 0 <= token < 2**31 for token in self.stop_token_ids):
+            raise ConfigError(
+                f"stop_token_ids are in 0..{2**31 - 1}, got {list(self.stop_token_ids)}"
+            )
         if any(not text for text in self.stop):
             raise ConfigError("a stop text has at least one character")
         if self.prompt_lookup and (self.logits_processors or self.repetition_penalty != 1):

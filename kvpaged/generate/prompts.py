@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Embedding
 
 from kvpaged.errors import UsageError
 from kvpaged.generate.params import SamplingParams
@@ -18,15 +19,18 @@ Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 class Prompts:
     """Reads prompts for one model."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int, regimes: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, vocabulary: int, regimes: Any, positions: int | None = None
+    ) -> None:
         """
         Args:
             tokenizer: a transformers tokenizer, or `None`.
             vocabulary: token ids lie below it.
+            positions: how many the model has learned embeddings of; `None`: any.
             regimes: `regime(length)`: what the model's positions are rotated by up to a length.
         """
         self.tokenizer = tokenizer
-        self._vocabulary, self._regimes = vocabulary, regimes
+        self._vocabulary, self._regimes, self._positions = vocabulary, regimes, positions
 
     def ids(self, prompt: Prompt) -> Ints:
         """Token ids of a prompt.
@@ -63,7 +67,16 @@ class Prompts:
             )
         if params.stop and self.tokenizer is None:
             raise UsageError("stop texts need Generator(..., tokenizer=...)")
+        if params.logprobs is not None and params.logprobs > self._vocabulary:
+            raise UsageError(
+                f"logprobs are of at most {self._vocabulary} tokens, got {params.logprobs}"
+            )
         longest = len(ids) + params.max_new_tokens
+        if self._positions is not None and longest - 1 > self._positions:
+            raise UsageError(
+                f"a prompt of {len(ids)} and {params.max_new_tokens} new tokens need "
+                f"{longest - 1} positions, and the model knows {self._positions}"
+            )
         regime = self._regimes.regime(longest)
         if regime is None or regime != self._regimes.regime(1):
             raise UsageError(
@@ -71,3 +84,22 @@ class Prompts:
                 "which the model's rotary embedding has other angles for all tokens of a pass: "
                 "not served in a batch"
             )
+
+
+def eos_of(model: Any) -> tuple[int, ...]:
+    """The model's end-of-sequence tokens."""
+    config = getattr(model, "generation_config", None) or model.config
+    eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return (int(eos),) if isinstance(eos, int) else tuple(int(x) for x in eos)
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions the model has learned embeddings of; `None`: it has no such table."""
+    sizes = [
+        module.num_embeddings - int(getattr(module, "offset", 0))
+        for name, module in model.named_modules()
+        if isinstance(module, Embedding) and ("position" in name or name.endswith("wpe"))
+    ]
+    return min(sizes, default=None)

@@ -25,6 +25,9 @@ def end_reply(
     reply: Reply, ids: Ints, reason: FinishReason, error: Exception | None, now: float
 ) -> None:
     """A reply has ended with these tokens, its prompt's first."""
+    if reply.ended:
+        return
+    reply.ended = True
     request, completion = reply.request, reply.completion
     completion.tokens = ids[len(request.prompt) :].tolist()
     completion.finish_reason, completion.error = reason, error
@@ -32,11 +35,15 @@ def end_reply(
     if request.params.logprobs is not None:
         completion.logprobs = reply.logprobs[: len(completion.tokens)]
     rest = reply.pending
-    if reply.tail is not None:
-        rest += reply.tail.end()
-        completion.text = reply.tail.text
-    elif request.decode is not None:
-        completion.text = request.decode(completion.tokens)
+    try:
+        if reply.tail is not None:
+            rest += reply.tail.end()
+            completion.text = reply.tail.text
+        elif request.decode is not None:
+            completion.text = request.decode(completion.tokens)
+    except Exception as failed:  # a tokenizer's: the tokens are told all the same
+        if completion.error is None:
+            completion.finish_reason, completion.error = "error", failed
     request.open -= 1
     if request.on_end is not None:
         request.on_end(completion)

@@ -67,6 +67,7 @@ class Reply:
         unsent, pending: tokens and text that go with its next event.
         chain: see `scheduler.Waiting`.
         logprobs: of its tokens, where asked for.
+        ended: its user has been told so.
     """
 
     request: Request
@@ -81,6 +82,7 @@ class Reply:
     pending: str = ""
     chain: tuple[int, ...] = ()
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    ended: bool = False
 
 
 @dataclass(slots=True)

@@ -93,8 +93,8 @@ def _filtered(
     if not most and count < width:
         total = scaled.double().logsumexp(-1, keepdim=True)
         reached = (values.double() - total).exp().sum(-1)
-        short = (top_k == 0) | (top_k > count)
-        if bool((short & ((top_p > reached) | (min_p > 0))).any()):
+        short = (top_k == 0) & ((top_p > reached) | (min_p > 0))
+        if bool((short | (top_k > count)).any()):
             values, ids = scaled.sort(descending=True)
     place = torch.arange(values.shape[1], device=values.device)
     limit = torch.where(top_k == 0, width, top_k)[:, None]

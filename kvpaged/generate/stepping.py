@@ -107,7 +107,8 @@ class StepMaker:
         drafted = rows.counted["lookup"] and bool(drafts.any())
         choice = self._sampler.choose(plan.order, plan.counts, drafts if drafted else None)
         step, ids = self._begin_plan(plan, counts, choice, flight)
-        if not (rows.counted["prefilling"] or rows.counted["lookup"]):
+        quiet = not (rows.counted["prefilling"] or rows.counted["lookup"])
+        if quiet and bool((plan.counts == 1).all()):
             left = int((rows.limit - batch.known)[plan.order].min()) - 1
             self._steady = Steady(plan, counts, choice, left)
         return Made(step, choice, ids)

@@ -15,10 +15,14 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._books = threading.Lock()
+        self._books = threading.RLock()  # the collector may run a stream's end within
         self._owner: int | None = None
         self._depth = 0
         self._line: deque[tuple[int, threading.Lock]] = deque()
+
+    def is_mine(self) -> bool:
+        """Whether this thread has it."""
+        return self._owner == threading.get_ident()
 
     def __enter__(self) -> None:
         me = threading.get_ident()

@@ -74,13 +74,14 @@ class DecodeGraphs:
         self._groups = [_standing(cache, number, most) for number in range(len(cache.groups))]
         self._captured: dict[int, _Captured] = {}
         self._seen: object = None
+        self._identity: object = None
         self.capture_s: float | None = None
 
     def capture(self) -> None:
         """Capture all graphs, the largest first: the others fit into its memory."""
         start = time.perf_counter()
         self._captured.clear()
-        self._seen = self._fingerprint()
+        self._seen, self._identity = self._fingerprint(), self._cache.current()[0]
         for group in self._groups:
             group.lengths.zero_()
         for size in reversed(self.sizes):
@@ -88,8 +89,10 @@ class DecodeGraphs:
         self.capture_s = time.perf_counter() - start
 
     def is_stale(self) -> bool:
-        """Whether weights have other addresses than when it captured, or hooks have changed."""
-        return self._seen != self._fingerprint()
+        """Whether weights have other addresses than when it captured, hooks have changed, or what
+        the cache's namespace stands for: weights, adapters.
+        """
+        return self._seen != self._fingerprint() or self._identity != self._cache.current()[0]
 
     def _fingerprint(self) -> object:
         tensors = [*self._model.parameters(), *self._model.buffers()]

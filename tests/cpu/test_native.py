@@ -52,7 +52,7 @@ def decode(rng, pages, lengths, table, group, *, window, softcap, sinks):
     sink = torch.randn(heads * group).to(dtype) if sinks else None
     lens = torch.tensor(lengths, dtype=torch.int32)
     expected_pages = pages.flat.clone()
-    views = seen_in(expected_pages, pages)
+    views: Any = seen_in(expected_pages, pages)
     for row, length in enumerate(lengths):
         entry, slot = (
             int(table[row, (length - 1) // pages.page_size]),
@@ -63,8 +63,9 @@ def decode(rng, pages, lengths, table, group, *, window, softcap, sinks):
     layer = NativeDecode(pages.k_pages, pages.v_pages, heads * group, **options)
     got = layer(NativeStep(q, k, v, table, lens), q, k, v, sink)
     assert torch.equal(pages.flat, expected_pages)  # what it wrote is exact, and nothing else
+    exact_pages: Any = seen_in(expected_pages.double(), pages)
     exact = paged_decode(
-        q.double(), *seen_in(expected_pages.double(), pages), table, lens, **options,
+        q.double(), *exact_pages, table, lens, **options,
         sinks=None if sink is None else sink.double(),
     )  # fmt: skip
     plan = plan_decode(

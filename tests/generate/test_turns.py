@@ -47,8 +47,7 @@ def test_who_is_interrupted_while_waiting_loses_nothing(monkeypatch, late):
             pass
 
     turns._owner, turns._depth = -1, 1  # another thread has it
-    lock = threading.Lock
-    turns._books = lock()
+    turns._books = threading.RLock()
     monkeypatch.setattr("kvpaged.generate.turns.threading.Lock", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         turns.__enter__()

@@ -4,6 +4,7 @@ oneDNN's packed weights take 1.2 to 2 times as long from 1 to 32 rows (docs/log.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -92,7 +93,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> NativeLinear:
     return pack_together([(weight, bias)])[0]
 
 
-def pack_together(layers: list[tuple[Tensor, Tensor | None]]) -> list[NativeLinear]:
+def pack_together(layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[NativeLinear]:
     """Of layers of one input: each by itself, and last, if there are several, all in one product,
     which shares their memory. `fits_together` says whether that can be.
     """
@@ -115,7 +116,7 @@ def pack_together(layers: list[tuple[Tensor, Tensor | None]]) -> list[NativeLine
     return made
 
 
-def fits_together(layers: list[tuple[Tensor, Tensor | None]]) -> bool:
+def fits_together(layers: Sequence[tuple[Tensor, Tensor | None]]) -> bool:
     """Whether layers can be one product: one input width and dtype, biases in all or none, whole
     groups of columns.
     """

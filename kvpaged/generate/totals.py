@@ -1,0 +1,27 @@
+"""What a generator has done so far."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Running totals.
+
+    Attributes:
+        steps: forward passes.
+        tokens: computed in them, prompts' too.
+        generated: tokens of replies.
+        preemptions: rows set back because pages ran out.
+        running, waiting: replies that have a row now, and that have none yet.
+        host_s: seconds of steps that were not the forward pass and the choice of tokens.
+        device_s: seconds of those.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    generated: int = 0
+    preemptions: int = 0
+    running: int = 0
+    waiting: int = 0
+    host_s: float = 0.0
+    device_s: float = 0.0
