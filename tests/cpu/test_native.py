@@ -65,14 +65,14 @@ def decode(rng, pages, lengths, table, group, *, window, softcap, sinks):
     assert torch.equal(pages.flat, expected_pages)  # what it wrote is exact, and nothing else
     exact_pages: Any = seen_in(expected_pages.double(), pages)
     exact = paged_decode(
-        q.double(), *exact_pages, table, lens, **options,
+        q.double(), exact_pages[0], exact_pages[1], table, lens, **options,
         sinks=None if sink is None else sink.double(),
     )  # fmt: skip
     plan = plan_decode(
         table.numpy(), np.array(lengths), page_size=pages.page_size, step=pages.step,
         joined=pages.joined, dtype=dtype, window=window,
     )  # fmt: skip
-    other = stock_decode(q, *views, plan, scale=scale, softcap=softcap, sinks=sink)
+    other = stock_decode(q, views[0], views[1], plan, scale=scale, softcap=softcap, sinks=sink)
     largest = exact.abs().max()
     return [float((x.double() - exact).abs().max() / largest) for x in (got, other)]
 
@@ -113,9 +113,9 @@ def test_decode_is_as_exact_as_stock_torch(dtype, group, dims, page_size, data):
 
 def test_decode_refuses_what_does_not_fit():
     pages = make_pages(4, "layer-major", torch.float32, page_size=16, kv_heads=2, dims=(8, 8))
-    layer = NativeDecode(
-        pages.k_pages, pages.v_pages, 4, scale=1.0, window=None, softcap=None
-    )  # fmt: skip
+    values = pages.v_pages
+    assert values is not None
+    layer = NativeDecode(pages.k_pages, values, 4, scale=1.0, window=None, softcap=None)
     table, lengths = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
     q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
     step = NativeStep(q, k, k, table, lengths)
