@@ -38,7 +38,7 @@ together: dict[tuple[int, ...], tuple[int, int]] = {}
 
 
 def _packed_linear(x: Tensor, number: int, width: int) -> Tensor:
-    return _products[number](x)
+    return _products[number](x).contiguous()  # graphs are compiled for that, and don't look
 
 
 _library.impl("packed_linear", _packed_linear, "CPU")

@@ -149,7 +149,8 @@ class PackedPass(Cache, PackedCache):
                 return served.unsqueeze(0)
         self.batch.write(layer, k, v)
         out = self.batch.attend(layer, q, scale=scale, softcap=softcap, sinks=sinks)
-        return out.unsqueeze(0)
+        # Compiled graphs are made for that layout, and don't look.
+        return out.contiguous().unsqueeze(0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing before the pass, as far as masks and positions are concerned: they are given."""

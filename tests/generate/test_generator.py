@@ -158,4 +158,7 @@ def test_greedy_tokens_compiled(model):
         done = generator.generate(prompts, params_of(news))
         assert_greedy(model, done, prompts, wanted)
         assert counters["stats"]["unique_graphs"] == graphs  # nothing compiled anew for any size
+        for length in (1, 2, 5, 40):  # each alone: a pass of one row, all of it new
+            (one,) = generator.generate([prompts[0][:1] * length], max_new_tokens=3)
+            assert one.tokens == alone(model, prompts[0][:1] * length, 3)
         cache.check_integrity()
