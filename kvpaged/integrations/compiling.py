@@ -31,7 +31,6 @@ def compile_run(run: Run, device: torch.device) -> Run:
     if device.type == "cpu":
         options |= {
             "cpp.threads": 1,
-            "size_asserts": False,
             "post_grad_custom_pre_pass": JoinProducts(),
         }
     # What dynamo has compiled belongs to a code object, and without guards to any call of it.

@@ -149,8 +149,7 @@ class PackedPass(Cache, PackedCache):
                 return served.unsqueeze(0)
         self.batch.write(layer, k, v)
         out = self.batch.attend(layer, q, scale=scale, softcap=softcap, sinks=sinks)
-        # Compiled graphs are made for that layout, and don't look.
-        return out.contiguous().unsqueeze(0)
+        return out.contiguous().unsqueeze(0)  # as the operator's fake says
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing before the pass, as far as masks and positions are concerned: they are given."""
@@ -280,43 +279,42 @@ class PackedModel:
 
         Raises:
             UnsupportedModelError: it does change them: the model mixes tokens elsewhere than in
-                attention, or takes no notice of positions.
+                attention, or takes no notice of positions; or the compiled model differs from the
+                one it was made of.
         """
         device = batch.device
         first, second = (torch.tensor(x, device=device) for x in ([1, 5, 3], [4, 2]))
-        apart = []
-        for ids in (first, second):
-            batch.admit(0, ids.cpu().numpy(), None)
-            apart.append(self._probe(batch, [len(ids)], ids)[-1])
-            batch.vacate(0)
-        together = torch.stack(apart).float()
+        batch.admit(0, second.cpu().numpy(), None)
+        other = self._probe(batch, [2], second)
+        batch.vacate(0)
         batch.admit(0, first.cpu().numpy(), None)
+        alone = self._probe(batch, [3], first)
         if batch.rows > 1:
             batch.admit(1, second.cpu().numpy(), None)
-            packed = self._probe(batch, [3, 2], torch.cat([first, second])).float()
+            packed = self._probe(batch, [3, 2], torch.cat([first, second]))
             batch.vacate(1)
-            wrong = (packed[[2, 4]] - together).abs().max()
-            low = torch.finfo(apart[0].dtype).eps ** 0.5
-            if not wrong <= low * together.abs().max():
-                batch.vacate(0)
-                raise UnsupportedModelError(
-                    f"{type(self._model).__name__} gives a sequence other scores (by {wrong:.3g}, "
-                    f"where they reach {together.abs().max():.3g}) when another is packed before "
-                    "it: it can't run over packed tokens"
-                )
-        batch.drop_step()
-        self._probe(batch, [1], first[:1])  # native code is made
+            self._must_agree("when another is packed before it", packed, torch.cat([alone, other]))
+        self._must_agree("a token at a time", self._probe(batch, [1], first[:1]), alone[:1])
         if self.compiled:
             start = time.perf_counter()
             self._compile()
-            batch.drop_step()
-            with kept_on_disk():
-                self._probe(batch, [3], first, take=2)  # no two sizes alike: else they always are
+            with kept_on_disk():  # no two sizes alike: else they always are
+                some = self._probe(batch, [3], first, take=2)
             self.compile_s = time.perf_counter() - start
+            self._must_agree("when it is compiled", some, alone[:2])
         batch.vacate(0)
         if self.graphs is not None:
             batch.drop_step()
             self.graphs.capture()
+
+    def _must_agree(self, when: str, got: Tensor, wanted: Tensor) -> None:
+        got, exact = got.float(), wanted.float()
+        wrong, most = (got - exact).abs().max(), exact.abs().max()
+        if not wrong <= torch.finfo(wanted.dtype).eps ** 0.5 * most:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} gives a sequence other scores (by {wrong:.3g}, "
+                f"where they reach {most:.3g}) {when}: it can't run over packed tokens"
+            )
 
     def _compile(self) -> None:
         """Let the next pass compile the model as it is."""
