@@ -299,10 +299,11 @@ class PackedModel:
             start = time.perf_counter()
             self._compile()
             with kept_on_disk():  # no two sizes alike: else they always are
-                some = self._probe(batch, [3], first, take=2)
+                self._probe(batch, [3], first, take=2)
             self.compile_s = time.perf_counter() - start
-            self._must_agree("when it is compiled", some, alone[:2])
         batch.vacate(0)
+        if self.compiled:
+            self._check_compiled(batch)
         if self.graphs is not None:
             batch.drop_step()
             self.graphs.capture()
@@ -314,6 +315,31 @@ class PackedModel:
             raise UnsupportedModelError(
                 f"{type(self._model).__name__} gives a sequence other scores (by {wrong:.3g}, "
                 f"where they reach {most:.3g}) {when}: it can't run over packed tokens"
+            )
+
+    def _check_compiled(self, batch: SlotBatch) -> None:
+        """Raise `UnsupportedModelError` unless most tokens' scores are those of the eager model.
+
+        Most, because in bf16 other roundings alone (inductor keeps fp32 within a kernel) can turn
+        the scores of a single early token over: of SmolLM2 one in a dozen, others by 0.1 to 2 %
+        (mean square over variance); tokens that see something else differ by 100 % and more.
+        """
+        vocabulary = int(self._model.get_input_embeddings().weight.shape[0])
+        ids = torch.arange(1, 12, device=batch.device) * vocabulary // 12
+        batch.admit(0, ids.cpu().numpy(), None)
+        scores, fast = [], self._fast
+        try:
+            for self._fast in (fast, None):
+                scores.append(self._probe(batch, [len(ids)], ids).float())
+        finally:
+            self._fast = fast
+            batch.vacate(0)
+        got, exact = scores
+        apart = float(((got - exact).square().mean(-1) / exact.var(-1)).median())
+        if not apart <= 4 * torch.finfo(self._model.dtype).eps ** 0.5:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} gives other scores when it is compiled (mean square "
+                f"of the difference over the variance: {apart:.3g})"
             )
 
     def _compile(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kvpaged import Generator, PagedKVCache
+from kvpaged.errors import UnsupportedModelError
 from kvpaged.generate.sampler import greedy
 from kvpaged.integrations.native import NativeAttention
 from kvpaged_kernels.cpu import native_decode
@@ -70,3 +71,18 @@ def test_greedy_takes_the_first_of_equal_scores(dtype):
     scores[1, 2999] = 9
     expected = [row.index(max(row)) for row in scores.tolist()]
     assert greedy(scores).tolist() == expected
+
+
+def test_a_compiled_model_that_gives_other_scores_is_refused(model):
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache, max_running=2) as generator,
+    ):
+        packed = generator._packed
+        packed._fast = packed._call
+        packed._check_compiled(generator._batch)
+        packed._fast = lambda *given: packed._call(*given).flip(0)
+        with pytest.raises(UnsupportedModelError, match="other scores when it is compiled"):
+            packed._check_compiled(generator._batch)
+        assert packed._fast is not None
+        packed._fast = None
