@@ -17,6 +17,7 @@ from kvpaged.sequences import Sequences
 from kvpaged.step import (
     Ints,
     Step,
+    as_index,
     attend_layer,
     make_step,
     next_step,
@@ -163,7 +164,7 @@ class Batch(Sequences):
             self._unclean &= idle
             self._touched &= idle
             self._odd = bool((self._unclean | self._touched).any())
-        if order is not None and len(order) == self.rows and (np.diff(order) == 1).all():
+        if order is not None and len(order) == self.rows and isinstance(as_index(order), slice):
             order = None
         nothing: list[DecodePlan | None] = [None] * len(self._groups)
         same = order is None and (counts == 1).all()  # a plan is of rows in their order

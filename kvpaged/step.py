@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvpaged_kernels.gpu.plan import DecodePlan as SharePlan
 
 Ints = npt.NDArray[np.int64]
+Index = slice | Ints
 
 
 @dataclass(slots=True)
@@ -265,13 +266,16 @@ def _table_of(entries: Tensor, order: Ints | None, picked: Tensor | None) -> Ten
     """The rows of a table that take part in a step; those side by side as a view."""
     if order is None:
         return entries
-    if len(order) and int(order[-1]) - int(order[0]) == len(order) - 1 and _rises(order):
-        return entries[int(order[0]) : int(order[-1]) + 1]
-    return entries[picked]
+    index = as_index(order)
+    return entries[index] if isinstance(index, slice) else entries[picked]
 
 
-def _rises(order: Ints) -> bool:
-    return bool((np.diff(order) == 1).all())
+def as_index(rows: Ints) -> Index:
+    """Rows of a batch, or the slice that is the same where they lie side by side."""
+    count = len(rows)
+    if count and int(rows[-1]) - int(rows[0]) == count - 1 and bool((np.diff(rows) == 1).all()):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 @lru_cache(maxsize=64)

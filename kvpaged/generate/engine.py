@@ -114,7 +114,8 @@ class Engine:
             self._queue(group[0], group[1:])
 
     def refuse(self, request: Request, error: Exception) -> None:
-        """End what is left of a request that could not be put in the line."""
+        """End what is left of a request that could not be put in the line, wholly or in part."""
+        request.open = sum(not reply.ended for reply in request.replies)
         self._refuse(request.replies, error)
 
     def _refuse(self, replies: Sequence[Reply], error: Exception) -> None:
@@ -223,7 +224,7 @@ class Engine:
             mine, free = free[: line.slots], free[line.slots :]
             try:
                 self._begin(line, mine, trails[place])
-            except Exception as error:
+            except Exception as error:  # of this request alone: the others go on
                 self._refuse((line.reply, *line.others), error)
         if not chosen and not len(running):
             line = self.line.pop(0)
@@ -285,7 +286,7 @@ class Engine:
         middle = self.clock()
         try:
             picked = self._compute(step, choice, ids)
-        except Exception as error:
+        except Exception as error:  # the model's or a hook's: it ends those of this step
             self._fail(step, error)
             return True
         end = self.clock()

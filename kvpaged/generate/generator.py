@@ -23,7 +23,7 @@ from kvpaged.generate.prompts import Prompt, Prompts, eos_of, positions_of
 from kvpaged.generate.requests import Ints, Reply, Request
 from kvpaged.generate.scheduler import rank_of
 from kvpaged.generate.submission import Submission
-from kvpaged.generate.text import TextTail
+from kvpaged.generate.text import TextTail, decoder_of
 from kvpaged.generate.totals import EngineStats
 from kvpaged.generate.turns import Turns
 from kvpaged.keys import Salt, encode_salt
@@ -287,6 +287,7 @@ class Generator:
     # -- steps -------------------------------------------------------------------------------------
 
     def _add(self, asked: list[Request]) -> None:
+        self._check_outside()
         with held_interrupts(), self._turn:
             self._engine.check()
             self._collect()
@@ -310,9 +311,9 @@ class Generator:
     def _enter(self, request: Request) -> None:
         try:
             if self._engine.idle:
-                self._packed.refresh()
+                self._packed.refresh(self._batch)
             self._engine.add(request)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is of this request alone
             self._engine.refuse(request, error)
 
     def _run(self, asked: list[Request], after: Callable[[], None]) -> None:
@@ -348,18 +349,17 @@ class Generator:
     def _serve(self) -> None:
         while True:
             with self._turn:
-                self._collect()
-                if self._engine.idle or self._batch.closed:
-                    with self._numbering:
-                        if not self._inbox:
-                            self._thread = None
-                            return
-                    continue
                 try:
-                    self._engine.step()
                     self._collect()
+                    if not self._engine.idle and not self._batch.closed:
+                        self._engine.step()
+                        continue
                 except Exception as error:  # nobody else would hear of it, and many wait
                     self._engine.reset(error)
+                with self._numbering:
+                    if not self._inbox and not self._late:
+                        self._thread = None
+                        return
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -399,13 +399,13 @@ class Generator:
         try:
             ids = self._prompts.ids(prompt)
             self._prompts.check(ids, params)
-        except Exception as error:
+        except Exception as error:  # a tokenizer's too: the other prompts of the call are served
             problem = error
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request = Request(
             number=number, prompt=ids, params=params, salt=salt, rank=rank_of(number, priority),
             submitted=now, deadline=deadline, seed=seed, on_event=on_event, problem=problem,
-            decode=None if self.tokenizer is None else self._decode,
+            decode=None if self.tokenizer is None else decoder_of(self.tokenizer),
         )  # fmt: skip
         follows = self.tokenizer is not None and (params.stop or on_event is not None)
         for index in range(params.n):
@@ -422,10 +422,6 @@ class Generator:
                 )
             )
         return request
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
 
 def _count(name: str, given: int | None, default: int) -> int:

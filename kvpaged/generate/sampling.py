@@ -14,9 +14,7 @@ from kvpaged.generate.requests import Reply
 from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampler import draw, greedy, log_probabilities, penalise
 from kvpaged.slot_batch import SlotBatch
-from kvpaged.step import Ints, Step
-
-Index = slice | Ints
+from kvpaged.step import Index, Ints, Step, as_index
 
 
 @dataclass(slots=True)
@@ -61,14 +59,6 @@ class Picked(NamedTuple):
     errors: list[tuple[int, Exception]]
 
 
-def as_index(slots: Ints) -> Index:
-    """`slots`, or the slice that is the same."""
-    count = len(slots)
-    if count and int(slots[-1]) - int(slots[0]) == count - 1 and bool((np.diff(slots) == 1).all()):
-        return slice(int(slots[0]), int(slots[-1]) + 1)
-    return slots
-
-
 class StepSampler:
     """Chooses the tokens of steps."""
 
@@ -85,11 +75,6 @@ class StepSampler:
             self._penalised[slot] = ids
         elif self._seen is not None:
             self._seen[slot] = False
-
-    def copy(self, source: int, target: int) -> None:
-        """A row begins as another is."""
-        if self._seen is not None:
-            self._seen[target] = self._seen[source]
 
     def choose(self, order: Ints, counts: Ints, drafts: Ints | None) -> Choice:
         """Decide which tokens a step gives."""
@@ -183,7 +168,7 @@ class StepSampler:
             for processor in reply.request.params.logits_processors:
                 mine = processor(given, mine)
             scores[place] = mine[0]
-        except Exception as error:
+        except Exception as error:  # a processor's: it ends its own request
             self._errors.append((slot, error))
 
     def _parent(self, slot: int) -> int:

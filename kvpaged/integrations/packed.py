@@ -295,17 +295,10 @@ class PackedModel:
             batch.vacate(1)
             self._must_agree("when another is packed before it", packed, torch.cat([alone, other]))
         self._must_agree("a token at a time", self._probe(batch, [1], first[:1]), alone[:1])
-        if self.compiled:
-            start = time.perf_counter()
-            self._compile()
-            with kept_on_disk():  # no two sizes alike: else they always are
-                self._probe(batch, [3], first, take=2)
-            self.compile_s = time.perf_counter() - start
         batch.vacate(0)
         if self.compiled:
-            self._check_compiled(batch)
+            self._compile(batch)
         if self.graphs is not None:
-            batch.drop_step()
             self.graphs.capture()
 
     def _must_agree(self, when: str, got: Tensor, wanted: Tensor) -> None:
@@ -342,8 +335,13 @@ class PackedModel:
                 f"of the difference over the variance: {apart:.3g})"
             )
 
-    def _compile(self) -> None:
-        """Let the next pass compile the model as it is."""
+    def _compile(self, batch: SlotBatch) -> None:
+        """Compile the model as it is; `batch` is empty before and after.
+
+        Raises:
+            UnsupportedModelError: see `_check_compiled`.
+        """
+        start = time.perf_counter()
         model, past = self._model, self.past
 
         def run(ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
@@ -355,7 +353,20 @@ class PackedModel:
             logits: Tensor = out.logits[0]
             return logits
 
-        self._fast, self._shape = compile_run(run, past.batch.device), shape_of(model)
+        self._fast, self._shape = compile_run(run, batch.device), shape_of(model)
+        ids = torch.tensor([1, 5, 3], device=batch.device)
+        batch.admit(0, ids.cpu().numpy(), None)
+        try:
+            with kept_on_disk():  # no two sizes alike: else they are so for ever
+                self._probe(batch, [3], ids, take=2)
+            self.compile_s = time.perf_counter() - start
+            batch.vacate(0)
+            self._check_compiled(batch)
+        except BaseException:
+            self._shape = []  # the next request tries again
+            raise
+        finally:
+            batch.vacate(0)
 
     def _probe(
         self, batch: SlotBatch, counts: list[int], ids: Tensor, take: int | None = None
@@ -372,12 +383,16 @@ class PackedModel:
         finally:
             batch.drop_step()
 
-    def refresh(self) -> None:
-        """Look whether weights have changed, between requests."""
+    def refresh(self, batch: SlotBatch) -> None:
+        """Look whether weights or the model have changed, between requests: `batch` is empty.
+
+        Raises:
+            UnsupportedModelError: it was compiled anew, and differs from what it was made of.
+        """
         if self._linears is not None:
             self._linears.refresh()
-        if self._fast is not None and shape_of(self._model) != self._shape:
-            self._compile()
+        if self.compiled and shape_of(self._model) != self._shape:
+            self._compile(batch)
         if self.graphs is not None and self.graphs.is_stale():
             self.graphs.capture()
 

@@ -260,3 +260,24 @@ def test_more_replies_than_the_pool_has_pages_for(model):
     ):
         done = generator.generate([[5] * 20], max_new_tokens=4, n=20, temperature=1.0)
         assert all(c.error is None for c in done), done[0].error
+
+
+@pytest.mark.parametrize("door", ["generate", "submit"])
+def test_a_model_that_can_not_be_looked_at_ends_the_request_that_came(model, monkeypatch, door):
+    def broken(batch):
+        raise RuntimeError("no look at the model")
+
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        monkeypatch.setattr(generator._packed, "refresh", broken)
+        if door == "generate":
+            done = within(10, lambda: generator.generate([[5, 6, 7]], max_new_tokens=3, n=2))
+        else:
+            done = generator.submit([5, 6, 7], max_new_tokens=3, n=2).result(10)
+        assert done is not None
+        assert [str(c.error) for c in done] == ["no look at the model"] * 2
+        monkeypatch.undo()
+        (good,) = generator.generate([[5, 6, 7]], max_new_tokens=3)
+        assert good.tokens == alone(model, [5, 6, 7], 3)

@@ -44,9 +44,7 @@ def cache_dir(name: str) -> Path:
 
 
 @lru_cache(maxsize=256)
-def library(
-    name: str, dtype: torch.dtype, constants: tuple[tuple[str, int], ...] = ()
-) -> ctypes.CDLL:
+def load(name: str, dtype: torch.dtype, constants: tuple[tuple[str, int], ...] = ()) -> ctypes.CDLL:
     """The library of a source file beside this one, for a dtype and constants (`-D`).
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.cpu.native import library
+from kvpaged_kernels.cpu.native import load
 
 _int, _address = ctypes.c_int64, ctypes.c_void_p
 
@@ -42,7 +42,7 @@ def _code(
     dtype: torch.dtype, group: int, k_dim: int, v_dim: int, page_size: int
 ) -> Callable[..., None]:
     constants = (("GROUP", group), ("K_DIM", k_dim), ("V_DIM", v_dim), ("PAGE", page_size))
-    run: Any = library("native_decode", dtype, constants).decode
+    run: Any = load("native_decode", dtype, constants).decode
     run.restype = None
     run.argtypes = [_address] * 7 + [ctypes.c_int]
     return run  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.cpu.native import library
+from kvpaged_kernels.cpu.native import load
 
 
 class _Layer(ctypes.Structure):
@@ -26,7 +26,7 @@ class _Code:
     """The library for a dtype and how it wants weights."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        code = library("native_linear", dtype)
+        code = load("native_linear", dtype)
         self.run = code.linear
         self.run.restype = None
         self.run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
