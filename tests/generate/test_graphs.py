@@ -112,3 +112,22 @@ def test_graphs_where_there_can_be_none(model):
         assert not can_capture(cache)
         with pytest.raises(UsageError, match=r"one CUDA device .* is on cpu served by cpu"):
             Generator(model, cache, graphs=True)
+
+
+def test_rows_a_graph_has_too_many_are_empty(recorded, model):
+    with (
+        PagedKVCache.for_model(model, "1MiB", page_size=16, backend="reference") as cache,
+        Generator(model, cache, max_running=4) as generator,
+    ):
+        graphs = generator._packed.graphs
+        assert graphs is not None
+        lengths = graphs._groups[0].lengths
+        news = [3, 9, 9, 9]
+        prompts = [[5], [6] * 20, [7] * 3, [8] * 9]
+        done = generator.generate(prompts, params_of(news))
+        assert_greedy(
+            model, done, prompts, [alone(model, *x) for x in zip(prompts, news, strict=True)]
+        )
+        # Four rows, then three: the fourth of the graph of four has nothing to write.
+        assert recorded.count(4) >= 7
+        assert lengths.tolist().count(0) == 1

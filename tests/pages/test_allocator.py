@@ -208,3 +208,15 @@ def test_little_of_the_budget_is_lost_to_rounding_and_fragmentation(sizes):
     assert len(lost) > 500
     assert float(np.mean(lost)) < 0.03
     assert max(lost) < 0.08
+
+
+def test_memory_that_was_another_classs_is_known_to_be_used():
+    frames = FrameBudget(2)
+    first, second = (PageAllocator(frames=frames, pages_per_frame=4, extent=2) for _ in range(2))
+    held = first.alloc(8)
+    assert (first.generations[held] == 0).all()
+    first.release(held)
+    taken = second.alloc(4)
+    assert (second.generations[taken] > 0).all()
+    for allocator in (first, second):
+        allocator.check_integrity()
