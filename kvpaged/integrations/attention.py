@@ -177,6 +177,18 @@ class Preparation:
         """Whether a cache of the model is open."""
         return self._holders > 0
 
+    def check_ready(self, module: torch.nn.Module) -> None:
+        """Raise `UsageError` unless a pass of `module` goes through us, and computes what replies
+        are made of.
+        """
+        if self.config._attn_implementation != NAME:
+            raise UsageError(
+                f"the model's attention was set to {self.config._attn_implementation!r} since "
+                "for_model"
+            )
+        if module.training:
+            raise UsageError("the model is in training mode: call model.eval() first")
+
     def hold(self) -> "Preparation":
         """Prepare the model, or count one more cache of it."""
         with self._lock:

@@ -21,7 +21,6 @@ from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UnsupportedModelError, UsageError
 from kvpaged.integrations.attention import (
-    NAME,
     TAG,
     PackedCache,
     PackedTag,
@@ -163,13 +162,7 @@ class PackedPass(Cache, PackedCache):
 
     def enter(self, module: torch.nn.Module, given: dict[str, Any]) -> None:
         """See `ServedCache`: the step runs already."""
-        if self._of.config._attn_implementation != NAME:
-            raise UsageError(
-                f"the model's attention was set to {self._of.config._attn_implementation!r} since "
-                "for_model"
-            )
-        if module.training:
-            raise UsageError("the model is in training mode: call model.eval() first")
+        self._of.check_ready(module)
 
     def leave(self) -> None:
         """See `ServedCache`: whoever began the step ends it."""

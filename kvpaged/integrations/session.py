@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
-from kvpaged.integrations.attention import NAME, TAG, Preparation, ServedCache, Tag
+from kvpaged.integrations.attention import TAG, Preparation, ServedCache, Tag
 from kvpaged.integrations.layer import SessionLayer
 from kvpaged.integrations.passes import is_whole_prompt, what_is_unusual
 from kvpaged.integrations.passlog import PassLog
@@ -261,11 +261,7 @@ class SessionCache(Cache, ServedCache):
         return what_is_unusual(given, length, rule, self._regime, self._device_type)
 
     def _check_model(self, module: torch.nn.Module) -> None:
-        implementation = self.preparation.config._attn_implementation
-        if implementation != NAME:
-            raise UsageError(f"the model's attention was set to {implementation!r} since for_model")
-        if module.training:
-            raise UsageError("the model is in training mode: call model.eval() first")
+        self.preparation.check_ready(module)
         if self.reused and not self._begun and not self.batch.is_current():
             raise UsageError(
                 f"the model has changed since the session found {self.reused} columns of its "
