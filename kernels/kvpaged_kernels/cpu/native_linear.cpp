@@ -13,10 +13,14 @@
 #include "native_numbers.h"
 #include "native_threads.h"
 
+// Groups of NT blocks; M rows of x times WIDE<M> blocks fill the processor's registers with sums, of
+// which as many must be under way as its multipliers take cycles for one.
 #ifdef __AVX512F__
 constexpr int NT = 4, MT = 6;
+constexpr int groups_for(int) { return 1; }
 #else
-constexpr int NT = 2, MT = 4;
+constexpr int NT = 2, MT = 6;
+constexpr int groups_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 3 : rows == 3 ? 2 : 1; }
 #endif
 
 #if defined(BFLOAT16) && defined(__AVX512BF16__)
@@ -25,7 +29,9 @@ constexpr bool PAIRS = true;
 constexpr bool PAIRS = false;
 #endif
 
-constexpr int STEP = PAIRS ? 2 : 1, AHEAD = 4096;  // bytes asked for ahead of use
+constexpr int STEP = PAIRS ? 2 : 1;
+constexpr int64_t AHEAD = 4096 / sizeof(Number);  // numbers between what is asked for and used
+constexpr int LINE = 64 / sizeof(Number);         // numbers that memory gives at once
 constexpr int64_t ROWS = 128;  // of x, that stay in a cache while a share of the weights passes
 
 struct Layer {
@@ -34,83 +40,108 @@ struct Layer {
     int64_t columns, inner;
 };
 
-template <int M, int N>
-static void tile(const Number* x, const Layer& layer, int64_t block, Number* y) {
-    const int64_t steps = layer.inner / STEP;
+// Keep a vector in a register: compilers would read it from memory once for each row.
+static inline void keep(Floats& v) {
+#if defined(__AVX__)
+    asm("" : "+v"(v));
+#endif
+}
+
+// M rows by N blocks of each of G groups, from `block` on. The `tiles` tiles of a group ask memory,
+// a part each, for what follows it: at `ahead`, from here on where there is one tile.
+template <int M, int N, int G>
+static void tile(
+    const Number* x, const Layer& layer, int64_t block, Number* y, int64_t ahead, int tiles) {
+    const int64_t steps = layer.inner / STEP, group = N * steps * VL * STEP;
     const Number* w = layer.weight + block * steps * VL * STEP;
-    Floats sums[M][N] = {};
+    const Number* next = w + ahead;
+    Floats sums[M][G][N] = {};
+    int wait = 1;
     for (int64_t step = 0; step < steps; step++, w += N * VL * STEP) {
+        if (--wait == 0) {
+            wait = tiles;
+#pragma GCC unroll 8
+            for (int i = 0; i < G * N; i++)
+                if (i % N * VL * STEP % LINE == 0)
+                    __builtin_prefetch(next + i / N * group + i % N * VL * STEP, 0, 2);
+            next += N * VL * STEP;
+        }
 #ifdef __AVX512BF16__
         if constexpr (PAIRS) {
-            __m512bh columns[N];
+            __m512bh columns[G][N];
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) {
-                columns[n] = (__m512bh)_mm512_loadu_si512(w + n * VL * STEP);
-                __builtin_prefetch((const char*)(w + n * VL * STEP) + AHEAD);
-            }
+            for (int i = 0; i < G * N; i++)
+                columns[i / N][i % N] =
+                    (__m512bh)_mm512_loadu_si512(w + i / N * group + i % N * VL * STEP);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 int32_t pair;
                 memcpy(&pair, x + m * layer.inner + 2 * step, 4);
                 const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 8
-                for (int n = 0; n < N; n++)
-                    sums[m][n] = (Floats)_mm512_dpbf16_ps((__m512)sums[m][n], row, columns[n]);
+                for (int i = 0; i < G * N; i++) {
+                    Floats& sum = sums[m][i / N][i % N];
+                    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, row, columns[i / N][i % N]);
+                }
             }
             continue;
         }
 #endif
-        Floats columns[N];
+        Floats columns[G][N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) {
-            columns[n] = widen(w + n * VL);
-            __builtin_prefetch((const char*)(w + n * VL) + AHEAD);
+        for (int i = 0; i < G * N; i++) {
+            columns[i / N][i % N] = widen(w + i / N * group + i % N * VL);
+            if (M > 1) keep(columns[i / N][i % N]);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             const float row = to_float(x[m * layer.inner + step]);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) sums[m][n] += row * columns[n];
+            for (int i = 0; i < G * N; i++) sums[m][i / N][i % N] += row * columns[i / N][i % N];
         }
     }
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) {
-            const int64_t first = (block + n) * VL, left = layer.columns - first;
+        for (int i = 0; i < G * N; i++) {
+            const int64_t first = (block + i) * VL, left = layer.columns - first;
             float row[VL];
-            store(row, sums[m][n]);
+            store(row, sums[m][i / N][i % N]);
             Number* out = y + m * layer.columns + first;
             if (layer.bias)
-                for (int i = 0; i < VL && i < left; i++) row[i] += to_float(layer.bias[first + i]);
+                for (int j = 0; j < VL && j < left; j++) row[j] += to_float(layer.bias[first + j]);
             if (left >= VL)
-                for (int i = 0; i < VL; i++) out[i] = of_float(row[i]);
+                for (int j = 0; j < VL; j++) out[j] = of_float(row[j]);
             else
-                for (int i = 0; i < left; i++) out[i] = of_float(row[i]);
+                for (int j = 0; j < left; j++) out[j] = of_float(row[j]);
         }
 }
 
+// `blocks`: those of one group, or of `groups_for(M)` whole ones.
 template <int M>
-static void rows(const Number* x, const Layer& layer, int64_t block, int64_t blocks, Number* y) {
+static void rows(
+    const Number* x, const Layer& layer, int64_t block, int64_t blocks, Number* y, int64_t ahead,
+    int tiles) {
+    constexpr int G = groups_for(M);
+    if (G > 1 && blocks == G * NT) return tile<M, NT, G>(x, layer, block, y, ahead, tiles);
     switch (blocks) {
-        case 1: return tile<M, 1>(x, layer, block, y);
-        case 2: return tile<M, 2>(x, layer, block, y);
+        case 1: return tile<M, 1, 1>(x, layer, block, y, ahead, tiles);
+        case 2: return tile<M, 2, 1>(x, layer, block, y, ahead, tiles);
 #ifdef __AVX512F__
-        case 3: return tile<M, 3>(x, layer, block, y);
-        case 4: return tile<M, 4>(x, layer, block, y);
+        case 3: return tile<M, 3, 1>(x, layer, block, y, ahead, tiles);
+        case 4: return tile<M, 4, 1>(x, layer, block, y, ahead, tiles);
 #endif
     }
 }
 
 static void any_rows(
-    int m, const Number* x, const Layer& layer, int64_t block, int64_t blocks, Number* y) {
+    int m, const Number* x, const Layer& layer, int64_t block, int64_t blocks, Number* y,
+    int64_t ahead, int tiles) {
     switch (m) {
-        case 1: return rows<1>(x, layer, block, blocks, y);
-        case 2: return rows<2>(x, layer, block, blocks, y);
-        case 3: return rows<3>(x, layer, block, blocks, y);
-        case 4: return rows<4>(x, layer, block, blocks, y);
-#ifdef __AVX512F__
-        case 5: return rows<5>(x, layer, block, blocks, y);
-        case 6: return rows<6>(x, layer, block, blocks, y);
-#endif
+        case 1: return rows<1>(x, layer, block, blocks, y, ahead, tiles);
+        case 2: return rows<2>(x, layer, block, blocks, y, ahead, tiles);
+        case 3: return rows<3>(x, layer, block, blocks, y, ahead, tiles);
+        case 4: return rows<4>(x, layer, block, blocks, y, ahead, tiles);
+        case 5: return rows<5>(x, layer, block, blocks, y, ahead, tiles);
+        case 6: return rows<6>(x, layer, block, blocks, y, ahead, tiles);
     }
 }
 
@@ -131,15 +162,22 @@ void linear(const Layer* layer, const Number* x, Number* y, int64_t count, int t
         const int64_t first = groups * me / all, last = groups * (me + 1) / all;
         for (int64_t part = 0; part < count; part += ROWS) {
             const int64_t stop = part + ROWS < count ? part + ROWS : count;
-            for (int64_t group = first; group < last; group++) {
-                const int64_t block = group * NT;
-                const int64_t many = blocks - block < NT ? blocks - block : NT;
-                for (int64_t row = part; row < stop;) {
-                    const int64_t left = stop - row, tiles = (left + MT - 1) / MT;
-                    const int m = int((left + tiles - 1) / tiles);
+            const int64_t together = groups_for(int(stop - part < 6 ? stop - part : 6));
+            for (int64_t group = first; group < last;) {
+                const int64_t block = group * NT, whole = blocks / NT - group;
+                const int64_t some = last - group < whole ? last - group : whole;
+                const int64_t now = some < together ? 1 : together;
+                const int64_t many = blocks - block < now * NT ? blocks - block : now * NT;
+                group += now;
+                const int tiles = int((stop - part + MT - 1) / MT);
+                const int64_t all_of = now * NT * layer->inner * VL;  // numbers
+                for (int t = 0; t < tiles; t++) {
+                    const int64_t row = part + (stop - part) * t / tiles;
+                    const int m = int(part + (stop - part) * (t + 1) / tiles - row);
+                    const int64_t ahead = tiles == 1 ? AHEAD : all_of + all_of * t / tiles;
                     any_rows(
-                        m, x + row * layer->inner, *layer, block, many, y + row * layer->columns);
-                    row += m;
+                        m, x + row * layer->inner, *layer, block, many, y + row * layer->columns,
+                        ahead, tiles);
                 }
             }
         }
