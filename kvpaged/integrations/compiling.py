@@ -30,7 +30,7 @@ def compile_run(run: Run, device: torch.device) -> Run:
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if device.type == "cpu":
         options |= {
-            "cpp.threads": 1,
+            "cpp.dynamic_threads": True,
             "post_grad_custom_pre_pass": JoinProducts(),
         }
     # What dynamo has compiled belongs to a code object, and without guards to any call of it.

@@ -1,4 +1,4 @@
-"""Attention of packed passes by native code, on a CPU: rows of one new token."""
+"""Attention of packed passes by native code, on a CPU."""
 
 import logging
 
@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from kvpaged.books import CacheBooks
-from kvpaged.ops import Options
-from kvpaged.step import GroupStep, Step, attend_layer, write_layer
+from kvpaged.step import GroupStep, Step
 from kvpaged_kernels.cpu.native import NativeError
-from kvpaged_kernels.cpu.native_decode import NativeDecode, NativeStep, form_of
+from kvpaged_kernels.cpu.native_attend import NativeLayer, NativeStep, form_of
 
 log = logging.getLogger("kvpaged")
 
@@ -23,7 +22,7 @@ class NativeAttention:
 
     def __init__(self, cache: CacheBooks) -> None:
         self._books = cache
-        self._layers: dict[int, NativeDecode] = {}
+        self._layers: dict[int, NativeLayer] = {}
         self._failed = any(backend != "cpu" for backend in cache.backends)
         # Of the step that runs, by layer group.
         self._steps: dict[int, tuple[GroupStep, NativeStep]] = {}
@@ -41,45 +40,35 @@ class NativeAttention:
             scale, softcap, sinks: as of `Batch.attend`.
 
         Returns:
-            `[tokens, q_heads, width]`; `None`: the step has no rows of one new token to begin with,
-            or there is no native code, and nothing was done.
+            `[tokens, q_heads, width]`; `None`: there is no native code, and nothing was done.
         """
         if self._failed:
             return None
         home = self._books.home_of(layer)
         group = step.groups[home.group]
-        part = group.parts[0] if group.parts else group
-        if not part.decode:
-            return None
         made = self._layers.get(layer)
         if made is None or made.options != (scale, softcap):
             made = self._make(layer, q, scale, softcap)
             if made is None:
                 return None
-        new = (q, k, v) if part is group else (q[: part.total], k[: part.total], v[: part.total])
         known = self._steps.get(home.group)
-        if known is None or known[0] is not part or known[1].form != form_of(*new):
-            known = self._steps[home.group] = part, NativeStep(*new, part.table, part.lengths)
-        out = made(known[1], *new, sinks)
-        if part is not group:
-            q, k, v = q[part.total :], k[part.total :], v[part.total :]
-            rest, options = group.parts[1], Options(scale, home.window, softcap, sinks)
-            pages = home.layers, home.place
-            write_layer(rest, *pages, k, v, backend="cpu", window=home.window)
-            out = torch.cat([out, attend_layer(rest, *pages, q, options, backend="cpu")])
+        if known is None or known[0] is not group or known[1].form != form_of(q, k, v):
+            planned = made.plan(q, k, v, group.table, group.lengths, group.cu_q)
+            known = self._steps[home.group] = group, planned
+        out = made(known[1], q, k, v, sinks)
         step.written.add(layer)
         step.attended.add(layer)
         return out
 
     def _make(
         self, layer: int, q: Tensor, scale: float, softcap: float | None
-    ) -> NativeDecode | None:
+    ) -> NativeLayer | None:
         home = self._books.home_of(layer)
         pages = home.layers[home.place]
         if pages.v_pages is None:
             return None
         try:
-            made = NativeDecode(
+            made = NativeLayer(
                 pages.k_pages, pages.v_pages, q.shape[1], scale=scale, window=home.window,
                 softcap=softcap,
             )  # fmt: skip

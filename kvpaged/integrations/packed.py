@@ -31,7 +31,7 @@ from kvpaged.integrations.graphs import Capture, DecodeGraphs
 from kvpaged.integrations.linears import PackedLinears
 from kvpaged.integrations.native import NativeAttention
 from kvpaged.slot_batch import SlotBatch
-from kvpaged_kernels.cpu.native import NativeError
+from kvpaged_kernels.cpu.native import NativeError, limited
 
 log = logging.getLogger("kvpaged")
 
@@ -259,11 +259,14 @@ class PackedModel:
 
     def _run(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
         fast = self._fast
-        if fast is None or (self._cpu and ids.shape[1] > MOST_COMPILED):
+        if fast is None:
             with torch.no_grad():
                 return self._call(ids, positions, take)
         self.past.enter(self._model, {})
         with torch.no_grad(), any_size():
+            if self._cpu and ids.shape[1] <= MOST_COMPILED:
+                with limited():
+                    return fast(ids, positions, take)
             return fast(ids, positions, take)
 
     def check(self, batch: SlotBatch) -> None:

@@ -1,6 +1,7 @@
 """Native code against the oracles in fp64: products, decode, and how it is made."""
 
 import ctypes
+import itertools
 import shutil
 import sys
 import threading
@@ -17,13 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvpaged.integrations.linears import PackedLinears
 from kvpaged.integrations.products import JoinProducts
+from kvpaged.ops import LayerPages
 from kvpaged_kernels.cpu import native
-from kvpaged_kernels.cpu.decode import paged_decode as stock_decode
-from kvpaged_kernels.cpu.native_decode import NativeDecode, NativeStep
+from kvpaged_kernels.cpu.native_attend import NativeLayer
 from kvpaged_kernels.cpu.native_linear import fits_together, pack, pack_together
-from kvpaged_kernels.cpu.plan import plan_decode
-from kvpaged_kernels.reference.attention import paged_decode
-from tests.cpu.test_cpu_attention import make_pages, make_table
+from kvpaged_kernels.cpu.plan import plan_spans
+from kvpaged_kernels.cpu.prefill import paged_prefill as stock_prefill
+from kvpaged_kernels.reference.attention import paged_prefill
+from tests.cpu.test_cpu_attention import make_pages
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,68 +42,88 @@ def seen_in(flat, pages):
     ]
 
 
-def decode(rng, pages, lengths, table, group, *, window, softcap, sinks):
-    """The error of native code, and that of the stock path, against fp64."""
-    rows, heads = len(lengths), pages.k_pages.shape[1]
+def family(rng, counts, lengths, pages: LayerPages, total: int) -> torch.Tensor:
+    """Block tables of pages anywhere; some rows begin with pages of another, as far as all new
+    tokens of both are behind them.
+    """
+    whole = [(n - new) // pages.page_size for n, new in zip(lengths, counts, strict=True)]
+    width = max(-(-n // pages.page_size) for n in lengths)
+    table = rng.permutation(total)[: len(lengths) * width].reshape(len(lengths), width)
+    for row in range(1, len(lengths)):
+        other = int(rng.integers(0, row))
+        common = int(rng.integers(0, min(whole[row], whole[other]) + 1))
+        table[row, :common] = table[other, :common]
+    return torch.from_numpy((table * pages.step).astype(np.int32))
+
+
+def attend(pages, counts, lengths, table, group, *, window, softcap, sinks):
+    """The error of native code, and that of the stock path, against fp64; and the step."""
+    total, heads = sum(counts), pages.k_pages.shape[1]
     dims = pages.k_pages.shape[3], pages.v_pages.shape[3]
     dtype, scale = pages.flat.dtype, dims[0] ** -0.5
-    q = torch.randn(heads * group, rows, dims[0]).to(dtype).transpose(0, 1)
-    k, v = (torch.randn(rows, heads, dim).to(dtype) for dim in dims)
+    q = torch.randn(heads * group, total, dims[0]).to(dtype).transpose(0, 1)
+    k, v = (torch.randn(total, heads, dim).to(dtype) for dim in dims)
     sink = torch.randn(heads * group).to(dtype) if sinks else None
     lens = torch.tensor(lengths, dtype=torch.int32)
+    cu_q = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     expected_pages = pages.flat.clone()
     views: Any = seen_in(expected_pages, pages)
-    for row, length in enumerate(lengths):
-        entry, slot = (
-            int(table[row, (length - 1) // pages.page_size]),
-            (length - 1) % pages.page_size,
-        )
-        views[0][entry, :, slot], views[1][entry, :, slot] = k[row], v[row]
+    positions = [n - new + i for n, new in zip(lengths, counts, strict=True) for i in range(new)]
+    owners = np.repeat(np.arange(len(counts)), counts)
+    for token, (row, position) in enumerate(zip(owners, positions, strict=True)):
+        entry, slot = int(table[row, position // pages.page_size]), position % pages.page_size
+        views[0][entry, :, slot], views[1][entry, :, slot] = k[token], v[token]
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    layer = NativeDecode(pages.k_pages, pages.v_pages, heads * group, **options)
-    got = layer(NativeStep(q, k, v, table, lens), q, k, v, sink)
+    layer = NativeLayer(pages.k_pages, pages.v_pages, heads * group, **options)
+    step = layer.plan(q, k, v, table, lens, cu_q)
+    got = layer(step, q, k, v, sink)
     assert torch.equal(pages.flat, expected_pages)  # what it wrote is exact, and nothing else
     exact_pages: Any = seen_in(expected_pages.double(), pages)
-    exact = paged_decode(
-        q.double(), exact_pages[0], exact_pages[1], table, lens, **options,
+    sizes = {"max_q": max(counts), "max_len": max(lengths)}
+    exact = paged_prefill(
+        q.double(), *exact_pages, table, cu_q, lens, **sizes, **options,
         sinks=None if sink is None else sink.double(),
     )  # fmt: skip
-    plan = plan_decode(
-        table.numpy(), np.array(lengths), page_size=pages.page_size, step=pages.step,
-        joined=pages.joined, dtype=dtype, window=window,
+    plan = plan_spans(
+        table.numpy(), np.array(lengths), cu_q.numpy().astype(np.int64), joined=pages.joined,
+        page_size=pages.page_size, step=pages.step, window=window,
     )  # fmt: skip
-    other = stock_decode(q, views[0], views[1], plan, scale=scale, softcap=softcap, sinks=sink)
+    other = stock_prefill(q, *views, plan, **options, sinks=sink)
     largest = exact.abs().max()
-    return [float((x.double() - exact).abs().max() / largest) for x in (got, other)]
+    return *(float((x.double() - exact).abs().max() / largest) for x in (got, other)), step
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("group", "dims", "page_size"), [(3, (64, 64), 16), (8, (128, 128), 128), (2, (40, 24), 16)]
+    ("group", "dims", "page_size"),
+    [(3, (64, 64), 16), (8, (128, 128), 128), (2, (40, 24), 16), (1, (8, 8), 32)],
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_decode_is_as_exact_as_stock_torch(dtype, group, dims, page_size, data):
+def test_attention_is_as_exact_as_stock_torch(dtype, group, dims, page_size, data):
     def choose(*values):
         return data.draw(st.sampled_from(values))
 
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     torch.manual_seed(int(rng.integers(2**31)))
-    near = [1, 2, page_size - 1, page_size, page_size + 1, 3 * page_size]
-    lengths = [choose(*near, int(rng.integers(1, 500))) for _ in range(choose(1, 1, 2, 5))]
-    style = choose("runs", "pairs", "any")
-    total = 2 * len(lengths) * -(-max(lengths) // page_size) + 2
+    near = [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size]
+    several = choose(False, True)
+    counts = [choose(1, 1, 2, 7, 33, 100, 0) if several else 1 for _ in range(choose(1, 1, 2, 5))]
+    counts[0] = max(counts[0], 1)
+    lengths = [new + choose(*near, int(rng.integers(0, 1500))) for new in counts]
+    lengths = [max(n, 1) for n in lengths]
+    total = len(lengths) * -(-max(lengths) // page_size) + 2
     pages = make_pages(
         total, choose("page-major", "layer-major"), dtype, page_size=page_size,
         kv_heads=choose(1, 2, 3), dims=dims,
     )  # fmt: skip
     pages.flat[torch.isnan(pages.flat)] = 0
-    table = make_table(rng, lengths, pages, total, style)
+    table = family(rng, counts, lengths, pages, total)
     before = torch.get_num_threads()
     torch.set_num_threads(choose(1, 2, 3))
     try:
-        error, stock = decode(
-            rng, pages, lengths, table, group, window=choose(None, 1, page_size, 100),
+        error, stock, _ = attend(
+            pages, counts, lengths, table, group, window=choose(None, 1, page_size, 100),
             softcap=choose(None, 5.0), sinks=choose(False, True),
         )  # fmt: skip
     finally:
@@ -109,22 +131,67 @@ def test_decode_is_as_exact_as_stock_torch(dtype, group, dims, page_size, data):
     assert error <= 2 * stock + 2 * torch.finfo(dtype).eps
 
 
-def test_decode_refuses_what_does_not_fit():
+@pytest.mark.parametrize(
+    ("counts", "lengths", "common", "trunks"),
+    [
+        ([1, 1, 1], [300, 310, 290], {1: 10, 2: 10}, 1),
+        ([1, 1, 1, 1], [300] * 4, {1: 8, 2: 14, 3: 14}, 2),  # all share 8, and three of them 6 more
+        ([1, 1, 1], [300] * 3, {1: 14}, 1),
+        ([1, 5, 40], [300, 300, 340], {1: 14, 2: 14}, 1),  # 40 tokens are a task by themselves
+        ([1, 1], [300, 300], {1: 3}, 0),  # too short to be worth it
+        ([9], [3000], {}, 1),  # alone with a long past
+        ([90], [3000], {}, 0),
+    ],
+)
+def test_pages_of_several_rows_are_read_once(counts, lengths, common, trunks):
+    pages = make_pages(800, "layer-major", torch.float32, page_size=16, kv_heads=1, dims=(8, 8))
+    width = -(-max(lengths) // 16)
+    table = torch.arange(len(lengths) * width, dtype=torch.int32).view(len(lengths), width)
+    for row, shared in common.items():
+        table[row, :shared] = table[0, :shared]
+    error, stock, step = attend(
+        pages, counts, lengths, table, 3, window=None, softcap=None, sinks=True
+    )
+    assert step.trunks == trunks
+    assert error <= 2 * stock + 1e-6
+    *_, step = attend(pages, counts, lengths, table, 3, window=700, softcap=None, sinks=True)
+    assert not step.trunks  # each row sees from elsewhere on
+
+
+def test_a_tree_of_rows_has_a_trunk_for_each_branch():
+    pages = make_pages(400, "layer-major", torch.float32, page_size=16, kv_heads=2, dims=(8, 8))
+    table = torch.arange(5 * 40, dtype=torch.int32).view(5, 40)
+    table[1:4, :6] = table[0, :6]
+    table[1, :20] = table[0, :20]
+    table[3, :30] = table[2, :30]
+    error, stock, step = attend(
+        pages, [1, 2, 1, 1, 1], [600] * 5, table, 3, window=None, softcap=None, sinks=False
+    )
+    assert step.trunks == 3  # of rows 0 to 3, of 0 and 1, of 2 and 3
+    assert error <= 2 * stock + 1e-6
+
+
+def test_attention_refuses_what_does_not_fit():
     pages = make_pages(4, "layer-major", torch.float32, page_size=16, kv_heads=2, dims=(8, 8))
     values = pages.v_pages
     assert values is not None
-    layer = NativeDecode(pages.k_pages, values, 4, scale=1.0, window=None, softcap=None)
+    layer = NativeLayer(pages.k_pages, values, 4, scale=1.0, window=None, softcap=None)
     table, lengths = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
     q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
-    step = NativeStep(q, k, k, table, lengths)
+    cu_q = torch.arange(4, dtype=torch.int32)
+    step = layer.plan(q, k, k, table, lengths, cu_q)
     with pytest.raises(ValueError, match="a layer of"):
         layer(step, q.bfloat16(), k, k)
     with pytest.raises(ValueError, match="a layer of"):
         layer(step, q[:, :2], k, k)
-    with pytest.raises(ValueError, match="one new token of each row"):
-        NativeStep(q[:2], k, k, table, lengths)
-    with pytest.raises(ValueError, match="one new token of each row"):
-        NativeStep(q, k, k, table.long(), lengths)
+    with pytest.raises(ValueError, match="as the step says"):
+        layer(step, q[:2], k[:2], k[:2])
+    with pytest.raises(ValueError, match="new tokens of rows"):
+        layer.plan(q[:2], k, k, table, lengths, cu_q)
+    with pytest.raises(ValueError, match="new tokens of rows"):
+        layer.plan(q, k, k, table.long(), lengths, cu_q)
+    with pytest.raises(ValueError, match="new tokens of rows"):
+        layer.plan(q, k, k, table, lengths, cu_q * 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -224,7 +291,7 @@ def test_libraries_are_made_once_and_by_several_at_a_time(tmp_path, monkeypatch)
 def test_what_the_compiler_says_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with pytest.raises(native.NativeError, match="GROUP"):
-        native.load("native_decode", torch.float32)
+        native.load("native_attend", torch.float32)
     with pytest.raises(native.NativeError, match="float64"):
         native.load("native_linear", torch.float64)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -10,7 +10,7 @@ from kvpaged import Generator, PagedKVCache
 from kvpaged.errors import UnsupportedModelError
 from kvpaged.generate.sampler import greedy
 from kvpaged.integrations.native import NativeAttention
-from kvpaged_kernels.cpu import native_decode
+from kvpaged_kernels.cpu import native_attend
 from kvpaged_kernels.cpu.native import NativeError
 from tests.generate.asked import alone, assert_greedy, mixed, params_of
 from tests.hf.tiny import tiny
@@ -23,7 +23,7 @@ def test_tokens_by_native_attention(model, works, monkeypatch, caplog):
         def fail(*args):
             raise NativeError("no compiler")
 
-        monkeypatch.setattr(native_decode, "_code", fail)
+        monkeypatch.setattr(native_attend, "_code", fail)
     prompts, news = mixed(10)
     wanted = [alone(model, p, n) for p, n in zip(prompts, news, strict=True)]
     with (

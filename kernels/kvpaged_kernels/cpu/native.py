@@ -11,6 +11,8 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -110,3 +112,24 @@ def _compile(command: list[str], target: Path) -> None:
         raise NativeError(f"{target} could not be made: {error}") from error
     finally:
         Path(made).unlink(missing_ok=True)
+
+
+_threads = threading.local()
+
+
+def native_threads() -> int:
+    """Threads that native code is to use."""
+    return getattr(_threads, "all", None) or torch.get_num_threads()
+
+
+@contextmanager
+def limited():
+    lib = load("native_linear", torch.float32)
+    before = torch.get_num_threads()
+    _threads.all = before
+    lib.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        lib.omp_set_num_threads(before)
+        _threads.all = None

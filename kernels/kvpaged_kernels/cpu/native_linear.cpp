@@ -40,13 +40,6 @@ struct Layer {
     int64_t columns, inner;
 };
 
-// Keep a vector in a register: compilers would read it from memory once for each row.
-static inline void keep(Floats& v) {
-#if defined(__AVX__)
-    asm("" : "+v"(v));
-#endif
-}
-
 // M rows by N blocks of each of G groups, from `block` on. The `tiles` tiles of a group ask memory,
 // a part each, for what follows it: at `ahead`, from here on where there is one tile.
 template <int M, int N, int G>

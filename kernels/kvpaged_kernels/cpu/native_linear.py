@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.cpu.native import load
+from kvpaged_kernels.cpu.native import load, native_threads
 
 
 class _Layer(ctypes.Structure):
@@ -84,7 +84,7 @@ class NativeLinear:
         x = x.contiguous()
         out = x.new_empty((*outer, self.columns))
         count = x.numel() // inner
-        self._run(self._address, x.data_ptr(), out.data_ptr(), count, torch.get_num_threads())
+        self._run(self._address, x.data_ptr(), out.data_ptr(), count, native_threads())
         return out
 
 

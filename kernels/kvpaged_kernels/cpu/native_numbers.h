@@ -26,6 +26,13 @@ static inline Floats load(const float* p) {
 }
 static inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
+// Keep a vector in a register: compilers would read it from memory once for each use.
+static inline void keep(Floats& v) {
+#ifdef __AVX__
+    asm("" : "+v"(v));
+#endif
+}
+
 #if defined(FLOAT)
 typedef float Number;
 static inline float to_float(Number x) { return x; }

@@ -1,0 +1,75 @@
+// Vectors: sums across, e^x, and a transposition.
+
+#pragma once
+
+#include "native_numbers.h"
+
+// Every second number of two vectors, from the first or from the second on.
+static inline Floats even_of(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#endif
+}
+static inline Floats odd_of(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+
+// The sum of each of VL vectors, as one vector.
+static inline Floats sums_of(Floats* v) {
+#pragma GCC unroll 8
+    for (int count = VL; count > 1; count /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < count / 2; i++)
+            v[i] = even_of(v[2 * i], v[2 * i + 1]) + odd_of(v[2 * i], v[2 * i + 1]);
+    return v[0];
+}
+
+// VL vectors as rows of a square, turned over its diagonal: even and odd columns are parted, as
+// often as it takes for a vector to hold one column.
+static inline void transpose(Floats* v) {
+    Floats other[VL];
+#pragma GCC unroll 4
+    for (int turn = 1; turn < VL; turn *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < VL / 2; i++) {
+            other[i] = even_of(v[2 * i], v[2 * i + 1]);
+            other[i + VL / 2] = odd_of(v[2 * i], v[2 * i + 1]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++) v[i] = other[i];
+    }
+}
+
+// e^x to 2 units in the last place (Cephes); x below -87 gives about 1e-38.
+static inline Floats exp_of(Floats x) {
+    const Floats least = Floats{} - 87.0f, most = Floats{} + 88.0f;
+    x = x < least ? least : x;
+    x = x > most ? most : x;
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds in the lowest bits
+    const Floats n = shifted - 12582912.0f;
+    const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+// softcap * tanh(x / softcap)
+static inline Floats capped(Floats x, float softcap) {
+    return softcap - 2 * softcap / (exp_of(x * (2 / softcap)) + 1.0f);
+}
+
+static inline Floats rest_of(const Number* p, int count) {
+    Number room[VL] = {};
+    memcpy(room, p, count * sizeof(Number));
+    return widen(room);
+}
