@@ -24,8 +24,7 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 def compile_run(run: Run, device: torch.device) -> Run:
     """A function that is compiled at its first call, which is to be within `any_size`.
 
-    On a CPU inductor's own kernels run in one thread: those of a few tokens take less time than it
-    takes to wake another.
+    On a CPU inductor's own kernels run in as many threads as there are when they run.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if device.type == "cpu":

@@ -80,7 +80,7 @@ class _Bunch(NamedTuple):
 
 
 class PackedLinears:
-    """The linear layers of a model, packed.
+    """The linear layers of a model, packed; `native`: for native code.
 
     While it lasts, every pass of the model uses the packed weights, ours or not; results are those
     of the model but for the order of sums. It takes the bytes of the weights once more.
@@ -95,7 +95,7 @@ class PackedLinears:
         Raises:
             NativeError: there can be no native code here.
         """
-        self._native = native
+        self.native = native
         self._bunches: list[_Bunch] = []
         try:
             for modules in _bunches(model, native):
@@ -119,7 +119,7 @@ class PackedLinears:
             module.forward = _Forward(number, module.weight.shape[0])  # type: ignore[method-assign,assignment]
 
     def _products(self, modules: list[nn.Linear]) -> list[Callable[[Tensor], Tensor]]:
-        if not self._native:
+        if not self.native:
             return [_one_dnn(module) for module in modules]
         pairs = [_tensors(module) for module in modules]
         packed = pack_together(pairs)

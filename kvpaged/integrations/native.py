@@ -2,7 +2,6 @@
 
 import logging
 
-import torch
 from torch import Tensor
 
 from kvpaged.books import CacheBooks

@@ -10,6 +10,7 @@ import itertools
 import logging
 import time
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,13 @@ from kvpaged.integrations.graphs import Capture, DecodeGraphs
 from kvpaged.integrations.linears import PackedLinears
 from kvpaged.integrations.native import NativeAttention
 from kvpaged.slot_batch import SlotBatch
-from kvpaged_kernels.cpu.native import NativeError, limited
+from kvpaged_kernels.cpu.native import NativeError, all_threads, one_thread
 
 log = logging.getLogger("kvpaged")
 
-MOST_COMPILED = 64
-"""Tokens of a step up to which a compiled model is run as such on a CPU, where its own kernels are
-in one thread.
+FEW = 64
+"""Tokens of a step up to which a compiled model's own kernels run in one thread on a CPU: it takes
+less time than waking another.
 """
 
 _passes: "weakref.WeakValueDictionary[int, PackedPass]" = weakref.WeakValueDictionary()
@@ -146,8 +147,9 @@ class PackedPass(Cache, PackedCache):
             served = self._native.attend(step, layer, q, k, v, scale, softcap, sinks)
             if served is not None:
                 return served.unsqueeze(0)
-        self.batch.write(layer, k, v)
-        out = self.batch.attend(layer, q, scale=scale, softcap=softcap, sinks=sinks)
+        with all_threads():
+            self.batch.write(layer, k, v)
+            out = self.batch.attend(layer, q, scale=scale, softcap=softcap, sinks=sinks)
         return out.contiguous().unsqueeze(0)  # as the operator's fake says
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -264,10 +266,10 @@ class PackedModel:
                 return self._call(ids, positions, take)
         self.past.enter(self._model, {})
         with torch.no_grad(), any_size():
-            if self._cpu and ids.shape[1] <= MOST_COMPILED:
-                with limited():
-                    return fast(ids, positions, take)
-            return fast(ids, positions, take)
+            # Native products go on in all of them; torch's would not.
+            few = self._linears is not None and self._linears.native and ids.shape[1] <= FEW
+            with one_thread() if few else nullcontext():
+                return fast(ids, positions, take)
 
     def check(self, batch: SlotBatch) -> None:
         """See that packing sequences changes nothing for them, in a pass of two and two of one; a

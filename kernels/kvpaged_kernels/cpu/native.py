@@ -12,6 +12,7 @@ import platform
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,57 @@ def cache_dir(name: str) -> Path:
         return Path(told) / "kvpaged" / name
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "kvpaged" / name
+
+
+class _Threads(threading.local):
+    """How many threads torch had before others' code was held to one; 0: it is not."""
+
+    torch = 0
+
+
+_threads = _Threads()
+
+
+def native_threads() -> int:
+    """How many threads native code is to use: torch's number, within `one_thread` too."""
+    return _threads.torch or torch.get_num_threads()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold OpenMP code that asks for no number of threads, torch's and inductor's, to one.
+
+    For kernels of so few numbers that waking a thread takes longer. Holds for the calling thread;
+    torch itself is not told, which would change all threads'.
+
+    Raises:
+        NativeError: as of `load`.
+    """
+    with _hold(1, torch.get_num_threads()):
+        yield
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Within `one_thread`: as if it were not for a while."""
+    if not _threads.torch:
+        yield
+        return
+    with _hold(_threads.torch, 0):
+        yield
+
+
+@contextmanager
+def _hold(threads: int, torchs: int) -> Iterator[None]:
+    before, hidden = torch.get_num_threads(), _threads.torch
+    say = load("native_linear", torch.float32).omp_set_num_threads
+    say(threads)
+    _threads.torch = torchs
+    try:
+        yield
+    finally:
+        say(before)
+        _threads.torch = hidden
 
 
 @lru_cache(maxsize=256)
@@ -105,31 +157,10 @@ def _compile(command: list[str], target: Path) -> None:
     try:
         done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise NativeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+            raise NativeError(f"{' '.join(command)} failed: {done.stderr[:2000]}")
         os.chmod(made, 0o755)
         os.replace(made, target)
     except OSError as error:
         raise NativeError(f"{target} could not be made: {error}") from error
     finally:
         Path(made).unlink(missing_ok=True)
-
-
-_threads = threading.local()
-
-
-def native_threads() -> int:
-    """Threads that native code is to use."""
-    return getattr(_threads, "all", None) or torch.get_num_threads()
-
-
-@contextmanager
-def limited():
-    lib = load("native_linear", torch.float32)
-    before = torch.get_num_threads()
-    _threads.all = before
-    lib.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        lib.omp_set_num_threads(before)
-        _threads.all = None
