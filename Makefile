@@ -62,6 +62,7 @@ format: $(READY)  ## let ruff format and fix what it can
 bench: $(READY)  ## tokens/s, first token, KV memory and shared prefixes, beside Hugging Face
 	$(RUN) -m benchmarks.host
 	$(RUN) -m benchmarks.cpu_decode
+	$(RUN) -m benchmarks.cpu_native
 	$(RUN) -m benchmarks.generate $(if $(FULL),--full)
 	$(RUN) -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM))
 	$(RUN) -m benchmarks.prefix $(if $(VLLM),--vllm $(VLLM))

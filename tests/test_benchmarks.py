@@ -1,13 +1,14 @@
 """Each benchmark runs, tiny, and ends with a JSON document; the arithmetic they share is right."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 
-from benchmarks import common, cpu_decode, generate, host, prefix
+from benchmarks import common, cpu_decode, cpu_native, generate, host, prefix
 from benchmarks.systems import SYSTEMS
 
 
@@ -39,6 +40,16 @@ def test_cpu_decode_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
     options = ("", *cpu_decode.OPTIONS)
     assert found == {(runs, option) for runs in (True, False) for option in options}
     assert "gather_over_ours float32 anywhere" in document["geometric_means"]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="native code needs g++")
+def test_cpu_native_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
+    cpu_native.main(["--quick", "--rounds", "1", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "cpu_native.json").read_text())
+    assert [row["rows"] for row in document["products"]] == [1, 4] * 2
+    assert all(row["over"]["stock"] > 0 for row in document["attention"])
 
 
 def test_prefix_runs_tiny_and_ends_with_its_document(tmp_path, capsys):

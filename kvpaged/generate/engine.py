@@ -273,7 +273,7 @@ class Engine:
         """Admit, launch one step, hand out what came of it, or of the one before; false if there
         was nothing to do.
         """
-        start = self.clock()
+        start, waited = self.clock(), self._landing.waited_s
         self._expire()
         self._admit()
         if self._flight is not None and not self._may_look_ahead():
@@ -299,8 +299,9 @@ class Engine:
         if not self._may_look_ahead():
             self._land()
         self._publisher.after_step()
-        self.stats.device_s += end - middle
-        self.stats.host_s += self.clock() - end + middle - start
+        waited = self._landing.waited_s - waited
+        self.stats.device_s += end - middle + waited
+        self.stats.host_s += self.clock() - end + middle - start - waited
         return True
 
     def _may_look_ahead(self) -> bool:

@@ -23,7 +23,7 @@ from kvpaged.generate.prompts import Prompt, Prompts, eos_of, positions_of
 from kvpaged.generate.requests import Ints, Reply, Request
 from kvpaged.generate.scheduler import rank_of
 from kvpaged.generate.submission import Submission
-from kvpaged.generate.text import TextTail, decoder_of
+from kvpaged.generate.text import Texts, TextTail
 from kvpaged.generate.totals import EngineStats
 from kvpaged.generate.turns import Turns
 from kvpaged.keys import Salt, encode_salt
@@ -102,6 +102,7 @@ class Generator:
         chunk = _count("chunk", chunk, budget)
         self.cache = cache
         self.tokenizer = tokenizer
+        self._texts: Texts | None = None
         self._batch = SlotBatch(cache, max_running)
         self._packed = open_packed(
             cache, preparation, self._batch, compiled=compile, pack_weights=pack_weights,
@@ -402,15 +403,16 @@ class Generator:
         except Exception as error:  # a tokenizer's too: the other prompts of the call are served
             problem = error
         seed = secrets.randbits(62) if params.seed is None else params.seed
+        texts = self._texts_now()
         request = Request(
             number=number, prompt=ids, params=params, salt=salt, rank=rank_of(number, priority),
             submitted=now, deadline=deadline, seed=seed, on_event=on_event, problem=problem,
-            decode=None if self.tokenizer is None else decoder_of(self.tokenizer),
+            decode=None if texts is None else texts.decode,
         )  # fmt: skip
-        follows = self.tokenizer is not None and (params.stop or on_event is not None)
+        told = texts if params.stop or on_event is not None else None
         for index in range(params.n):
             completion = Completion(number, index, len(ids))
-            tail = TextTail(self.tokenizer, params.stop) if follows else None
+            tail = None if told is None else TextTail(told, params.stop)
             request.replies.append(
                 Reply(
                     request=request,
@@ -422,6 +424,15 @@ class Generator:
                 )
             )
         return request
+
+    def _texts_now(self) -> Texts | None:
+        """How ids become text by the tokenizer as it is now."""
+        if self.tokenizer is None:
+            return None
+        known = self._texts
+        if known is None or not known.are_of(self.tokenizer):
+            known = self._texts = Texts(self.tokenizer)
+        return known
 
 
 def _count(name: str, given: int | None, default: int) -> int:

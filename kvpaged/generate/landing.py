@@ -24,6 +24,9 @@ class Landing:
 
     Between the launch of a step and its landing its rows may have lost their replies (they were
     cancelled, or had ended with the step before): what it gives for them is dropped.
+
+    Attributes:
+        waited_s: seconds spent so far waiting for tokens to be there.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Landing:
         """
         self._batch, self._rows, self._sampler = batch, rows, sampler
         self._end, self._before_end, self._clock = end, before_end, clock
+        self.waited_s = 0.0
 
     def land(self, flight: Flight) -> int:
         """Enter the tokens of a step; returns how many that were, at the most one a row."""
@@ -46,7 +50,9 @@ class Landing:
         slots, index, ends = choice.slots, choice.index, flight.ends
         if not len(slots):
             return 0
+        start = self._clock()
         tokens = flight.arrival.read()
+        self.waited_s += self._clock() - start
         alive = flight.alive(rows)
         if flight.logprobs:
             read = [arrival.read() for arrival in flight.logprobs]

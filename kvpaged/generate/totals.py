@@ -14,7 +14,7 @@ class EngineStats:
         preemptions: rows set back because pages ran out.
         running, waiting: replies that have a row now, and that have none yet.
         host_s: seconds of steps that were not the forward pass and the choice of tokens.
-        device_s: seconds of those.
+        device_s: seconds of those, and of waiting for the device.
     """
 
     steps: int = 0

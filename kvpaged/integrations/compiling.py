@@ -21,15 +21,17 @@ from kvpaged_kernels.cpu.native import cache_dir
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def compile_run(run: Run, device: torch.device) -> Run:
+def compile_run(run: Run, device: torch.device, *, one_thread: bool) -> Run:
     """A function that is compiled at its first call, which is to be within `any_size`.
 
-    On a CPU inductor's own kernels run in as many threads as there are when they run.
+    On a CPU inductor's own kernels run in one thread, which for few tokens takes less time than
+    waking another; or, without `one_thread`, in as many as OpenMP gives when they run.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if device.type == "cpu":
         options |= {
-            "cpp.dynamic_threads": True,
+            "cpp.threads": 1 if one_thread else -1,
+            "cpp.dynamic_threads": not one_thread,
             "post_grad_custom_pre_pass": JoinProducts(),
         }
     # What dynamo has compiled belongs to a code object, and without guards to any call of it.

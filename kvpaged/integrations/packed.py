@@ -38,7 +38,8 @@ log = logging.getLogger("kvpaged")
 
 FEW = 64
 """Tokens of a step up to which a compiled model's own kernels run in one thread on a CPU: it takes
-less time than waking another.
+less time than waking another. More run in all threads where products are native, and are not
+compiled elsewhere: what holds kernels to one thread would hold torch's products, too.
 """
 
 _passes: "weakref.WeakValueDictionary[int, PackedPass]" = weakref.WeakValueDictionary()
@@ -80,7 +81,7 @@ class PackedPass(Cache, PackedCache):
     def __init__(
         self, cache: CacheBooks, preparation: Preparation, batch: Batch, *, native: bool = False
     ) -> None:
-        """`native`: rows of one new token are served by native code where there is some."""
+        """`native`: attention is by native code where there is some."""
         super().__init__(layers=[])
         self._books = cache
         self._of = preparation
@@ -233,6 +234,8 @@ class PackedModel:
         self.compiled = compiled
         self.compile_s: float | None = None
         self._linears = _pack(self._model, native=compiled and self._cpu) if pack_weights else None
+        linears = self._linears
+        self._any_size = linears is not None and linears.native and linears.cover(self._model)
         self._fast: Run | None = None  # the compiled forward
         self._shape: list[Any] = []  # of the model it was compiled of
         self.graphs: DecodeGraphs | None = None
@@ -261,15 +264,15 @@ class PackedModel:
 
     def _run(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
         fast = self._fast
-        if fast is None:
+        many = self._cpu and ids.shape[1] > FEW
+        if fast is None or (many and not self._any_size):
             with torch.no_grad():
                 return self._call(ids, positions, take)
         self.past.enter(self._model, {})
-        with torch.no_grad(), any_size():
-            # Native products go on in all of them; torch's would not.
-            few = self._linears is not None and self._linears.native and ids.shape[1] <= FEW
-            with one_thread() if few else nullcontext():
-                return fast(ids, positions, take)
+        # Not while it is compiled, for that looks how many threads there are.
+        held = self._any_size and not many and self.compile_s is not None
+        with torch.no_grad(), any_size(), one_thread() if held else nullcontext():
+            return fast(ids, positions, take)
 
     def check(self, batch: SlotBatch) -> None:
         """See that packing sequences changes nothing for them, in a pass of two and two of one; a
@@ -351,7 +354,8 @@ class PackedModel:
             logits: Tensor = out.logits[0]
             return logits
 
-        self._fast, self._shape = compile_run(run, batch.device), shape_of(model)
+        self._fast = compile_run(run, batch.device, one_thread=not self._any_size)
+        self._shape, self.compile_s = shape_of(model), None
         ids = torch.tensor([1, 5, 3], device=batch.device)
         batch.admit(0, ids.cpu().numpy(), None)
         try:

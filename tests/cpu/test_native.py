@@ -1,4 +1,4 @@
-"""Native code against the oracles in fp64: products, decode, and how it is made."""
+"""Native code against the oracles in fp64: products, attention, and how it is made."""
 
 import ctypes
 import itertools
@@ -68,16 +68,34 @@ def attend(pages, counts, lengths, table, group, *, window, softcap, sinks):
     cu_q = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     expected_pages = pages.flat.clone()
     views: Any = seen_in(expected_pages, pages)
+    # Entries, slots, heads; page-major entries between those of pages are bytes of others.
+    entries = min(map(len, views))
+    seen = torch.ones((entries, pages.page_size, heads), dtype=torch.bool)
+    seen[:: pages.step] = False
+    given = table.clone()
+    for row, (length, new) in enumerate(zip(lengths, counts, strict=True)):
+        first = max(0, length - new - window + 1) if window and new else 0
+        for position in range(first, length if new else 0):
+            seen[table[row, position // pages.page_size], position % pages.page_size] = True
+        given[row, -(-length // pages.page_size) :] = 2**30
+        given[row, : first // pages.page_size] = 2**30
+    mine = [x[:entries].transpose(1, 2) for x in seen_in(pages.flat, pages)]
+    for x in mine:
+        x[~seen] = torch.nan
     positions = [n - new + i for n, new in zip(lengths, counts, strict=True) for i in range(new)]
-    owners = np.repeat(np.arange(len(counts)), counts)
+    owners = np.repeat(np.arange(len(counts)), counts).tolist()
     for token, (row, position) in enumerate(zip(owners, positions, strict=True)):
         entry, slot = int(table[row, position // pages.page_size]), position % pages.page_size
         views[0][entry, :, slot], views[1][entry, :, slot] = k[token], v[token]
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     layer = NativeLayer(pages.k_pages, pages.v_pages, heads * group, **options)
-    step = layer.plan(q, k, v, table, lens, cu_q)
+    step = layer.plan(q, k, v, given, lens, cu_q)
     got = layer(step, q, k, v, sink)
-    assert torch.equal(pages.flat, expected_pages)  # what it wrote is exact, and nothing else
+    for x, y in zip(mine, views, strict=True):  # what it wrote is exact, and nothing else
+        assert x[~seen].isnan().all()
+        written = seen.clone()
+        written[torch.arange(entries) % pages.step > 0] = False
+        assert torch.equal(x[written], y[:entries].transpose(1, 2)[written])
     exact_pages: Any = seen_in(expected_pages.double(), pages)
     sizes = {"max_q": max(counts), "max_len": max(lengths)}
     exact = paged_prefill(
@@ -117,7 +135,6 @@ def test_attention_is_as_exact_as_stock_torch(dtype, group, dims, page_size, dat
         total, choose("page-major", "layer-major"), dtype, page_size=page_size,
         kv_heads=choose(1, 2, 3), dims=dims,
     )  # fmt: skip
-    pages.flat[torch.isnan(pages.flat)] = 0
     table = family(rng, counts, lengths, pages, total)
     before = torch.get_num_threads()
     torch.set_num_threads(choose(1, 2, 3))
@@ -200,8 +217,8 @@ def test_products_are_as_exact_as_torchs(dtype, columns, inner):
     torch.manual_seed(0)
     weight, bias = torch.randn(columns, inner).to(dtype), torch.randn(columns).to(dtype)
     layer = pack(weight, bias)
-    for rows in (0, 1, 3, 6, 7, 13, 140):
-        x = torch.randn(2, rows, inner + 1).to(dtype)[..., 1:]
+    for rows in (*range(8), 13, 129, 140):
+        x = torch.randn(1, rows, inner + 1).to(dtype)[..., 1:]
         exact = x.double() @ weight.double().T + bias.double()
         got, other = layer(x), torch.nn.functional.linear(x, weight, bias)
         assert got.shape == other.shape
@@ -295,3 +312,38 @@ def test_what_the_compiler_says_is_told(tmp_path, monkeypatch):
     with pytest.raises(native.NativeError, match="float64"):
         native.load("native_linear", torch.float64)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_one_thread_holds_what_names_no_number_and_native_code_goes_on(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with native.one_thread():
+            assert (torch.get_num_threads(), native.native_threads()) == (1, 3)
+            found = []
+            other = threading.Thread(target=lambda: found.append(native.native_threads()))
+            other.start()
+            other.join()
+            assert found == [3]  # of this thread alone
+            with native.one_thread():
+                assert (torch.get_num_threads(), native.native_threads()) == (1, 3)
+            with native.all_threads():
+                assert (torch.get_num_threads(), native.native_threads()) == (3, 3)
+            assert torch.get_num_threads() == 1
+        with pytest.raises(ZeroDivisionError), native.one_thread():
+            raise ZeroDivisionError
+        with native.all_threads():
+            assert torch.get_num_threads() == 3
+        assert (torch.get_num_threads(), native.native_threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packed_layers_know_whether_they_are_all_there_is():
+    model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50))
+    packed = PackedLinears(model, native=True)
+    try:
+        assert packed.cover(model)
+        assert not packed.cover(nn.Sequential(model, nn.Conv1d(64, 64, 1)))
+    finally:
+        packed.release()

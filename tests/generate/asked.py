@@ -56,3 +56,16 @@ def hybrid():
         initializer_range=0.3, eos_token_id=None, pad_token_id=0, bos_token_id=1,
     )  # fmt: skip
     return Gemma3ForCausalLM(config).eval()
+
+
+def windowed():
+    """A tiny model of nothing but windows."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=24,
+        initializer_range=0.3, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()

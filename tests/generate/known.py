@@ -35,8 +35,19 @@ class BrokenProcessorError(Exception):
     """What a request's own processor fails by."""
 
 
+class Letters:
+    """A tokenizer: every id is one character."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(0x100 + token) for token in token_ids)
+
+
+LETTERS = Letters()
+
 WAYS = {
     "greedy": SamplingParams(),
+    "penalised": SamplingParams(repetition_penalty=1.3),
+    "penalised draws": SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=13),
     "drawn": SamplingParams(temperature=1.0, seed=11),
     "filtered": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=12),
     "processed": SamplingParams(logits_processors=(reverse,)),
@@ -70,6 +81,7 @@ class Ask:
     def check(self, completion: Completion, *, cancelled: bool) -> None:
         """Raise unless a reply is one that this request may get."""
         wanted, tokens = self.wanted[completion.index], completion.tokens
+        text = LETTERS.decode(tokens)
         reason = completion.finish_reason
         facts = f"{self}, which was cancelled: {cancelled}, got {completion}"
         assert completion.prompt_tokens == len(self.prompt), facts
@@ -84,8 +96,10 @@ class Ask:
             assert isinstance(completion.error, self.error), facts
             assert reason == "error", facts
             return
-        stopped = bool(tokens) and tokens[-1] in self.params.stop_token_ids
+        stop = [each for each in self.params.stop if text.endswith(each)]
+        stopped = bool(stop) or (bool(tokens) and tokens[-1] in self.params.stop_token_ids)
         assert reason == ("stop" if stopped else "length"), facts
+        assert completion.text == text[: len(text) - max(map(len, stop), default=0)], facts
         assert completion.error is None, facts
         assert (completion.first_token_s or 0.0) > 0, facts
         logprobs = completion.logprobs
@@ -108,15 +122,16 @@ class Known:
         entries = [Entry(prompt, _continued(double, prompt, new)) for prompt in prompts]
         self.entries = [e for e in entries if all(all(replies) for replies in e.replies.values())]
 
-    def ask(self, rng: random.Random, pool_tokens: int) -> Ask:
+    def ask(self, rng: random.Random, pool_tokens: int | None) -> Ask:
         """A request with options of all kinds.
 
         Args:
             rng: what it is drawn by.
-            pool_tokens: that the whole pool holds: what is longer can't be served.
+            pool_tokens: that the whole pool holds: what is longer can't be served. `None`: anything
+                can.
         """
         kind = rng.random()
-        if kind < 0.01:
+        if kind < 0.01 and pool_tokens is not None:
             ask = Ask([5] * (pool_tokens + 8), SamplingParams(), [[]], OutOfPagesError)
         elif kind < 0.03:
             ask = Ask(rng.choice([[], [4, -1], [10_000]]), SamplingParams(), [[]], UsageError)
@@ -141,12 +156,15 @@ class Known:
         options: dict[str, Any] = {"max_new_tokens": new, "n": n}
         if rng.random() < 0.2:
             options["stop_token_ids"] = (rng.choice(replies[0]), 3)
-        if rng.random() < 0.3 and way != "processed":
+        if rng.random() < 0.2:
+            start = rng.randrange(len(replies[0]))
+            options["stop"] = (LETTERS.decode(replies[0][start : start + rng.randint(1, 2)]),)
+        if rng.random() < 0.3 and way != "processed" and "penalised" not in way:
             options["prompt_lookup"] = rng.choice([1, 4])
         if rng.random() < 0.1:
             options["logprobs"] = rng.choice([0, 2])
         params = SamplingParams(**{**_fields(WAYS[way]), **options})
-        wanted = [_cut(reply[:new], params.stop_token_ids) for reply in replies]
+        wanted = [_cut(reply[:new], params) for reply in replies]
         return Ask(entry.prompt, params, wanted)
 
     def _broken(self, rng: random.Random) -> Ask:
@@ -181,9 +199,13 @@ def _fields(params: SamplingParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
 
 
-def _cut(tokens: list[int], stops: tuple[int, ...]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[: end + 1]
+def _cut(tokens: list[int], params: SamplingParams) -> list[int]:
+    """As far as the first stop token or text, that included."""
+    for end in range(1, len(tokens) + 1):
+        text = LETTERS.decode(tokens[:end])
+        if tokens[end - 1] in params.stop_token_ids or any(map(text.endswith, params.stop)):
+            return tokens[:end]
+    return tokens
 
 
 @torch.inference_mode()
@@ -194,8 +216,14 @@ def _continued(double: Any, prompt: list[int], new: int) -> dict[str, list[list[
     certain = torch.ones(len(rows), dtype=torch.bool)
     past, given = DynamicCache(config=double.config), torch.tensor([prompt] * len(rows))
     noise = torch.Generator().manual_seed(0)
+    penalty = torch.tensor([[WAYS[way].repetition_penalty] for way, _ in rows]).double()
+    seen = torch.zeros((len(rows), double.config.vocab_size), dtype=torch.bool)
     for place in range(new):
         scores = double(given, past_key_values=past).logits[:, -1]
+        seen[torch.arange(len(rows))[:, None], given] = True
+        scores = torch.where(
+            seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores
+        )
         tokens = _choose(rows, scores, place)
         for _ in range(3):
             off = torch.rand(scores.shape, generator=noise) * 2 * NOISE - NOISE

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import common
 from kvpaged import Completion, Generator, PagedKVCache, SamplingParams
+from kvpaged.generate.flight import Arrival
 from tests.generate.asked import alone, mixed, params_of
 
 pytestmark = pytest.mark.usefixtures("lookahead")
@@ -369,3 +370,21 @@ def test_what_runs_and_waits_and_holds_which_pages(model):
         assert len(list(stream)) > 3
         stats = generator.stats()
         assert (stats.running, stats.waiting, generator.page_map()) == (0, 0, {})
+
+
+def test_waiting_for_tokens_is_time_of_the_device(model, monkeypatch):
+    read = Arrival.read
+
+    def late(self):
+        time.sleep(0.05)
+        return read(self)
+
+    monkeypatch.setattr(Arrival, "read", late)
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,
+        Generator(model, cache) as generator,
+    ):
+        generator.generate([[5, 6, 7]], max_new_tokens=10, ignore_eos=True)
+        stats = generator.stats()
+    assert stats.device_s >= 10 * 0.05
+    assert stats.host_s < stats.device_s

@@ -14,7 +14,7 @@ from kvpaged.generate import replies
 from kvpaged.generate.generator import REPLY_SEED
 from kvpaged.generate.sampler import draw
 from kvpaged.integrations import transformers as integration
-from tests.generate.asked import alone
+from tests.generate.asked import alone, windowed
 from tests.hf.tiny import tiny
 
 PROMPTS = [[random.Random(s).randrange(2, 128) for _ in range(20 + s)] for s in range(6)]
@@ -169,28 +169,6 @@ def test_forks_are_penalised_for_their_own_first_token(model):
         _, fork = generator.generate(PROMPTS[:1], n=2, seed=seed, **options)
         (same,) = generator.generate(PROMPTS[:1], seed=(seed + REPLY_SEED) % 2**64, **options)
         assert fork.tokens == same.tokens
-
-
-def windowed():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=24,
-            initializer_range=0.3,
-            eos_token_id=None,
-            pad_token_id=0,
-            bos_token_id=1,
-        )
-    ).eval()
 
 
 @pytest.mark.parametrize("new", [5, 60])

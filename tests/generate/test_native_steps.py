@@ -12,19 +12,29 @@ from kvpaged.generate.sampler import greedy
 from kvpaged.integrations.native import NativeAttention
 from kvpaged_kernels.cpu import native_attend
 from kvpaged_kernels.cpu.native import NativeError
-from tests.generate.asked import alone, assert_greedy, mixed, params_of
+from tests.generate.asked import (
+    alone,
+    assert_greedy,
+    hybrid,
+    mixed,
+    params_of,
+    windowed,
+)
 from tests.hf.tiny import tiny
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_tokens_by_native_attention(model, works, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("make", "works"), [(tiny, True), (tiny, False), (windowed, True), (hybrid, True)]
+)
+def test_tokens_by_native_attention(make, works, monkeypatch, caplog):
+    model = make()
     if not works:
 
         def fail(*args):
             raise NativeError("no compiler")
 
         monkeypatch.setattr(native_attend, "_code", fail)
-    prompts, news = mixed(10)
+    prompts, news = mixed(10, new=60)
     wanted = [alone(model, p, n) for p, n in zip(prompts, news, strict=True)]
     with (
         PagedKVCache.for_model(model, "4MiB", page_size=16) as cache,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvpaged import Generator, PagedKVCache, SamplingParams
-from kvpaged.generate.text import TextTail
+from kvpaged.generate.text import Texts, TextTail
 from kvpaged.testing import models
 from tests.hf.tiny import assert_same_tokens
 
@@ -63,9 +63,22 @@ def test_text_told_token_by_token_is_the_text_of_all(name, request):
     rng = random.Random(1)
     text = "A quick brown fox's tale: 1,234.5 <b>ünïcödé</b> 漢字\t\n  emoji 🙂🏽 end"
     ids = tokenizer(text)["input_ids"]
-    for order in (ids, rng.sample(ids, len(ids)), [rng.randrange(2000) for _ in range(200)]):
-        tail = TextTail(tokenizer, ())
+    texts = Texts(tokenizer)
+    assert texts.pieces is not None
+    orders = [ids, rng.sample(ids, len(ids)), [rng.randrange(2000) for _ in range(200)]]
+    orders += [[rng.randrange(len(tokenizer)) for _ in range(60)] for _ in range(20)]
+    for order in orders:
+        tail = TextTail(texts, ())
         shown = [tail.add([token]) for token in order]
         shown.append(tail.end())
-        assert "".join(shown) == tail.text
-        assert tail.text.strip() == tokenizer.decode(order, skip_special_tokens=True).strip()
+        assert "".join(shown) == tail.text == tokenizer.decode(order, skip_special_tokens=True)
+
+
+def test_text_is_put_together_from_bytes_where_tokens_cut_characters(smollm2):
+    _, tokenizer = smollm2
+    bytes_of = [tokenizer.convert_tokens_to_ids(x) for x in "ðŁĻĤé"]  # 🙂 in bytes, and a half
+    assert all(isinstance(token, int) for token in bytes_of)
+    tail = TextTail(Texts(tokenizer), ("\N{SLIGHTLY SMILING FACE}!",))
+    shown = [tail.add([token]) for token in bytes_of]
+    assert shown == ["", "", "", "", ""]  # the face may become a stop text
+    assert tail.end() == tail.text == tokenizer.decode(bytes_of)

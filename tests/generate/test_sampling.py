@@ -16,7 +16,7 @@ from kvpaged.errors import ConfigError
 from kvpaged.generate import sampler
 from kvpaged.generate.lookup import guess
 from kvpaged.generate.params import SamplingParams
-from kvpaged.generate.text import TextTail
+from kvpaged.generate.text import Texts, TextTail
 
 WIDTH = 3000
 
@@ -117,7 +117,7 @@ class Bytes:
 @pytest.mark.parametrize("stop", [(), ("ö!",), ("xyz", "é")])
 def test_text_comes_in_whole_characters_and_never_beyond_a_stop(stop):
     text = "aé€ xy ö? xö!rest"
-    tail = TextTail(Bytes(), stop)
+    tail = TextTail(Texts(Bytes()), stop)
     shown = []
     for byte in text.encode():
         shown.append(tail.add([byte]))

@@ -1,7 +1,7 @@
 """Native code for the CPU, compiled just in time by the C++ compiler that `torch.compile` uses.
 
-Sources are plain C++ with OpenMP and a C interface, without torch's headers: they compile in one or
-two seconds, once a machine. Compiled libraries are kept in a folder under a hash of all that went
+Sources are plain C++ with OpenMP and a C interface, without torch's headers: they compile in one to
+three seconds, once a machine. Compiled libraries are kept in a folder under a hash of all that went
 into them. A library names OpenMP's runtime as torch's own does, so it is torch's that it gets.
 """
 
@@ -12,7 +12,7 @@ import platform
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -70,7 +70,7 @@ def one_thread() -> Iterator[None]:
     Raises:
         NativeError: as of `load`.
     """
-    with _hold(1, torch.get_num_threads()):
+    with _hold(1, native_threads()):
         yield
 
 
@@ -87,14 +87,24 @@ def all_threads() -> Iterator[None]:
 @contextmanager
 def _hold(threads: int, torchs: int) -> Iterator[None]:
     before, hidden = torch.get_num_threads(), _threads.torch
-    say = load("native_linear", torch.float32).omp_set_num_threads
-    say(threads)
-    _threads.torch = torchs
+    say = _openmp()
     try:
+        say(threads)
+        _threads.torch = torchs
         yield
     finally:
         say(before)
         _threads.torch = hidden
+
+
+_loaded: list[ctypes.CDLL] = []
+
+
+def _openmp() -> Callable[[int], None]:
+    """OpenMP's `omp_set_num_threads`, as any library that is loaded here knows it."""
+    library = _loaded[0] if _loaded else load("native_linear", torch.float32)
+    say: Callable[[int], None] = library.omp_set_num_threads
+    return say
 
 
 @lru_cache(maxsize=256)
@@ -116,9 +126,11 @@ def load(name: str, dtype: torch.dtype, constants: tuple[tuple[str, int], ...] =
     if not target.exists():
         _compile([compiler, *_FLAGS, *defines, str(source)], target)
     try:
-        return ctypes.CDLL(str(target))
+        library = ctypes.CDLL(str(target))
     except OSError as error:
         raise NativeError(f"{target} can't be loaded: {error}") from error
+    _loaded.append(library)
+    return library
 
 
 @lru_cache(maxsize=1)

@@ -13,8 +13,8 @@
 #include "native_numbers.h"
 #include "native_threads.h"
 
-// Groups of NT blocks; M rows of x times WIDE<M> blocks fill the processor's registers with sums, of
-// which as many must be under way as its multipliers take cycles for one.
+// Groups of NT blocks. M rows of x times the blocks of `groups_for(M)` groups are sums in registers,
+// of which as many must be under way as the multipliers take cycles for one: 8 to 12 with AVX2.
 #ifdef __AVX512F__
 constexpr int NT = 4, MT = 6;
 constexpr int groups_for(int) { return 1; }
