@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvpaged.bench import common, plot
 from kvpaged.bench.serving import report, serve
 from kvpaged.bench.systems import OURS, SYSTEMS
@@ -57,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only these: {', '.join(SYSTEMS)}",
     )  # fmt: skip
     parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"),
+        help="of weights and keys (bfloat16 where the CPU multiplies it, else float32)",
+    )  # fmt: skip
+    parser.add_argument(
         "--vllm", type=_interpreter, metavar="PYTHON", help="an interpreter that has vLLM"
     )
     parser.add_argument(
@@ -88,7 +94,10 @@ def run(chosen: argparse.Namespace) -> int:
         chosen.fail("argument --systems: vllm needs --vllm PYTHON")
     require("transformers", "matplotlib")
     rounds = chosen.rounds or (1 if chosen.quick else 3)
-    document = serve(names, chosen.works, vllm=chosen.vllm, rounds=rounds, quick=chosen.quick)
+    document = serve(
+        names, chosen.works, vllm=chosen.vllm, rounds=rounds, quick=chosen.quick,
+        dtype=getattr(torch, chosen.dtype) if chosen.dtype else None,
+    )  # fmt: skip
     print(f"{document['dtype']}; {common.describe(document['environment'])}")
     print(report(document))
     chosen.out.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,11 @@ Failures = list[dict[str, str | None]]
 
 
 def serve(
-    names: Sequence[str], kinds: Sequence[str], *, vllm: Path | None, rounds: int, quick: bool
-) -> dict[str, Any]:
-    """The document: every work of these kinds served by every named system, in bf16 where the CPU
-    multiplies it, else in fp32. Systems and works that fail are among its `failures`.
+    names: Sequence[str], kinds: Sequence[str], *, vllm: Path | None, rounds: int, quick: bool,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The document: every work of these kinds served by every named system. Systems and works that
+    fail are among its `failures`.
 
     Args:
         names: keys of `SYSTEMS`; vLLM is left out, and said to be, if `vllm` is `None`.
@@ -28,13 +29,15 @@ def serve(
         vllm: an interpreter that has vLLM.
         rounds: how often batches are measured; a third of it the long works, at least once.
         quick: tiny works, to see that everything runs.
+        dtype: of weights and keys; `None`: bf16 where the CPU multiplies it, else fp32.
 
     Raises:
         ModelError: the model could not be fetched.
     """
     ids = _text()
-    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    dtype = torch.bfloat16 if fast else torch.float32
+    if dtype is None:
+        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        dtype = torch.bfloat16 if fast else torch.float32
     left_out = [name for name in names if name == "vllm" and vllm is None]
     document: dict[str, Any] = {
         "benchmark": "serving",
