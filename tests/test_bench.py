@@ -144,8 +144,9 @@ def test_results_of_the_door_go_into_the_tree(monkeypatch):
     monkeypatch.setattr(command, "serve", serve)
     monkeypatch.setattr(plot, "draw", lambda made, file: seen.append(file))
     monkeypatch.setattr(common, "publish", lambda name, made, folder: seen.append((name, folder)))
-    assert door.main(["--works", "spread"]) == 0
-    assert seen[0] == {"vllm": None, "rounds": 3, "quick": False}
+    assert door.main(["--works", "spread", "--dtype", "bfloat16"]) == 0
+    wanted = {"vllm": None, "rounds": 3, "quick": False, "dtype": torch.bfloat16}
+    assert seen[0] == wanted
     assert seen[1:] == [tree.RESULTS / "serving.png", ("serving", tree.RESULTS)]
 
 

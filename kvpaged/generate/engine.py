@@ -281,6 +281,7 @@ class Engine:
         made = self._make_step()
         if made is None:
             self._land()
+            self.stats.device_s += self._landing.waited_s - waited
             return not self.idle
         step, choice, ids = made
         middle = self.clock()
