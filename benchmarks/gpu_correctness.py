@@ -323,7 +323,7 @@ def row_of(case: Case, device: torch.device, kernels: Mapping[str, Any]) -> dict
         verdict = check(case, device, kernels)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except Exception as fault:
+    except Exception as fault:  # the other rows are checked all the same
         message = f"{type(fault).__name__}: {fault}"[:500]
         return {**case.fields(), "error": None, "bound": None, "passed": False, "raised": message}
     return {**case.fields(), **verdict._asdict(), "raised": None}

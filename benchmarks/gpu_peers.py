@@ -158,6 +158,6 @@ def peers_of(
             ready[name] = call
         except Skipped as reason:
             skipped[name] = str(reason)
-        except Exception as fault:
+        except Exception as fault:  # of a peer: the others can still be measured
             skipped[name] = f"{type(fault).__name__}: {fault}"[:300]
     return ready, skipped

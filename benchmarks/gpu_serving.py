@@ -50,7 +50,7 @@ def measure(work: Work, systems: dict[str, Run], rounds: int) -> dict[str, Any]:
         try:
             run(work)
             ready[name] = run
-        except Exception as error:
+        except Exception as error:  # the others can still be measured
             failures[name] = f"{type(error).__name__}: {error}"[:300]
     if not ready:
         raise RuntimeError(f"{work.name}: no system ran: {failures}")

@@ -176,7 +176,7 @@ def _measure_work(
             call = call_of(work, config)
             got = call()
             error = finite((got - expected).abs().max().item())
-        except Exception as fault:
+        except Exception as fault:  # it does not compile or run here: out, and said why
             refused[str(tuple(config))] = f"{type(fault).__name__}: {fault}"[:200]
             continue
         if error is None or error > tolerance:

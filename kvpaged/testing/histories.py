@@ -294,7 +294,7 @@ def drive(shape: Shape, steps: int, seed: int, counts: Counter[str] | None = Non
         arguments = {name: random.randint(0, most) for name, most in RULES[rule][1].items()}
         try:
             history.run(rule, **arguments)
-        except Exception as error:
+        except Exception as error:  # goes on, with how it came about
             error.add_note(f"{shape}, seed {seed}, step {number} of {steps}: {rule} {arguments}")
             raise
     return history

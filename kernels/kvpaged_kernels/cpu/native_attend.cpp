@@ -47,7 +47,7 @@ struct Singles {
         const Layer& layer = call.layer;
         const int32_t* pages = call.step.pages(row);
         const int64_t length = call.step.lengths[row], token = call.step.cu_q[row];
-        const int64_t seen = layer.window && length > layer.window ? length - layer.window : 0;
+        const int64_t seen = layer.first_seen(length - 1);
         if (to == many)
             call.write(token, head, pages[first + many - 1], (length - 1) % PAGE);
         Floats wide[GROUP][K_ROOM];
@@ -111,7 +111,6 @@ static void run_several(const Call& call, const Plan& plan, const Task& task, Ro
     const int64_t begin = call.step.cu_q[task.of] + task.first;
     const int64_t position =
         call.step.lengths[task.of] - call.step.tokens(task.of) + task.first;  // of the first
-    const int64_t seen = layer.window && position >= layer.window ? position - layer.window + 1 : 0;
     Part part;
     for (int i = 0; i < task.count; i++) {
         begin_lines(call, begin + i, task.head, i, room);
@@ -121,7 +120,8 @@ static void run_several(const Call& call, const Plan& plan, const Task& task, Ro
         set_part(part, i, room);
     }
     attend_run(
-        layer, call.step.pages(task.of), task.head, std::max(seen, plan.own[task.of] * PAGE),
+        layer, call.step.pages(task.of), task.head,
+        std::max(layer.first_seen(position), plan.own[task.of] * PAGE),
         position + task.count, task.count, position, room);
     for (int i = 0; i < task.count; i++) {
         get_part(room, i, part);

@@ -19,6 +19,10 @@ struct Layer {
     int64_t window;  // tokens a query sees; 0: all
     float scale, softcap;  // 0: none
 
+    // The first position that a query at this one sees.
+    int64_t first_seen(int64_t query) const {
+        return window && query >= window ? query - window + 1 : 0;
+    }
     Number* key(int64_t entry, int64_t head, int64_t slot) const {
         return k + entry * k_entry + head * k_head + slot * k_slot;
     }

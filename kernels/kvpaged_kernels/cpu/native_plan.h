@@ -134,8 +134,7 @@ struct Planner {
 };
 
 static inline int64_t first_page(const Plan& plan, const Layer& layer, int64_t row, int64_t query) {
-    const int64_t seen = layer.window && query >= layer.window ? query - layer.window + 1 : 0;
-    return std::max(seen / PAGE, plan.own[row]);
+    return std::max(layer.first_seen(query) / PAGE, plan.own[row]);
 }
 
 static inline int64_t last_page(const Step& step, int64_t row) {
