@@ -272,10 +272,11 @@ def soak(model: Any, memory: str, seconds: float, *, prompts: int, new: int, rou
         bounded = any(group.window is None for group in groups)
         pool_tokens = 16 * max(group.pages for group in groups) if bounded else None
         happened = [what for what in HAPPENED if bounded or what != "OutOfPagesError"]
-        while (spent := time.monotonic() - began) < seconds or not (
-            all(counts[what] for what in happened) or counts["rounds"] > 100
-        ):
-            number = counts["rounds"]
+        while True:
+            spent, number = time.monotonic() - began, counts["rounds"]
+            everything = all(counts[what] for what in happened) or number > 100
+            if spent >= seconds and everything and warm is not None:
+                break
             if warm is None and spent > seconds / 6 and number >= 4:
                 warm = resident()
             generator = Generator(
@@ -293,7 +294,6 @@ def soak(model: Any, memory: str, seconds: float, *, prompts: int, new: int, rou
             cache.check_integrity()
             counts["rounds"] += 1
         end = resident()
-    assert warm is not None
     ended = counts["replies"] + counts["replies left"] + counts["replies refused"]
     figures = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
     report = (
