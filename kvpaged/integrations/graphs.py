@@ -150,7 +150,7 @@ class DecodeGraphs:
         )  # fmt: skip
         try:
             return self._run(
-                self._ids[None, :size], self._positions[None, :size], self._take[:size]
+                self._ids[:size], self._positions[:size], self._take[:size]
             )
         finally:
             self._batch.step = before

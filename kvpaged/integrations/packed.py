@@ -258,16 +258,16 @@ class PackedModel:
             return self.graphs(step, ids, positions)
         wanted = len(take)
         take = take.long() if wanted else ids.new_zeros(1)
-        logits = self._run(ids[None], positions[None], take)
+        logits = self._run(ids, positions, take)
         self.past.check_attended()
         return logits[:wanted]
 
     def _run(self, ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
         fast = self._fast
-        many = self._cpu and ids.shape[1] > FEW
+        many = self._cpu and len(ids) > FEW
         if fast is None or (many and not self._any_size):
             with torch.no_grad():
-                return self._call(ids, positions, take)
+                return self._call(ids[None], positions[None], take)
         self.past.enter(self._model, {})
         # Not while it is compiled, for that looks how many threads there are.
         held = self._any_size and not many and self.compile_s is not None
@@ -346,10 +346,12 @@ class PackedModel:
         model, past = self._model, self.past
 
         def run(ids: Tensor, positions: Tensor, take: Tensor) -> Tensor:
-            """Without the model's own hooks, which are Python's."""
+            """Without the model's own hooks, which are Python's. The one row is made within, where
+            its number is no variable of the graph: loops over tokens are outermost then.
+            """
             out = model.forward(
-                input_ids=ids, position_ids=positions, past_key_values=past, use_cache=True,
-                logits_to_keep=take,
+                input_ids=ids[None], position_ids=positions[None], past_key_values=past,
+                use_cache=True, logits_to_keep=take,
             )  # fmt: skip
             logits: Tensor = out.logits[0]
             return logits
