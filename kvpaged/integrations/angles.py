@@ -14,7 +14,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 _aten = torch.ops.aten
 _ANGLES = (_aten.cos.default, _aten.sin.default)
-_SAME = (_aten.unsqueeze.default, _aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+_SAME = (
+    _aten.unsqueeze.default,
+    _aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+)
 
 _library = torch.library.Library("kvpaged", "FRAGMENT")
 _library.define("computed(Tensor x) -> Tensor")

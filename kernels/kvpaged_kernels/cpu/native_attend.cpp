@@ -50,7 +50,7 @@ struct Singles {
         const int64_t seen = layer.first_seen(length - 1);
         if (to == many)
             call.write(token, head, pages[first + many - 1], (length - 1) % PAGE);
-        Floats wide[GROUP][K_ROOM];
+        Queries wide;
         widen_queries(call.query(token, head), call.step.q_head, wide);
         Part whole;
         Part& part = from ? heads[me] : to < many ? tails[me] : whole;
@@ -60,8 +60,13 @@ struct Singles {
             const int64_t end = length - page * PAGE < PAGE ? length - page * PAGE : PAGE;
             for (; slot < end; slot += SLICE) {
                 const int count = int(end - slot < SLICE ? end - slot : SLICE);
+                const Number* next = nullptr;
+                if (slot + SLICE < end)
+                    next = layer.key(pages[page], head, slot + SLICE);
+                else if (page + 1 < first + to)
+                    next = layer.key(pages[page + 1], head, 0);
                 add(wide, layer.key(pages[page], head, slot), layer.value(pages[page], head, slot),
-                    count, layer, part);
+                    count, layer, next, part);
             }
         }
         if (!from) merge_trunks(plan, layer.kv_heads, row, head, 0, part);

@@ -97,15 +97,14 @@ static void tile(
     for (int m = 0; m < M; m++)
         for (int i = 0; i < G * N; i++) {
             const int64_t first = (block + i) * VL, left = layer.columns - first;
-            float row[VL];
-            store(row, sums[m][i / N][i % N]);
             Number* out = y + m * layer.columns + first;
-            if (layer.bias)
-                for (int j = 0; j < VL && j < left; j++) row[j] += to_float(layer.bias[first + j]);
-            if (left >= VL)
-                for (int j = 0; j < VL; j++) out[j] = of_float(row[j]);
-            else
-                for (int j = 0; j < left; j++) out[j] = of_float(row[j]);
+            Floats sum = sums[m][i / N][i % N];
+            if (left >= VL) {
+                if (layer.bias) sum += widen(layer.bias + first);
+                narrow(out, sum);
+            } else
+                for (int j = 0; j < left; j++)
+                    out[j] = of_float(sum[j] + (layer.bias ? to_float(layer.bias[first + j]) : 0));
         }
 }
 

@@ -67,8 +67,7 @@ static inline void weigh(const Layer& layer, Room& room, int line, int low, int 
         const Floats x = load(scores + t);
         most = x > most ? x : most;
     }
-    float top = room.most[line];
-    for (int i = 0; i < VL; i++) top = most[i] > top ? most[i] : top;
+    const float here = greatest(most), top = here > room.most[line] ? here : room.most[line];
     if (top == -INFINITY) {  // nothing is seen yet
         room.factor[line] = 1;
         memset(room.weights_of(line), 0, end / STEP * sizeof(Unit));
@@ -80,11 +79,9 @@ static inline void weigh(const Layer& layer, Room& room, int line, int low, int 
         store_weights(room.weights_of(line), t, weight);
         sum += weight;
     }
-    float total = 0;
-    for (int i = 0; i < VL; i++) total += sum[i];
     const float factor = top == room.most[line] ? 1 : std::exp(room.most[line] - top);
     room.factor[line] = factor;
-    room.sum[line] = room.sum[line] * factor + total;
+    room.sum[line] = room.sum[line] * factor + total_of(sum);
     room.most[line] = top;
 }
 
