@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kvpaged.integrations.inspection import joined, sample
+from kvpaged_kernels.cpu.large_pages import LargePages
 from kvpaged_kernels.cpu.native_linear import NativeLinear, fits_together, pack_together, packs
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -98,6 +99,7 @@ class PackedLinears:
         """
         self.native = native
         self._bunches: list[_Bunch] = []
+        self._pages = LargePages()
         try:
             for modules in _bunches(model, native):
                 self._pack(modules)
@@ -135,7 +137,7 @@ class PackedLinears:
         if not self.native:
             return [_one_dnn(module) for module in modules]
         pairs = [_tensors(module) for module in modules]
-        packed = pack_together(pairs)
+        packed = pack_together(pairs, self._pages)
         of = [[pair] for pair in pairs] + ([pairs] if len(pairs) > 1 else [])
         return [_Native(product, layers) for product, layers in zip(packed, of, strict=True)]
 
@@ -145,6 +147,7 @@ class PackedLinears:
         Fused optimizers write without torch counting it, so some values are compared too.
         """
         changed = 0
+        self._pages = LargePages()  # what is replaced goes with the chunk it lies in
         for i, bunch in enumerate(self._bunches):
             same = [_facts(module) for module in bunch.modules] == bunch.facts
             if same and all(map(torch.equal, bunch.values, joined(bunch.samples))):
