@@ -1,22 +1,37 @@
-"""Zstandard (RFC 8878): whole tensors, and pieces for other codecs."""
+"""Zstandard (RFC 8878): whole tensors, and pieces for other codecs.
+
+The package `zstandard` is imported when it is first needed, so that all else works without it.
+"""
 
 import threading
+from types import ModuleType
 
 import numpy as np
 import torch
-import zstandard
 
 from kvpaged.codecs.base import WORTH, Bytes, Codec
-from kvpaged.errors import IntegrityError
+from kvpaged.errors import ConfigError, IntegrityError
 
 _local = threading.local()  # no coder may be used by two threads at a time
 
 
+def _zstandard() -> ModuleType:
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise ConfigError("the codecs zstd and lossless need the package zstandard") from error
+    return zstandard
+
+
 def compress(data: Bytes, *, level: int) -> bytes:
-    """One frame that says how many bytes it holds; without a checksum, what is stored has one."""
+    """One frame that says how many bytes it holds; without a checksum, what is stored has one.
+
+    Raises:
+        ConfigError: there is no `zstandard`, here and below.
+    """
     coders = _local.__dict__.setdefault("levels", {})
     if level not in coders:
-        coders[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
+        coders[level] = _zstandard().ZstdCompressor(level=level, write_checksum=False)
     return bytes(coders[level].compress(data.data))
 
 
@@ -29,6 +44,7 @@ def compress_entropy(data: Bytes) -> bytes:
     """
     coder = getattr(_local, "entropy", None)
     if coder is None:
+        zstandard = _zstandard()
         parameters = zstandard.ZstdCompressionParameters(
             strategy=zstandard.STRATEGY_FAST, window_log=18, hash_log=6, min_match=7,
             write_checksum=False, write_content_size=True,
@@ -41,8 +57,10 @@ def decompress_into(frame: Bytes, out: Bytes) -> None:
     """Fill `out` (uint8, contiguous) with the bytes of a frame, without a copy between.
 
     Raises:
+        ConfigError: there is no `zstandard`.
         IntegrityError: it is no frame, or one of another size.
     """
+    zstandard = _zstandard()
     decoder = getattr(_local, "decoder", None)
     if decoder is None:
         decoder = _local.decoder = zstandard.ZstdDecompressor()

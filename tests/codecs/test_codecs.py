@@ -1,6 +1,7 @@
 """What every codec promises: the same bytes back, whatever they are and wherever they lie."""
 
 import inspect
+import sys
 import threading
 from unittest import mock
 
@@ -223,6 +224,19 @@ def test_an_id_or_name_that_is_taken_or_not_ones_own_is_an_error(number, name, s
     with pytest.raises(ConfigError, match=said):
         register(own())
     assert names() == before
+
+
+def test_without_zstandard_raw_works_and_the_others_say_what_is_missing():
+    data, out = np.zeros(100, np.uint8), np.ones(100, np.uint8)
+    missing = mock.patch.dict(sys.modules, zstandard=None)
+    with missing, mock.patch.object(zstd_module, "_local", threading.local()):
+        codec("raw").decode_into(data, out, torch.uint8)
+        for call in (codec("zstd").encode, codec("lossless").encode):
+            with pytest.raises(ConfigError, match="need the package zstandard"):
+                call(data, torch.int16)
+        with pytest.raises(ConfigError, match="need the package zstandard"):
+            codec("zstd").decode_into(data, out, torch.uint8)
+    assert not out.any()
 
 
 def test_frames_of_zstd_carry_their_size_and_no_checksum():
