@@ -70,11 +70,9 @@ def sources(*, quick: bool) -> dict[str, Tensor]:
 
 
 def values_of(tensor: Tensor, size: int) -> list[Bytes]:
-    """A tensor's bytes, cut into as many whole values of `size` as there are, at most 32."""
+    """A tensor's bytes, cut into as many whole values of `size` as there are."""
     data = tensor.reshape(-1).view(torch.uint8).numpy()
-    count = len(data) // size
-    step = -(-count // 32)
-    return [data[at * size : (at + 1) * size] for at in range(0, count, step)]
+    return [data[at : at + size] for at in range(0, len(data) - size + 1, size)]
 
 
 def measure(codec: Codec, values: list[Bytes], dtype: torch.dtype) -> dict[str, float]:

@@ -28,13 +28,13 @@ def test_codecs_run_tiny_and_end_with_their_document(tmp_path, capsys):
     assert ratios["lossless"] >= 1.40
     assert ratios["lossless"] > ratios["zstd-3"] > 1
     for row in document["rows"]:
-        assert row["values"] == 23  # every other one of 45
+        assert row["values"] == 45
         assert row["gb_per_second"]["decode"]["median"] > 0
 
 
-def test_values_are_whole_and_spread_over_the_tensor():
+def test_values_are_whole():
     numbers = torch.arange(100_000, dtype=torch.int32)
     values = codecs.values_of(numbers, 4096)
     assert all(len(value) == 4096 for value in values)
-    assert [int(value.view("i4")[0]) for value in values[:3]] == [0, 4096, 8192]
-    assert len(values) == 25
+    assert [int(value.view("i4")[0]) for value in values[:3]] == [0, 1024, 2048]
+    assert len(values) == 97
