@@ -1,4 +1,4 @@
-"""The errors of kvpaged: one base, five kinds, each message naming the fact and the values."""
+"""The errors of kvpaged: one base, six kinds, each message naming the fact and the values."""
 
 
 class KVPagedError(Exception):
@@ -39,4 +39,11 @@ class UnsupportedModelError(KVPagedError, TypeError):
 class IntegrityError(KVPagedError, AssertionError):
     """Bytes or books are not what they must be; the message names the first page or count that is
     off.
+    """
+
+
+class StorageError(KVPagedError, OSError):
+    """A disk, or whoever holds it, refuses: full, failing, locked, too slow, or out of its budget.
+
+    What was asked for has not happened; what was stored before can still be read.
     """

@@ -1,0 +1,227 @@
+"""The files of a store: what it asks of a file system, and the one that is real.
+
+Everything the store reads or writes goes through `Files`, so that tests can put one below it that
+loses, tears, flips and refuses (`kvpaged.testing.faulty_files`).
+"""
+
+import fcntl
+import mmap
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvpaged.errors import StorageError
+from kvpaged.lsm.layout import BLOCK
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+MOST_PIECES = 1024
+"""Buffers of one vectored call (IOV_MAX of Linux)."""
+
+
+class File(Protocol):
+    """An open file. Errors are `OSError`s."""
+
+    def write(self, offset: int, data: Bytes, *, direct: bool) -> None:
+        """Write all of `data` (uint8, one dimension). `direct` passes by the page cache where the
+        file system can: offset, bytes and address must then be multiples of `BLOCK`.
+        """
+
+    def read(self, offset: int, into: Sequence[Bytes], *, direct: bool) -> int:
+        """Fill the buffers one after another; the bytes read, fewer only where the file ends."""
+
+    def size(self) -> int:
+        """In bytes."""
+
+    def map(self) -> Bytes:
+        """Its bytes as they are now, uint8; they stay readable after the file was removed."""
+
+    def sync(self) -> None:
+        """Return when what was written will survive a loss of power."""
+
+    def truncate(self, size: int) -> None:
+        """Cut it off."""
+
+    def close(self) -> None:
+        """Its maps stay."""
+
+
+class Files(Protocol):
+    """A directory of files. Errors are `OSError`s."""
+
+    def open(self, name: str, *, create: bool = False) -> File:
+        """Open a file, for writing too unless the directory is read-only; `create` makes it new."""
+
+    def list(self) -> list[str]:
+        """Names of all files."""
+
+    def rename(self, old: str, new: str) -> None:
+        """In one step, over a file of the new name if there is one."""
+
+    def remove(self, name: str) -> None:
+        """A file that is gone already is an error."""
+
+    def sync(self) -> None:
+        """Return when names will survive a loss of power."""
+
+    def lock(self, name: str) -> "Lock":
+        """The lock of this name, or a `StorageError` that names its holder."""
+
+
+class Lock(Protocol):
+    """Held until it is closed, or its process ends."""
+
+    def close(self) -> None:
+        """Let it go."""
+
+
+class LocalFile:
+    """A file by its path, opened a second time where it can be read past the page cache."""
+
+    def __init__(self, path: Path, *, create: bool, writable: bool):
+        access = os.O_RDWR if writable else os.O_RDONLY
+        made = os.O_CREAT | os.O_EXCL if create else 0
+        self._fd = os.open(path, access | made | os.O_CLOEXEC, 0o644)
+        self._direct: int | None = None
+        direct = getattr(os, "O_DIRECT", 0)
+        if direct:
+            try:
+                self._direct = os.open(path, access | direct | os.O_CLOEXEC)
+            except OSError:  # a file system without it: everything goes by the page cache
+                self._direct = None
+
+    def write(self, offset: int, data: Bytes, *, direct: bool) -> None:
+        """See `File.write`."""
+        fd = self._direct if direct and self._direct is not None else self._fd
+        view = data.data
+        while view:
+            done = os.pwrite(fd, view, offset)
+            if done % BLOCK:  # the rest is not aligned any more
+                fd = self._fd
+            offset += done
+            view = view[done:]
+
+    def read(self, offset: int, into: Sequence[Bytes], *, direct: bool) -> int:
+        """See `File.read`."""
+        fd = self._direct if direct and self._direct is not None else self._fd
+        views = [piece.data for piece in into]
+        total = 0
+        while views:
+            done = os.preadv(fd, views[:MOST_PIECES], offset + total)
+            if done == 0:
+                break
+            total += done
+            if done % BLOCK:
+                fd = self._fd
+            while views and done >= len(views[0]):
+                done -= len(views.pop(0))
+            if done:
+                views[0] = views[0][done:]
+        return total
+
+    def size(self) -> int:
+        """See `File.size`."""
+        return os.fstat(self._fd).st_size
+
+    def map(self) -> Bytes:
+        """See `File.map`. The mapping is private: who writes there changes no file."""
+        size = self.size()
+        if not size:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(self._fd, size, access=mmap.ACCESS_COPY), np.uint8)
+
+    def sync(self) -> None:
+        """See `File.sync`."""
+        os.fdatasync(self._fd)
+
+    def truncate(self, size: int) -> None:
+        """See `File.truncate`."""
+        os.ftruncate(self._fd, size)
+
+    def close(self) -> None:
+        """See `File.close`."""
+        for fd in (self._fd, self._direct):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self._fd = -1
+        self._direct = None
+
+    def __del__(self) -> None:
+        """Whoever reads it last closes it."""
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+class LocalLock:
+    """An advisory lock of a whole file; the file says who holds it."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip()
+            os.close(self._fd)
+            raise StorageError(
+                f"{path.parent} is open for writing already, by {holder or 'an unnamed process'}"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """See `Lock.close`."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class LocalFiles:
+    """A directory on this machine, made when it is not there unless it is only read."""
+
+    def __init__(self, path: str | os.PathLike[str], *, writable: bool = True):
+        self.path = Path(path).expanduser()
+        self.writable = writable
+        if writable:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self, name: str, *, create: bool = False) -> LocalFile:
+        """See `Files.open`."""
+        return LocalFile(self.path / name, create=create, writable=self.writable)
+
+    def list(self) -> list[str]:
+        """See `Files.list`."""
+        return sorted(os.listdir(self.path))
+
+    def rename(self, old: str, new: str) -> None:
+        """See `Files.rename`."""
+        os.replace(self.path / old, self.path / new)
+
+    def remove(self, name: str) -> None:
+        """See `Files.remove`."""
+        os.unlink(self.path / name)
+
+    def sync(self) -> None:
+        """See `Files.sync`."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def lock(self, name: str) -> LocalLock:
+        """See `Files.lock`."""
+        return LocalLock(self.path / name)
+
+
+def aligned(size: int) -> Bytes:
+    """Uninitialised bytes whose address is a multiple of `BLOCK`."""
+    raw = np.empty(size + BLOCK, np.uint8)
+    start = -raw.ctypes.data % BLOCK
+    return raw[start : start + size]
