@@ -39,7 +39,7 @@ class StoreOptions:
             most a sixteenth of `max_bytes`.
         max_stall_s: how long a put may wait for room or for the disk before it is refused. Without
             `background` nothing is waited for: the put makes room itself, however long that takes.
-        read_threads: requests in flight of one store.
+        read_threads: requests in flight of one store; 1: no threads, the caller reads.
         direct: large reads pass by the page cache. Turn it off where the same values are read over
             and over and memory is free for them.
         background: threads of the store seal files, compact and evict. Without them that happens in

@@ -118,7 +118,7 @@ class Reader:
             self._run(self._jobs([one]))
 
     def _run(self, jobs: Sequence[Callable[[], None]]) -> None:
-        if len(jobs) <= INLINE:
+        if len(jobs) <= INLINE or self._threads == 1:
             for job in jobs:
                 job()
             return

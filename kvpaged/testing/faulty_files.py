@@ -193,9 +193,7 @@ class FaultyFiles:
         if self._changes:
             kept = self.rng.randrange(len(self._changes) + 1)
             names = self._changes[kept - 1] if kept else names
-        return self._next(
-            {name: inode.after_power_loss(self.rng) for name, inode in names.items()}
-        )
+        return self._next({name: inode.after_power_loss(self.rng) for name, inode in names.items()})
 
     def _next(self, names: dict[str, _Inode]) -> "FaultyFiles":
         after = FaultyFiles(self.rng.randrange(1 << 30), capacity=self.capacity)

@@ -27,7 +27,7 @@ def options(**changes: Any) -> StoreOptions:
     """No threads, small files: everything happens in the calls that need it."""
     given: dict[str, Any] = {
         "background": False, "memtable_bytes": 256 * KIB, "segment_bytes": 96 * KIB,
-        "codec": "raw", "read_threads": 2, "clock": Clock(),
+        "codec": "raw", "read_threads": 1, "clock": Clock(),
     }  # fmt: skip
     return StoreOptions(**{**given, **changes})
 

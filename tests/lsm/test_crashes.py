@@ -5,14 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    multiple,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -22,9 +20,13 @@ from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.faulty_files import Died, FaultyFiles
 from tests.lsm.small import Clock, number_of, open_store, value
 
-KEYS = [b"a", b"a/1", b"a/2", b"b", b"page-0001", b"page-0002", b"page-0003", b"z" * 300]
-SIZES = st.sampled_from([0, 1, 15, 1000, 1024, 5000, 12_000])
+KEYS = [b"a", b"a/1", b"b", b"page-0001", b"page-0002", b"z" * 300]
+SIZES = st.sampled_from([0, 1, 15, 1024, 5000, 12_000])
 keys = st.sampled_from(KEYS)
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+"""No shrinking: it takes longer than any test may, and histories are read as well as they are."""
+CAP = 512 << 10
+"""Some values must go: what may live is about 200 KiB."""
 
 
 class Crashes(RuleBasedStateMachine):
@@ -52,10 +54,8 @@ class Crashes(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        changes: dict[str, Any] = {"max_bytes": 2 << 20} if self.bounded else {}
-        self.store = open_store(
-            self.files, durability=self.durability, clock=self.clock, **changes
-        )
+        changes: dict[str, Any] = {"max_bytes": CAP} if self.bounded else {}
+        self.store = open_store(self.files, durability=self.durability, clock=self.clock, **changes)
 
     # -- what happens ------------------------------------------------------------------------------
 
@@ -96,8 +96,9 @@ class Crashes(RuleBasedStateMachine):
         def act() -> None:
             done.append((self.store.replace if present else self.store.add)(key, tensor))
 
-        there = self.store.contains(key)
-        changed = there == present
+        changed = self.store.contains(key) == present
+        if self.bounded and changed == present:
+            return  # it may be evicted to make room for this very put
         self.does(act, {key: number} if changed else {})
         assert done in ([], [changed])
 
@@ -153,6 +154,21 @@ class Crashes(RuleBasedStateMachine):
         self.forget_older()
         self.reopen()
 
+    @rule(key=keys, calls=st.integers(1, 2), power=st.booleans())
+    def die_in_put(self, key: bytes, calls: int, power: bool) -> None:
+        self.die_soon(calls, power)
+        self.put(key, 12_000)
+
+    @rule(calls=st.integers(1, 9), power=st.booleans())
+    def die_in_flush(self, calls: int, power: bool) -> None:
+        self.die_soon(calls, power)
+        self.flush()
+
+    @rule(calls=st.integers(1, 12), power=st.booleans())
+    def die_in_compaction(self, calls: int, power: bool) -> None:
+        self.die_soon(calls, power)
+        self.compact()
+
     # -- faults ------------------------------------------------------------------------------------
 
     @rule(calls=st.integers(1, 12), power=st.booleans())
@@ -179,7 +195,15 @@ class Crashes(RuleBasedStateMachine):
 
     def reopen(self, *, power: bool = False, wanted: dict[bytes, int | None] | None = None) -> None:
         wanted = wanted or {}
-        self.open()
+        while True:
+            try:
+                self.open()
+                break
+            except Died:
+                power |= self.dies_of_power
+                self.files = self.files.powerless() if power else self.files.killed()
+            except StorageError:
+                self.files = self.files.killed()
         self.store.check_integrity()
         found = {key: number_of(self.store.get(key)) for key in KEYS}
         lossy = power if self.durability != "power" else False
@@ -218,7 +242,7 @@ class Crashes(RuleBasedStateMachine):
             assert there[key] == self.now[key], key
             assert self.store.contains(key) == (there[key] is not None)
         if self.bounded:
-            assert self.files.peak <= 2 << 20
+            assert self.files.peak <= CAP
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
@@ -230,10 +254,21 @@ class Crashes(RuleBasedStateMachine):
 def test_what_was_acknowledged_is_there_or_absent_never_wrong(
     durability: str, bounded: bool, one_thread: None
 ) -> None:
+    run(durability, bounded, examples=50, steps=30)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("bounded", [False, True], ids=["unbounded", "bounded"])
+@pytest.mark.parametrize("durability", ["process", "power", "none"])
+def test_long_histories(durability: str, bounded: bool, one_thread: None) -> None:
+    run(durability, bounded, examples=1000, steps=60)
+
+
+def run(durability: str, bounded: bool, *, examples: int, steps: int) -> None:
     run_state_machine_as_test(
         lambda: Crashes(durability, bounded),
         settings=settings(
-            max_examples=40, stateful_step_count=30, deadline=None,
-            suppress_health_check=list(HealthCheck),
+            max_examples=examples, stateful_step_count=steps, deadline=None,
+            phases=PHASES, suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
