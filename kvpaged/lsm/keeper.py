@@ -25,7 +25,7 @@ EVICT = 1 / 64
 """Of the bytes that may live: evicted at a time, so that values are not sorted for every put."""
 IDLE_S = 0.2
 """How often the thread looks whether something is due."""
-AGAIN_S = 1.0
+AGAIN_S = 0.1
 """How long nothing is tried after the disk refused."""
 
 

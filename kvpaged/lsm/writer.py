@@ -36,6 +36,9 @@ MOST_SEALING = 4
 class Keeper(Protocol):
     """Who makes room."""
 
+    error: str | None
+    """Why the disk refuses, if it does."""
+
     def obstacle(self, need: int) -> str | None:
         """Why so many bytes cannot come now; evicts what it takes. Under the store's lock."""
 
@@ -205,7 +208,9 @@ class Writer:
                 "are not written yet"
             )
         if self._full(1, need) and (not tree.reserved or len(tree.sealing) >= MOST_SEALING):
-            return f"{len(tree.sealing)} full files wait for their index"
+            error = None if self.keeper is None else self.keeper.error
+            why = f"; {error}" if error else ""
+            return f"{len(tree.sealing)} full files wait for their index{why}"
         return None if self.keeper is None else self.keeper.obstacle(need)
 
     def _wanted(self, coming: Sequence[Coming], present: bool | None) -> list[int]:
