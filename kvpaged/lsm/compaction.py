@@ -34,6 +34,11 @@ GROUP_BYTES = 8 << 20
 MOST_VALUES = 1 << 16
 """Of a task: their keys and places are held in memory while it runs."""
 
+SLACK = 1 / 8
+"""Of a bounded store's bytes: kept free of what lives. The more, the less compaction writes."""
+SPARE = 64 << 10
+"""Bytes for what is hardly worth counting."""
+
 Reason = Literal["empty", "dead", "small", "order", "all"]
 
 
@@ -95,6 +100,25 @@ class Limits(NamedTuple):
     segment_bytes: int
     room: int
     short: bool = False
+
+
+class Budget(NamedTuple):
+    """How a bound on bytes is shared out.
+
+    Attributes:
+        puts: bytes there may be when a put has come; the rest is for rewriting any one file.
+        live: bytes that may live. An eighth less, and a file less, than `puts`: so when bytes are
+            short an eighth of them are dead, and what is most dead is worth rewriting.
+    """
+
+    puts: int
+    live: int
+
+
+def budget(max_bytes: int, segment_bytes: int, largest: int) -> Budget:
+    """Share out `max_bytes`, with files of `segment_bytes` and one of `largest`."""
+    puts = max_bytes - max(segment_bytes, largest) - SPARE
+    return Budget(puts, int(puts * (1 - SLACK)) - segment_bytes)
 
 
 def plan(segments: Sequence[SegmentState], limits: Limits) -> Task | None:

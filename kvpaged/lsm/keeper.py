@@ -9,7 +9,16 @@ import numpy as np
 from kvpaged.codecs import codec
 from kvpaged.errors import IntegrityError, StorageError
 from kvpaged.lsm import manifest as manifests
-from kvpaged.lsm.compaction import Limits, SegmentState, Task, plan, plan_all
+from kvpaged.lsm.compaction import (
+    SPARE,
+    Budget,
+    Limits,
+    SegmentState,
+    Task,
+    budget,
+    plan,
+    plan_all,
+)
 from kvpaged.lsm.eviction import Policy
 from kvpaged.lsm.living import Living
 from kvpaged.lsm.log import Log
@@ -19,8 +28,6 @@ from kvpaged.lsm.segment import Segment, write_index
 from kvpaged.lsm.tree import InSegment, Tree
 from kvpaged.lsm.writer import Writer
 
-SLACK = 1 / 8
-"""Of the bytes a store may have: kept free of what lives. The more, the less compaction writes."""
 EVICT = 1 / 64
 """Of the bytes that may live: evicted at a time, so that values are not sorted for every put."""
 IDLE_S = 0.2
@@ -38,7 +45,7 @@ class Keeper:
     `obstacle` and what it does under the store's lock.
 
     Invariants:
-        1. Bytes on disk never exceed `max_bytes`: puts leave `reserve()` free, and a task is
+        1. Bytes on disk never exceed `max_bytes`: puts keep to `budget`, and a task is
            planned to write no more than what is free.
         2. A file is removed after a manifest was saved that does not name it.
     """
@@ -66,38 +73,34 @@ class Keeper:
 
     # -- room --------------------------------------------------------------------------------------
 
-    def reserve(self) -> int:
-        """Bytes that puts leave free: those of rewriting any one file."""
-        return max(self.options.file_bytes, self._largest) + (64 << 10)
-
-    def live_limit(self) -> int | None:
-        """Bytes that may live; what lives beyond is evicted. `None` for any number."""
+    def budget(self) -> Budget | None:
+        """Bytes there may be, and may live; `None` for any number."""
         if self.options.max_bytes is None:
             return None
-        limit = self.options.max_bytes - self.reserve()
-        return int(limit * (1 - SLACK)) - self.options.file_bytes
+        return budget(self.options.max_bytes, self.options.file_bytes, self._largest)
 
     def obstacle(self, need: int) -> str | None:
         """See `writer.Keeper.obstacle`."""
-        live_limit = self.live_limit()
-        if live_limit is None:
+        budget = self.budget()
+        if budget is None:
             return None
-        assert self.options.max_bytes is not None
-        if need > live_limit:
+        if need > budget.live:
             raise StorageError(
                 f"{self.tree.files}: {need:,} bytes come at once; of {self.options.max_bytes:,} "
-                f"there can be {max(live_limit, 0):,} for values"
+                f"there can be {max(budget.live, 0):,} for values"
             )
-        over = self.tree.live_bytes + need - live_limit
+        over = self.tree.live_bytes + need - budget.live
         if over > 0:
-            self._evict(over + int(live_limit * EVICT))
+            self._evict(over + int(budget.live * EVICT))
         used = self.tree.used_bytes()
-        limit = self.options.max_bytes - self.reserve()
-        self.short = used + need > limit - self.options.file_bytes
-        if used + need <= limit:
+        self.short = used + need > budget.puts - self.options.file_bytes
+        if used + need <= budget.puts:
             return None
         why = f"; {self.error}" if self.error else ""
-        return f"{need:,} bytes come, {used:,} of {limit:,} are taken until they are compacted{why}"
+        return (
+            f"{need:,} bytes come, {used:,} of {budget.puts:,} are taken until they are "
+            f"compacted{why}"
+        )
 
     def _evict(self, need: int) -> None:
         living = Living(self.tree)
@@ -220,6 +223,10 @@ class Keeper:
             if self._remove(segment.name):
                 with self.cond:
                     self.tree.removed(segment)
+        for name in list(self.tree.strays):
+            if self._remove(name):
+                with self.cond:
+                    del self.tree.strays[name]
         for log in empty:
             if self._remove(log.name):
                 with self.cond:
@@ -255,7 +262,7 @@ class Keeper:
         """What a task must keep to; under the store's lock."""
         room = 1 << 62
         if self.options.max_bytes is not None:
-            room = max(0, self.options.max_bytes - self.tree.used_bytes() - (64 << 10))
+            room = max(0, self.options.max_bytes - self.tree.used_bytes() - SPARE)
         return Limits(self.options.file_bytes, room, self.short)
 
     def _compact(self, done: set[int] | None) -> bool:
@@ -276,7 +283,11 @@ class Keeper:
             self.tree.planned = 0
             return False
         except OSError as error:
-            self.tree.planned = 0
+            with self.cond:
+                self.tree.planned = 0
+                self.tree.strays.update(self.merger.strays)
+                self.merger.strays.clear()
+                self.dirty |= bool(self.tree.strays)
             if isinstance(error, Unreadable):  # what can be read of it still can
                 self.stuck.add(error.segment)
             return self._refused("compaction", error)

@@ -68,6 +68,9 @@ class MergeCounts:
 class Merger:
     """Rewrites segments. One task at a time; it takes no lock.
 
+    Attributes:
+        strays: files that could not be removed, and their bytes.
+
     Args:
         files, opened: where they lie.
         segment_bytes: of an output, at most, unless a single value has more.
@@ -84,6 +87,7 @@ class Merger:
         self.segment_bytes, self.cold = segment_bytes, cold
         self.pace, self.take_id = pace, take_id
         self.counts = MergeCounts()
+        self.strays: dict[str, int] = {}
         self._pool = SlabPool(GROUP_BYTES + BLOCK, 1)
 
     def rewrite(self, sources: Sequence[Source], level: int) -> list[Output]:
@@ -96,24 +100,24 @@ class Merger:
         self.counts.tasks += 1
         order = locality([Link(one.entry.key, one.entry.parent) for one in sources])
         outputs: list[Output] = []
-        names: list[str] = []
+        logs: list[Log] = []
         try:
             for chunk in self._files_of([sources[number] for number in order]):
                 number = self.take_id()
                 log = Log(self.files, number, self._pool, new=True)
-                names.append(log.name)
+                logs.append(log)
                 outputs.append(self._write(log, chunk, level))
         except BaseException:
-            for name in names:
-                self._forget(name)
+            for log in logs:
+                self._forget(log)
             raise
         return outputs
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, log: Log) -> None:
         try:
-            self.files.remove(name)
-        except OSError:  # no manifest names it: the next opening removes it
-            return
+            self.files.remove(log.name)
+        except OSError:
+            self.strays[log.name] = log.projected()
 
     def _files_of(self, sources: Sequence[Source]) -> Iterator[list[Source]]:
         chunk: list[Source] = []

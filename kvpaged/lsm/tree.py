@@ -88,6 +88,7 @@ class Tree:
         self.live_values = self.live_bytes = 0
         self.segment_bytes = self.record_bytes = 0
         self.planned = 0
+        self.strays: dict[str, int] = {}
 
     def add_segments(self, segments: Iterable[Segment]) -> None:
         """Take segments in."""
@@ -272,6 +273,7 @@ class Tree:
             + sum(log.projected() for log in logs)
             + sum(log.file_bytes for log in self.empty)
             + self.planned
+            + sum(self.strays.values())
             + sum(size for _, size in self.gone)
             + manifests.files_bytes(self.record_bytes + records, coming)
         )

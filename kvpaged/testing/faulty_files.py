@@ -54,6 +54,12 @@ class _Inode:
         self.synced = bytes(self.data)
         self.unsynced.clear()
 
+    def copy(self) -> "_Inode":
+        """The same bytes, which nobody has open."""
+        other = _Inode(bytes(self.data))
+        other.synced, other.unsynced = self.synced, list(self.unsynced)
+        return other
+
     def after_power_loss(self, rng: random.Random) -> "_Inode":
         left = _Inode(self.synced)
         for offset, raw in self.unsynced:
@@ -183,9 +189,7 @@ class FaultyFiles:
 
     def killed(self) -> "FaultyFiles":
         """What is there once this process is dead."""
-        after = self._next(self._names)
-        after._synced_names, after._changes = dict(self._synced_names), list(self._changes)
-        return after
+        return self._next(self._names)
 
     def powerless(self) -> "FaultyFiles":
         """What is there after a loss of power."""
@@ -197,8 +201,9 @@ class FaultyFiles:
 
     def _next(self, names: dict[str, _Inode]) -> "FaultyFiles":
         after = FaultyFiles(self.rng.randrange(1 << 30), capacity=self.capacity)
-        after._names, after._synced_names = dict(names), dict(names)
-        for inode in names.values():
+        after._names = {name: inode.copy() for name, inode in names.items()}
+        after._synced_names = dict(after._names)
+        for inode in after._names.values():
             after._inodes.add(inode)
         return after
 

@@ -152,7 +152,7 @@ class Crashes(RuleBasedStateMachine):
         except Died:
             return self.crash(self.dies_of_power, {})
         self.forget_older()
-        self.reopen()
+        self.crash(False, {})
 
     @rule(key=keys, calls=st.integers(1, 2), power=st.booleans())
     def die_in_put(self, key: bytes, calls: int, power: bool) -> None:
