@@ -4,15 +4,18 @@ Everything the store reads or writes goes through `Files`, so that tests can put
 loses, tears, flips and refuses (`kvpaged.testing.faulty_files`).
 """
 
+import errno
 import fcntl
-import mmap
 import os
 import socket
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from kvpaged.errors import StorageError
 from kvpaged.lsm.layout import BLOCK
@@ -38,13 +41,12 @@ class File(Protocol):
         """In bytes."""
 
     def map(self) -> Bytes:
-        """Its bytes as they are now, uint8; they stay readable after the file was removed."""
+        """Its bytes as they are now, uint8; they stay readable after the file was removed. Writing
+        to them changes no file.
+        """
 
     def sync(self) -> None:
         """Return when what was written will survive a loss of power."""
-
-    def truncate(self, size: int) -> None:
-        """Cut it off."""
 
     def close(self) -> None:
         """Its maps stay."""
@@ -53,8 +55,8 @@ class File(Protocol):
 class Files(Protocol):
     """A directory of files. Errors are `OSError`s."""
 
-    def open(self, name: str, *, create: bool = False) -> File:
-        """Open a file, for writing too unless the directory is read-only; `create` makes it new."""
+    def open(self, name: str, *, write: bool = False, create: bool = False) -> File:
+        """Open a file for reading, or for writing too; `create` makes a new one."""
 
     def list(self) -> list[str]:
         """Names of all files."""
@@ -82,15 +84,16 @@ class Lock(Protocol):
 class LocalFile:
     """A file by its path, opened a second time where it can be read past the page cache."""
 
-    def __init__(self, path: Path, *, create: bool, writable: bool):
-        access = os.O_RDWR if writable else os.O_RDONLY
-        made = os.O_CREAT | os.O_EXCL if create else 0
-        self._fd = os.open(path, access | made | os.O_CLOEXEC, 0o644)
+    def __init__(self, path: Path, *, write: bool, create: bool):
+        self._fd = -1
         self._direct: int | None = None
+        self.path = path
+        access = (os.O_RDWR if write or create else os.O_RDONLY) | os.O_CLOEXEC
+        self._fd = os.open(path, access | (os.O_CREAT | os.O_EXCL if create else 0), 0o644)
         direct = getattr(os, "O_DIRECT", 0)
         if direct:
             try:
-                self._direct = os.open(path, access | direct | os.O_CLOEXEC)
+                self._direct = os.open(path, access | direct)
             except OSError:  # a file system without it: everything goes by the page cache
                 self._direct = None
 
@@ -99,7 +102,13 @@ class LocalFile:
         fd = self._direct if direct and self._direct is not None else self._fd
         view = data.data
         while view:
-            done = os.pwrite(fd, view, offset)
+            try:
+                done = os.pwrite(fd, view, offset)
+            except OSError as error:
+                if fd == self._fd or error.errno != errno.EINVAL:
+                    raise
+                fd = self._fd  # opened for it, and yet does not do it
+                continue
             if done % BLOCK:  # the rest is not aligned any more
                 fd = self._fd
             offset += done
@@ -108,10 +117,16 @@ class LocalFile:
     def read(self, offset: int, into: Sequence[Bytes], *, direct: bool) -> int:
         """See `File.read`."""
         fd = self._direct if direct and self._direct is not None else self._fd
-        views = [piece.data for piece in into]
+        views = [piece.data for piece in into if len(piece)]
         total = 0
         while views:
-            done = os.preadv(fd, views[:MOST_PIECES], offset + total)
+            try:
+                done = os.preadv(fd, views[:MOST_PIECES], offset + total)
+            except OSError as error:
+                if fd == self._fd or error.errno != errno.EINVAL:
+                    raise
+                fd = self._fd
+                continue
             if done == 0:
                 break
             total += done
@@ -128,19 +143,19 @@ class LocalFile:
         return os.fstat(self._fd).st_size
 
     def map(self) -> Bytes:
-        """See `File.map`. The mapping is private: who writes there changes no file."""
+        """See `File.map`. A mapping keeps no descriptor: a store may have thousands."""
         size = self.size()
         if not size:
             return np.empty(0, np.uint8)
-        return np.frombuffer(mmap.mmap(self._fd, size, access=mmap.ACCESS_COPY), np.uint8)
+        try:
+            mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(errno.EIO, f"cannot be mapped: {error}", str(self.path)) from error
+        return mapped.numpy()
 
     def sync(self) -> None:
         """See `File.sync`."""
         os.fdatasync(self._fd)
-
-    def truncate(self, size: int) -> None:
-        """See `File.truncate`."""
-        os.ftruncate(self._fd, size)
 
     def close(self) -> None:
         """See `File.close`."""
@@ -152,8 +167,7 @@ class LocalFile:
 
     def __del__(self) -> None:
         """Whoever reads it last closes it."""
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
+        self.close()
 
 
 class LocalLock:
@@ -180,20 +194,19 @@ class LocalLock:
 
 
 class LocalFiles:
-    """A directory on this machine, made when it is not there unless it is only read."""
+    """A directory on this machine; `make` makes it where there is none."""
 
-    def __init__(self, path: str | os.PathLike[str], *, writable: bool = True):
+    def __init__(self, path: str | os.PathLike[str], *, make: bool = True):
         self.path = Path(path).expanduser()
-        self.writable = writable
-        if writable:
+        if make:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def open(self, name: str, *, create: bool = False) -> LocalFile:
+    def open(self, name: str, *, write: bool = False, create: bool = False) -> LocalFile:
         """See `Files.open`."""
-        return LocalFile(self.path / name, create=create, writable=self.writable)
+        return LocalFile(self.path / name, write=write, create=create)
 
     def list(self) -> list[str]:
         """See `Files.list`."""
@@ -218,6 +231,43 @@ class LocalFiles:
     def lock(self, name: str) -> LocalLock:
         """See `Files.lock`."""
         return LocalLock(self.path / name)
+
+
+class OpenFiles:
+    """The files last read, at most `most`, kept open. Any thread may call.
+
+    A store has more files than a process may have descriptors. One that is pushed out is closed
+    when its last reader drops it.
+    """
+
+    def __init__(self, files: Files, most: int = 64):
+        self._files, self._most = files, most
+        self._open: OrderedDict[str, File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> File:
+        """The file, opened for reading. Raises `OSError`."""
+        with self._lock:
+            file = self._open.get(name)
+            if file is not None:
+                self._open.move_to_end(name)
+                return file
+        opened = self._files.open(name)
+        with self._lock:
+            file = self._open.setdefault(name, opened)
+            while len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return file
+
+    def drop(self, name: str) -> None:
+        """It is to be removed."""
+        with self._lock:
+            self._open.pop(name, None)
+
+    def clear(self) -> None:
+        """Drop all."""
+        with self._lock:
+            self._open.clear()
 
 
 def aligned(size: int) -> Bytes:

@@ -26,8 +26,8 @@ LANE = 64
 """Where the parts of a value begin within it: any dtype may be viewed there."""
 VERSION = 1
 
-VALUE, DELETE = 1, 2
-"""Kinds of entries."""
+VALUE, DELETE, VOID = 1, 2, 3
+"""Kinds of entries; a void one is a value whose bytes never came."""
 MOST_KEY, MOST_PARTS = 65_535, 65_535
 
 DTYPES: Mapping[int, torch.dtype] = {
@@ -43,12 +43,7 @@ DTYPE_IDS = {dtype: number for number, dtype in DTYPES.items()}
 _ENTRY = struct.Struct("<IBBHHHIIIQQqQ")
 _PART = struct.Struct("<QQQ")
 _FORM = struct.Struct("<BBH")
-_GROUP = struct.Struct("<4sIQQIIQIIQ")
-_INDEX = struct.Struct("<4sIQQQQ")
-_FOOTER = struct.Struct("<8sIIQQQQQ")
-_GROUP_MAGIC, _INDEX_MAGIC, _FOOTER_MAGIC = b"KVG1", b"KVI1", b"KVSEGEND"
-_SEQUENCE_AT, _OFFSET_AT = 24, 32
-GROUP_BYTES, INDEX_BYTES, FOOTER_BYTES = _GROUP.size, _INDEX.size, _FOOTER.size
+_KIND_AT, _SEQUENCE_AT, _OFFSET_AT = 4, 24, 32
 
 Buffer: TypeAlias = Any
 """Bytes of any kind; an array is one, which type checkers know from Python 3.12 on."""
@@ -87,7 +82,7 @@ class Entry(NamedTuple):
     """One value of a segment, or the deletion of one.
 
     Attributes:
-        kind: `VALUE` or `DELETE`.
+        kind: `VALUE`, `DELETE` or `VOID`.
         single: a tensor was put, not a dict of them.
         key, parent: bytes; the parent may be empty.
         metadata: JSON, or nothing.
@@ -114,6 +109,13 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         """Of the tensors, decoded."""
         return sum(form.nbytes for form in self.forms)
+
+    @property
+    def packed_bytes(self) -> int:
+        """The most its own bytes can be."""
+        names = sum(len(form.name.encode()) + 8 * len(form.shape) + 4 for form in self.forms)
+        texts = len(self.key) + len(self.parent) + len(self.metadata)
+        return _ENTRY.size + _PART.size * len(self.parts) + names + texts + 8
 
     @property
     def room(self) -> int:
@@ -212,6 +214,11 @@ def place_entry(packed: bytes, sequence: int, offset: int) -> bytes:
     )
 
 
+def void_entry(packed: bytes) -> bytes:
+    """The same entry, of a value whose bytes never came."""
+    return packed[:_KIND_AT] + bytes([VOID]) + packed[_KIND_AT + 1 :]
+
+
 def unpack_entry(raw: Buffer, at: int, where: str) -> tuple[Entry, int]:
     """The entry at byte `at`, and where the next begins.
 
@@ -229,7 +236,7 @@ def unpack_entry(raw: Buffer, at: int, where: str) -> tuple[Entry, int]:
     end = start + key_bytes + parent_bytes + forms_bytes + metadata_bytes
     if size != up(end - at, 8) or at + size > len(view):
         raise damaged(where, f"entry at byte {at} has {size} bytes, its fields {end - at}")
-    if kind not in (VALUE, DELETE) or single > 1 or zero:
+    if kind not in (VALUE, DELETE, VOID) or single > 1 or zero:
         raise damaged(where, f"entry at byte {at}: kind {kind}, single {single}, {zero} for 0")
     parts = tuple(map(Part._make, _PART.iter_unpack(view[at + _ENTRY.size : start])))
     key = bytes(view[start : start + key_bytes])
@@ -240,160 +247,10 @@ def unpack_entry(raw: Buffer, at: int, where: str) -> tuple[Entry, int]:
     forms = unpack_forms(bytes(view[start + metadata_bytes : end]), count)
     if stored != payload_bytes(parts):
         raise damaged(where, f"entry at byte {at}: {stored} bytes stored, its parts differ")
+    for form, part in zip(forms, parts, strict=True):
+        if part.codec == 0 and part.stored != form.nbytes:
+            raise damaged(where, f"entry at byte {at}: {part.stored} bytes for {form.nbytes}")
     entry = Entry(
         kind, bool(single), key, parent, metadata, forms, parts, sequence, offset, expires, stored
     )
     return entry, at + size
-
-
-# -- groups ----------------------------------------------------------------------------------------
-
-
-class Group(NamedTuple):
-    """What a group's header says.
-
-    Attributes:
-        header: bytes of the header with its padding.
-        size: bytes of the group.
-        sequence: of its first entry.
-        atomic: its entries hold together or not at all.
-        segment: id of the file it was written to.
-        entries: in the order they were written.
-    """
-
-    header: int
-    size: int
-    sequence: int
-    atomic: bool
-    segment: int
-    entries: tuple[Entry, ...]
-
-
-def pack_group(
-    entries: Sequence[bytes], *, header: int, size: int, sequence: int, atomic: bool, segment: int
-) -> bytes:
-    """The first `header` bytes of a group of `size` bytes.
-
-    | KVG1 | header u32 | size u64 | sequence u64 | entries u32 | atomic u32 | segment u64 |
-    | bytes of entries u32 | version u32 | checksum u64 | entries | 0... |
-    """
-    body = b"".join(entries)
-    fields = (
-        _GROUP_MAGIC, header, size, sequence, len(entries), int(atomic), segment, len(body), VERSION
-    )  # fmt: skip
-    rest = body.ljust(header - GROUP_BYTES, b"\0")
-    whole = _GROUP.pack(*fields, 0)[:-8]
-    return whole + checksum(whole + rest).to_bytes(8, "little") + rest
-
-
-def unpack_group(raw: Buffer, at: int, end: int, segment: int, where: str) -> Group:
-    """The group that begins at byte `at` of a file, of which there are `end` bytes.
-
-    Raises:
-        IntegrityError: there is none; the message names the field that says so.
-    """
-    view = memoryview(raw)
-    if at + GROUP_BYTES > end:
-        raise damaged(where, f"a group at byte {at} of {end}")
-    magic, header, size, sequence, count, atomic, owner, body, version, digest = _GROUP.unpack_from(
-        view, at
-    )
-    if magic != _GROUP_MAGIC:
-        raise damaged(where, f"no group at byte {at}: {magic.hex()}")
-    if header % BLOCK or not GROUP_BYTES + body <= header <= size or at + header > end:
-        raise damaged(where, f"group at byte {at}: a header of {header} bytes in {size}")
-    seen = checksum(
-        b"".join((view[at : at + GROUP_BYTES - 8], view[at + GROUP_BYTES : at + header]))
-    )
-    if seen != digest:
-        raise damaged(where, f"group at byte {at}: checksum {digest:016x}, its header {seen:016x}")
-    if version != VERSION:
-        raise damaged(where, f"group at byte {at} has version {version}; this reads {VERSION}")
-    if owner != segment:
-        raise damaged(where, f"group at byte {at} is of file {owner}, this is {segment}")
-    entries, place = [], at + GROUP_BYTES
-    for _ in range(count):
-        entry, place = unpack_entry(view, place, where)
-        entries.append(entry)
-    if place != at + GROUP_BYTES + body:
-        raise damaged(where, f"group at byte {at}: {body} bytes of entries, {place - at} read")
-    return Group(header, size, sequence, bool(atomic), segment, tuple(entries))
-
-
-# -- index and footer ------------------------------------------------------------------------------
-
-
-COLUMNS = 6
-"""Of an index, u64 each: the key's first 8 bytes as a big-endian number, where its entry ends in
-the heap, sequence, bytes that the value takes up, when it expires, and its number among the values
-of the file in the order they were written.
-"""
-
-
-class IndexHeader(NamedTuple):
-    """What follows it: `COLUMNS` columns of `count` u64, `heap` bytes of entries sorted by key,
-    `filter_bits` bits.
-
-    Attributes:
-        keys: how many.
-        written: values of the file, those that later ones of the same file replaced included.
-        heap: bytes of the entries.
-        filter_bits: of the bloom filter.
-    """
-
-    keys: int
-    written: int
-    heap: int
-    filter_bits: int
-
-    @property
-    def size(self) -> int:
-        """Of the whole index."""
-        return INDEX_BYTES + 8 * COLUMNS * self.keys + self.heap + self.filter_bits // 8
-
-
-def pack_index_header(header: IndexHeader) -> bytes:
-    """| KVI1 | version u32 | count u64 | written u64 | heap u64 | filter bits u64 |."""
-    return _INDEX.pack(_INDEX_MAGIC, VERSION, *header)
-
-
-def unpack_index_header(raw: Buffer, where: str) -> IndexHeader:
-    """Raises `IntegrityError` if it is none."""
-    magic, version, *fields = _INDEX.unpack_from(raw, 0)
-    if magic != _INDEX_MAGIC or version != VERSION:
-        raise damaged(where, f"index begins with {magic!r}, version {version}")
-    return IndexHeader(*fields)
-
-
-class Footer(NamedTuple):
-    """The last bytes of a segment: where its index lies and what it must be."""
-
-    segment: int
-    level: int
-    index_offset: int
-    index_bytes: int
-    index_checksum: int
-
-
-def pack_footer(footer: Footer) -> bytes:
-    """| KVSEGEND | version u32 | level u32 | segment u64 | offset u64 | bytes u64 | checksum u64 |
-    | checksum of this u64 |.
-    """
-    whole = _FOOTER.pack(
-        _FOOTER_MAGIC, VERSION, footer.level, footer.segment, footer.index_offset,
-        footer.index_bytes, footer.index_checksum, 0,
-    )[:-8]  # fmt: skip
-    return whole + checksum(whole).to_bytes(8, "little")
-
-
-def unpack_footer(raw: Buffer, where: str) -> Footer:
-    """Raises `IntegrityError` if it is none, or one of another version."""
-    magic, version, level, segment, offset, size, digest, own = _FOOTER.unpack_from(raw, 0)
-    seen = checksum(memoryview(raw)[: FOOTER_BYTES - 8])
-    if magic != _FOOTER_MAGIC:
-        raise damaged(where, f"no footer: {magic.hex()}")
-    if own != seen:
-        raise damaged(where, f"footer has checksum {own:016x}, its bytes {seen:016x}")
-    if version != VERSION:
-        raise damaged(where, f"segment has version {version}; this reads {VERSION}")
-    return Footer(segment, level, offset, size, digest)

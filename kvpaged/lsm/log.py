@@ -11,20 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpaged.errors import IntegrityError
 from kvpaged.lsm.files import Bytes, File, Files, aligned
-from kvpaged.lsm.layout import (
-    BLOCK,
-    GROUP_BYTES,
-    VALUE,
-    Entry,
-    Group,
-    pack_entry,
-    pack_group,
-    place_entry,
-    up,
-)
-from kvpaged.lsm.segment import Row, check_parts, file_name, index_room, scan
+from kvpaged.lsm.groups import GROUP_BYTES, pack_group
+from kvpaged.lsm.layout import BLOCK, DELETE, Entry, place_entry, up, void_entry
+from kvpaged.lsm.segment import Row, file_name, index_room
 
 DIRECT_FROM = 512 * 1024
 """Bytes of a write from which it passes by the page cache: below, copying is faster (a direct write
@@ -77,6 +67,15 @@ class OpenGroup:
     error: OSError | None = None
 
 
+class Placed(NamedTuple):
+    """An entry that has its place: number `at` of a group, and the memory for its payload."""
+
+    group: OpenGroup
+    at: int
+    row: Row
+    memory: Bytes
+
+
 class SlabPool:
     """Memory of slabs, `slab_bytes` each unless more is asked for; `spare` are kept for reuse."""
 
@@ -103,67 +102,111 @@ class Log:
         1. Groups follow each other without a gap; `end` is where the next begins.
         2. Bytes of a slab up to `used` are the file's, once their group is written.
         3. `rows` has the last value of every key of this file; `live` those that may be found.
+        4. Bytes of a slab between payloads are zeros.
     """
 
-    def __init__(self, files: Files, number: int, pool: SlabPool, *, new: bool):
+    def __init__(
+        self, files: Files, number: int, pool: SlabPool, *, new: bool = False, write: bool = True
+    ):
         self.number, self.name = number, file_name(number)
         self.where = f"{files}: {self.name}"
-        self.file: File = files.open(self.name, create=new)
+        self.file: File = files.open(self.name, write=write, create=new)
+        self.file_bytes = self.file.size()
         self.pool = pool
-        self.end = 0
+        self.end = self.settled = 0
         self.slabs: list[Slab] = []
         self.open: OpenGroup | None = None
         self.closed: list[OpenGroup] = []
         self.rows: dict[bytes, Row] = {}
         self.live: dict[bytes, Row] = {}
         self.stamps: dict[bytes, int] = {}
+        self.live_bytes = 0
         self.written = 0
         self.packed_bytes = 0
         self.entries = 0
+        self.last_sequence = 0
         self.failed: OSError | None = None
+
+    # -- what lives --------------------------------------------------------------------------------
+
+    def add_live(self, row: Row, now: int) -> None:
+        """A value may be found; none of its key lives."""
+        key = row.entry.key
+        self.rows[key] = self.live[key] = row
+        self.stamps[key] = now
+        self.live_bytes += row.entry.room
+
+    def kill(self, key: bytes) -> bool:
+        """It may not be found any more; whether it could be."""
+        row = self.live.pop(key, None)
+        if row is None:
+            return False
+        self.live_bytes -= row.entry.room
+        self.stamps.pop(key, None)
+        return True
 
     # -- arriving ----------------------------------------------------------------------------------
 
     def place(
-        self, coming: Sequence[Coming], sequence: int | None, *, atomic: bool
-    ) -> tuple[list[OpenGroup], list[Row], list[Bytes]]:
-        """Give entries their places, in groups that may still be open; atomic ones have a group of
-        their own. They get sequence numbers from `sequence` on, or keep theirs.
+        self, coming: Sequence[Coming], sequence: int | None, *, atomic: bool = False,
+        together: bool = False,
+    ) -> list[Placed]:  # fmt: skip
+        """Give entries their places, in groups that may still be open; atomic ones, and those to be
+        put `together`, have a group of their own. They get sequence numbers from `sequence` on, or
+        keep theirs.
 
-        Returns:
-            The group and the place of each, and the memory for each payload. Their `arriving` count
-            is up by one until `arrived`.
+        The `arriving` count of each group is up by one for each entry, until `arrived`.
         """
-        groups, located, memory = [], [], []
-        if atomic:
+        if atomic or together:
             self.close_group()
             header = up(GROUP_BYTES + sum(len(one.packed) for one in coming), BLOCK)
-            size = header + sum(one.entry.room for one in coming) + BLOCK * len(coming)
-            self._begin(header, size, atomic=True)
-        for number, one in enumerate(coming):
-            order = one.entry.sequence if sequence is None else sequence + number
-            group = self._group(one)
-            group.sequence = group.sequence or order
-            offset = group.start + group.size
-            if one.entry.stored >= BLOCK:
-                offset = up(offset, BLOCK)
-            packed = place_entry(one.packed, order, offset)
-            group.entries.append(packed)
-            group.entry_bytes += len(packed)
-            group.size = offset + one.entry.room - group.start
-            group.slab.used = max(group.slab.used, group.start + group.size - group.slab.start)
-            group.arriving += 1
-            self.entries += 1
-            self.packed_bytes += len(packed)
-            at = offset - group.slab.start
-            memory.append(group.slab.memory[at : at + one.entry.stored])
-            entry = one.entry._replace(sequence=order, offset=offset)
-            located.append(Row(entry, packed, self.written))
-            self.written += entry.kind == VALUE
-            groups.append(group)
-        if atomic:
+            size = header + sum(up(one.entry.room, BLOCK) for one in coming)
+            self._begin(header, size, atomic=atomic)
+        placed = [
+            self._place(one, one.entry.sequence if sequence is None else sequence + number)
+            for number, one in enumerate(coming)
+        ]
+        if atomic or together:
             self.close_group()
-        return groups, located, memory
+        return placed
+
+    def _place(self, one: Coming, order: int) -> Placed:
+        group = self._group(one)
+        group.sequence = group.sequence or order
+        offset = group.start + group.size
+        if one.entry.stored >= BLOCK:
+            offset = up(offset, BLOCK)
+            self._blank(group, offset)
+        packed = place_entry(one.packed, order, offset)
+        group.entries.append(packed)
+        group.entry_bytes += len(packed)
+        group.size = offset + one.entry.room - group.start
+        slab, at = group.slab, offset - group.slab.start
+        slab.memory[at + one.entry.stored : at + one.entry.room] = 0
+        slab.used = max(slab.used, at + one.entry.room)
+        slab.pins += 1
+        group.arriving += 1
+        self.entries += 1
+        self.last_sequence = max(self.last_sequence, order)
+        self.packed_bytes += len(packed)
+        row = Row(one.entry._replace(sequence=order, offset=offset), packed, self.written)
+        self.written += one.entry.kind != DELETE
+        memory = slab.memory[at : at + one.entry.stored]
+        return Placed(group, len(group.entries) - 1, row, memory)
+
+    def arrived(self, placed: Sequence[Placed], *, whole: bool) -> None:
+        """Their bytes are in their places; not `whole`: they never will be."""
+        for one in placed:
+            if not whole:
+                one.group.entries[one.at] = void_entry(one.group.entries[one.at])
+                one.memory[:] = 0
+            one.group.arriving -= 1
+            one.group.slab.pins -= 1
+
+    def _blank(self, group: OpenGroup, end: int) -> None:
+        """Zeros from the end of a group's last payload to `end`: slabs are used again."""
+        start = group.slab.start
+        group.slab.memory[group.start + group.size - start : end - start] = 0
 
     def _group(self, one: Coming) -> OpenGroup:
         """The open group if the entry fits, else a new one."""
@@ -192,10 +235,9 @@ class Log:
         if group is None:
             return
         size = up(group.size, BLOCK)
-        at = group.start - group.slab.start
-        group.slab.memory[at + group.size : at + size] = 0
+        self._blank(group, group.start + size)
         group.size = size
-        group.slab.used = max(group.slab.used, at + size)
+        group.slab.used = max(group.slab.used, group.start + size - group.slab.start)
         self.end = group.start + size
         self.closed.append(group)
 
@@ -207,7 +249,9 @@ class Log:
     def projected(self) -> int:
         """Bytes of the file once it is sealed as it is."""
         end = self.end + (up(self.open.size, BLOCK) if self.open else 0)
-        return end + (index_room(len(self.rows), self.packed_bytes) if self.entries else 0)
+        if not self.entries:
+            return max(end, self.file_bytes)
+        return max(end + index_room(self.written, self.packed_bytes), self.file_bytes)
 
     # -- going out ---------------------------------------------------------------------------------
 
@@ -226,7 +270,7 @@ class Log:
             at = group.start - group.slab.start
             raw = pack_group(
                 group.entries, header=group.header, size=group.size, sequence=group.sequence,
-                atomic=group.atomic, segment=self.number,
+                atomic=group.atomic, segment=self.number, settled=run[0].start,
             )  # fmt: skip
             group.slab.memory[at : at + group.header] = np.frombuffer(raw, np.uint8)
         slab, first, end = run[0].slab, run[0].start, run[-1].start + run[-1].size
@@ -235,11 +279,25 @@ class Log:
         if sync:
             self.file.sync()
 
-    def wrote(self, run: Sequence[OpenGroup], error: OSError | None) -> None:
-        """What `write` came to."""
+    def wrote(self, run: Sequence[OpenGroup]) -> None:
+        """What `write` wrote is in the file."""
         for group in run:
-            group.written, group.error = True, error
+            group.written = True
         del self.closed[: len(run)]
+
+    def fail(self, error: OSError) -> int:
+        """A write failed: nothing is written behind a hole, so the file ends before it.
+
+        Returns where that is; values from there on are lost.
+        """
+        self.close_group()
+        end, self.end = self.end, self.closed[0].start
+        self.file_bytes = max(self.file_bytes, end)
+        self.failed = error
+        for group in self.closed:
+            group.written, group.error = True, error
+        self.closed.clear()
+        return self.end
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -277,53 +335,3 @@ class Log:
             if not slab.pins:
                 self.pool.give(slab.memory)
         self.slabs.clear()
-
-
-def replay(log: Log, data: Bytes) -> tuple[list[bytes], list[str]]:
-    """Read a log as it was left.
-
-    Fills `log.rows`, `log.live` and `log.end` (behind its last whole group). A group that is
-    not whole is left out, an atomic one of which a value is not whole too; otherwise such a value
-    alone. In the last group that is a write that was never acknowledged, so what it was to replace
-    stays; before it, it is damage, and what it replaced is not brought back.
-
-    Returns:
-        The keys that values or deletions of this log replace elsewhere, and what was left out.
-    """
-    touched: dict[bytes, None] = {}
-    lost: list[str] = []
-    end, torn = 0, None
-    for at, group in scan(data, log.number, log.where):
-        if at != end:
-            lost.append(f"{log.where}: no whole group in bytes {end} to {at}")
-        if torn is not None:  # it was not the last: what it replaced is gone, too
-            touched.update(dict.fromkeys(torn))
-            torn = None
-        end = at + group.size
-        bad = _bad(group, data, log.where, lost)
-        kept = [i for i in range(len(group.entries)) if i not in bad and not (bad and group.atomic)]
-        for number, entry in enumerate(group.entries):
-            counted, log.written = log.written, log.written + (entry.kind == VALUE)
-            if number in kept:
-                log.live.pop(entry.key, None)
-                touched[entry.key] = None
-                if entry.kind == VALUE:
-                    row = Row(entry, pack_entry(entry), counted)
-                    log.rows[entry.key] = log.live[entry.key] = row
-        if bad:
-            torn = [e.key for i, e in enumerate(group.entries) if i not in kept]
-        log.entries += len(group.entries)
-    log.end = end
-    return list(touched), lost
-
-
-def _bad(group: Group, data: Bytes, where: str, lost: list[str]) -> set[int]:
-    """Which values of a group are not what their checksums say."""
-    bad = set()
-    for number, entry in enumerate(group.entries):
-        try:
-            check_parts(entry, data[entry.offset : entry.offset + entry.stored], where)
-        except IntegrityError as error:
-            bad.add(number)
-            lost.append(str(error))
-    return bad

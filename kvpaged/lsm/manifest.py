@@ -6,7 +6,7 @@ byte in one costs nothing.
 
     | KVMANIFE | version u32 | segments u32 | logs u32 | 0 u32 | generation u64 | next id u64 |
     | next sequence u64 | checksum of all that follows u64 | checksum of this header u64 |
-    | segments x (id u64, bytes u64, values u64, level u32, 0 u32) | logs x id u64 |
+    | segments x (id u64, bytes u64, values u64, touched i64, level u32, 0 u32) | logs x id u64 |
     | for each segment a bit a value, from the lowest, in whole bytes: set if it lives |
 """
 
@@ -18,10 +18,10 @@ import numpy as np
 
 from kvpaged.errors import IntegrityError
 from kvpaged.lsm.files import Files
-from kvpaged.lsm.layout import VERSION, checksum, damaged
+from kvpaged.lsm.layout import BLOCK, VERSION, checksum, damaged, up
 
 _HEADER = struct.Struct("<8sIIIIQQQQ")
-_SEGMENT = struct.Struct("<QQQII")
+_SEGMENT = struct.Struct("<QQQQII")
 _MAGIC = b"KVMANIFE"
 NAMES = ("MANIFEST", "MANIFEST.copy")
 NEW = "MANIFEST.new"
@@ -30,13 +30,20 @@ Live = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class SegmentRecord(NamedTuple):
-    """A segment: its file's bytes, its level, and which of its values live (in the order
-    they were written)."""
+    """A segment: its file's bytes, how often it was merged, when one of its values was last asked
+    for (milliseconds since 1970), and which of its values live, in the order they were written.
+    """
 
     id: int
     file_bytes: int
     level: int
+    touched: int
     live: Live
+
+    @property
+    def size(self) -> int:
+        """Bytes in a manifest."""
+        return record_bytes(len(self.live))
 
 
 class Manifest(NamedTuple):
@@ -63,7 +70,10 @@ EMPTY = Manifest(0, 1, 1, (), ())
 def pack(manifest: Manifest) -> bytes:
     """The bytes of a manifest."""
     body = b"".join((
-        *(_SEGMENT.pack(s.id, s.file_bytes, len(s.live), s.level, 0) for s in manifest.segments),
+        *(
+            _SEGMENT.pack(s.id, s.file_bytes, len(s.live), s.touched, s.level, 0)
+            for s in manifest.segments
+        ),
         struct.pack(f"<{len(manifest.logs)}Q", *manifest.logs),
         *(np.packbits(s.live, bitorder="little").tobytes() for s in manifest.segments),
     ))  # fmt: skip
@@ -99,43 +109,56 @@ def unpack(raw: bytes, where: str) -> Manifest:
     ids = struct.unpack_from(f"<{logs}Q", raw, at)
     at += 8 * logs
     segments = []
-    for number, file_bytes, values, level, _ in rows:
+    for number, file_bytes, values, touched, level, _ in rows:
         size = -(-values // 8)
         bits = np.frombuffer(raw, np.uint8, size, at)
         live = np.unpackbits(bits, count=values, bitorder="little").astype(bool)
-        segments.append(SegmentRecord(number, file_bytes, level, live))
+        segments.append(SegmentRecord(number, file_bytes, level, touched, live))
         at += size
     if at != len(raw):
         raise damaged(where, f"{len(raw)} bytes, its fields say {at}")
     return Manifest(generation, next_id, next_sequence, segments, ids)
 
 
-def size_of(values: Sequence[int], logs: int) -> int:
-    """Bytes of both copies and the one being written, for segments of so many values."""
-    one = _HEADER.size + 8 + 8 * logs + sum(_SEGMENT.size + -(-n // 8) for n in values)
-    return 3 * one
+def record_bytes(values: int) -> int:
+    """What a segment of so many values takes up in a manifest."""
+    return _SEGMENT.size + -(-values // 8)
 
 
-def load(files: Files) -> Manifest | None:
-    """The newest whole manifest; `None` where there is none at all.
+def files_bytes(records: int, logs: int) -> int:
+    """Of both copies and the one being written, for `records` bytes of segments and some logs."""
+    return 3 * up(_HEADER.size + 8 + 8 * logs + records, BLOCK)
+
+
+class Loaded(NamedTuple):
+    """The newest whole manifest (`EMPTY` where there is none at all), and what is wrong."""
+
+    manifest: Manifest
+    damage: list[str]
+
+
+def load(files: Files) -> Loaded:
+    """Read both copies.
 
     Raises:
-        IntegrityError: there are some and none is whole.
+        IntegrityError: there are some and none is whole, or there is none and there are segments.
     """
     found, errors = [], []
     names = set(files.list())
     for name in NAMES:
-        if name not in names:
-            continue
-        try:
-            found.append(unpack(read(files, name), f"{files}: {name}"))
-        except (OSError, IntegrityError) as error:
-            errors.append(str(error))
+        if name in names:
+            try:
+                found.append(unpack(read(files, name), f"{files}: {name}"))
+            except (OSError, IntegrityError) as error:
+                errors.append(str(error))
     if found:
-        return max(found, key=lambda manifest: manifest.generation)
+        return Loaded(max(found, key=lambda manifest: manifest.generation), errors)
     if errors:
         raise IntegrityError("no manifest is whole: " + "; ".join(errors))
-    return None
+    stray = sorted(name for name in names if name.endswith(".seg"))
+    if stray:
+        raise IntegrityError(f"{files} has {stray[0]} and no manifest")
+    return Loaded(EMPTY, [])
 
 
 def read(files: Files, name: str) -> bytes:
@@ -148,21 +171,23 @@ def read(files: Files, name: str) -> bytes:
         file.close()
 
 
-def save(files: Files, manifest: Manifest, *, sync: bool) -> None:
-    """Write it, twice; with `sync` it has survived a loss of power when this returns.
+def save(files: Files, manifest: Manifest) -> int:
+    """Write it, twice; it has survived a loss of power when this returns. Returns bytes written.
 
-    The bytes are synced before each renaming in any case: a name never stands for half a manifest.
+    The directory is synced before, for the files it names, and after each renaming: until then what
+    the manifest before names must not be removed.
     """
     data = np.frombuffer(pack(manifest), np.uint8)
+    if NEW in files.list():
+        files.remove(NEW)
     for name in NAMES:
-        if NEW in files.list():
-            files.remove(NEW)
         file = files.open(NEW, create=True)
         try:
             file.write(0, data, direct=False)
             file.sync()
         finally:
             file.close()
-        files.rename(NEW, name)
-    if sync:
         files.sync()
+        files.rename(NEW, name)
+    files.sync()
+    return 2 * len(data)

@@ -1,8 +1,9 @@
 """A sealed file: values that never change, found by key."""
 
 import itertools
+import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,26 +11,28 @@ import numpy as np
 from kvpaged.errors import IntegrityError
 from kvpaged.lsm import filters
 from kvpaged.lsm.files import Bytes, File, Files
-from kvpaged.lsm.layout import (
-    BLOCK,
+from kvpaged.lsm.groups import MAGIC, Group, unpack_group
+from kvpaged.lsm.index import (
     COLUMNS,
     FOOTER_BYTES,
     INDEX_BYTES,
+    Footer,
+    IndexHeader,
+    pack_footer,
+    pack_index_header,
+    unpack_footer,
+    unpack_index_header,
+)
+from kvpaged.lsm.layout import (
+    BLOCK,
+    DELETE,
     VALUE,
     Entry,
-    Footer,
-    Group,
-    IndexHeader,
     checksum,
     damaged,
     pack_entry,
-    pack_footer,
-    pack_index_header,
     part_offsets,
     unpack_entry,
-    unpack_footer,
-    unpack_group,
-    unpack_index_header,
     up,
 )
 
@@ -64,21 +67,39 @@ def index_bytes(rows: Sequence[Row], written: int) -> bytes:
         [row.entry.expires for row in rows],
         [row.number for row in rows],
     )
+    linked, broken = links(rows)
     return b"".join((
-        pack_index_header(IndexHeader(len(rows), written, len(heap), bits)),
+        pack_index_header(IndexHeader(len(rows), written, linked, broken, len(heap), bits)),
         np.array(columns, np.uint64).tobytes(),
         heap,
         filters.make((row.entry.key for row in rows), bits).tobytes(),
     ))  # fmt: skip
 
 
+def links(rows: Sequence[Row]) -> tuple[int, int]:
+    """How many values have a parent, and how many of them do not lie right behind it."""
+    linked = broken = 0
+    before = b""
+    for row in sorted(rows, key=lambda row: row.number):
+        if row.entry.parent:
+            linked += 1
+            broken += row.entry.parent != before
+        before = row.entry.key
+    return linked, broken
+
+
 def write_index(
     file: File, number: int, level: int, at: int, rows: Sequence[Row], written: int
 ) -> int:
-    """Make a log of `at` bytes a segment: its index and footer, synced. Returns its bytes then."""
+    """Make a log of `at` bytes a segment: its index and footer, synced. Returns its bytes then.
+
+    Where a write that failed, or was under way when the process ended, left bytes behind `at`, the
+    segment ends where they do: a footer is the last of a file, and files that may be mapped are
+    never cut.
+    """
     index = index_bytes(rows, written)
     footer = pack_footer(Footer(number, level, at, len(index), checksum(index)))
-    size = up(len(index) + FOOTER_BYTES, BLOCK)
+    size = up(max(len(index) + FOOTER_BYTES, file.size() - at), BLOCK)
     whole = index.ljust(size - FOOTER_BYTES, b"\0") + footer
     file.write(at, np.frombuffer(whole, np.uint8), direct=False)
     file.sync()
@@ -87,33 +108,39 @@ def write_index(
 
 def index_room(count: int, packed_bytes: int) -> int:
     """The most bytes that index and footer of so many values can have."""
-    header = IndexHeader(count, count, packed_bytes, filters.bits_for(count))
+    header = IndexHeader(count, count, 0, 0, packed_bytes, filters.bits_for(count))
     return up(header.size + FOOTER_BYTES, BLOCK)
 
 
 class Segment:
     """A sealed file, mapped. Its columns are views of the file; what changes is beside it.
 
-    Any thread may read; `live`, `stamps` and `checked` are written under the store's lock, and by
-    one element at a time.
+    Any thread may read; `live`, `stamps`, `checked` and the counts of what lives are written under
+    the store's lock, and by one element at a time.
 
     Attributes:
         data: uint8 [bytes], the file.
+        holders: of what else keeps the file's bytes on disk once it is removed.
         count: values of its index.
         filter: its bloom filter's bytes.
         written: values of the file, those replaced by later ones of the same file included.
         sequences, rooms, expires, numbers: uint64 [count], see `layout.COLUMNS`.
         live: bool [count]: it may be found.
+        live_values, live_bytes: how many, and what they take up.
         stamps: uint64 [count]: when it was last asked for, milliseconds since 1970.
         checked: bool [count]: its checksums were right when it was first read.
+        expiring: some value of it may expire.
+        entry_bytes: of the entries in its index.
         repaired: its index was made anew from its groups, because it was damaged: what was wrong.
     """
 
     def __init__(self, files: Files, number: int):
         self.number, self.name = number, file_name(number)
         self.where = f"{files}: {self.name}"
-        self.file = files.open(self.name)
-        self.data: Bytes = self.file.map()
+        file = files.open(self.name)
+        self.data: Bytes = file.map()
+        file.close()
+        self.holders: list[weakref.ref[Any]] = [weakref.ref(self.data)]
         self.file_bytes = len(self.data)
         self.repaired: str | None = None
         try:
@@ -122,8 +149,10 @@ class Segment:
             self.repaired = str(error)
             self._rebuild()
         self.live = np.ones(self.count, bool)
+        self._count_live()
         self.stamps = np.zeros(self.count, np.uint64)
         self.checked = np.zeros(self.count, bool)
+        self.expiring = bool(self.expires.any())
 
     def __repr__(self) -> str:
         return f"Segment({self.number})"
@@ -152,6 +181,7 @@ class Segment:
         if header.size != len(raw):
             raise damaged(self.where, f"index of {len(raw)} bytes, its fields say {header.size}")
         self.count, self.written = header.keys, header.written
+        self.linked, self.broken = header.linked, header.broken
         at = INDEX_BYTES + 8 * COLUMNS * self.count
         columns = raw[INDEX_BYTES:at].view(np.uint64).reshape(COLUMNS, self.count)
         view = raw.data
@@ -159,7 +189,8 @@ class Segment:
         self._prefixes = view[INDEX_BYTES : INDEX_BYTES + step].cast("Q")
         self._ends = view[INDEX_BYTES + step : INDEX_BYTES + 2 * step].cast("Q")
         self.sequences, self.rooms, self.expires, self.numbers = columns[2:]
-        self._heap = view[at : at + header.heap]
+        self.entry_bytes = header.heap
+        self.heap = view[at : at + header.heap]
         self.filter: Bytes = raw[at + header.heap :]
 
     def _rebuild(self) -> None:
@@ -175,18 +206,36 @@ class Segment:
             for entry in group.entries:
                 if entry.kind == VALUE:
                     rows[entry.key] = Row(entry, pack_entry(entry), written)
-                    written += 1
+                written += entry.kind != DELETE
         self.level, self.groups_end = 0, end
         kept = sorted(rows.values(), key=lambda row: row.entry.key)
         self._take_index(np.frombuffer(index_bytes(kept, written), np.uint8))
 
-    def take_live(self, bits: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
-        """Which values live: bool, by their number in the file."""
+    def take_live(self, bits: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
+        """Which values live: bool, by their number in the file. How many of them are not there."""
         if not self.repaired and len(bits) != self.written:
             raise damaged(self.where, f"{self.written} values, the manifest has {len(bits)}")
         known = self.numbers < len(bits)
         self.live[:] = False
         self.live[known] = bits[self.numbers[known]]
+        self._count_live()
+        return int(np.count_nonzero(bits)) - self.live_values
+
+    def take_live_numbers(self, numbers: Collection[int]) -> None:
+        """The same, by the numbers of those that live."""
+        bits = np.zeros(self.written, bool)
+        bits[list(numbers)] = True
+        self.take_live(bits)
+
+    def _count_live(self) -> None:
+        self.live_values = int(np.count_nonzero(self.live))
+        self.live_bytes = int(self.rooms[self.live].sum(dtype=np.int64))
+
+    def kill(self, row: int) -> None:
+        """It may not be found any more."""
+        self.live[row] = False
+        self.live_values -= 1
+        self.live_bytes -= int(self.rooms[row])
 
     def live_bits(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """What `take_live` takes."""
@@ -218,12 +267,12 @@ class Segment:
 
     def packed(self, row: int) -> bytes:
         """The entry's bytes."""
-        return bytes(self._heap[self._start(row) : self._ends[row]])
+        return bytes(self.heap[self._start(row) : self._ends[row]])
 
     def key(self, row: int) -> bytes:
         """The key of a row."""
         at = self._start(row)
-        heap = self._heap
+        heap = self.heap
         size = heap[at + 6] | heap[at + 7] << 8
         parts = heap[at + 10] | heap[at + 11] << 8
         at += 56 + 24 * parts
@@ -231,19 +280,11 @@ class Segment:
 
     def entry(self, row: int) -> Entry:
         """What the index says of a row."""
-        return unpack_entry(self._heap, self._start(row), self.where)[0]
-
-    def live_bytes(self) -> int:
-        """Of values that may be found."""
-        return int(self.rooms[self.live].sum(dtype=np.int64))
+        return unpack_entry(self.heap, self._start(row), self.where)[0]
 
     def payload(self, entry: Entry) -> Bytes:
         """A value's stored bytes, of the mapping; shorter where the file was cut."""
         return self.data[entry.offset : entry.offset + entry.stored]
-
-    def close(self) -> None:
-        """The file; what was taken of the mapping stays valid."""
-        self.file.close()
 
 
 def scan(data: Bytes, number: int, where: str, at: int = 0) -> Iterator[tuple[int, Group]]:
@@ -268,14 +309,23 @@ def next_magic(data: Bytes, at: int) -> int:
     if blocks <= 0:
         return len(data)
     firsts = data[at : at + blocks * BLOCK].reshape(blocks, BLOCK)[:, :4]
-    found = np.flatnonzero((firsts == np.frombuffer(b"KVG1", np.uint8)).all(axis=1))
+    found = np.flatnonzero((firsts == np.frombuffer(MAGIC, np.uint8)).all(axis=1))
     return at + int(found[0]) * BLOCK if len(found) else len(data)
 
 
-def check_parts(entry: Entry, payload: Bytes, where: str) -> None:
-    """Raises `IntegrityError`, naming the key and the part, unless every checksum is right."""
-    for number, (part, at) in enumerate(zip(entry.parts, part_offsets(entry.parts), strict=True)):
-        raw = payload[at : at + part.stored]
+def check_parts(
+    entry: Entry, stored: Mapping[int, Bytes], where: str, numbers: Iterable[int]
+) -> None:
+    """Raises `IntegrityError`, naming the key and the part, unless every checksum is right.
+
+    Args:
+        entry: of the value.
+        stored: uint8 [bytes], by part.
+        where: the file, for the message.
+        numbers: the parts to look at.
+    """
+    for number in numbers:
+        part, raw = entry.parts[number], stored[number]
         if len(raw) != part.stored:
             raise damaged(where, f"{name_of(entry, number)} has {len(raw)} of {part.stored} bytes")
         seen = checksum(raw)
@@ -284,6 +334,16 @@ def check_parts(entry: Entry, payload: Bytes, where: str) -> None:
                 where,
                 f"{name_of(entry, number)} has checksum {part.checksum:016x}, not {seen:016x}",
             )
+
+
+def check_payload(entry: Entry, payload: Bytes, where: str) -> None:
+    """The same for all parts of a payload, uint8 [bytes]."""
+    offsets = part_offsets(entry.parts)
+    stored = {
+        number: payload[at : at + part.stored]
+        for number, (part, at) in enumerate(zip(entry.parts, offsets, strict=True))
+    }
+    check_parts(entry, stored, where, stored)
 
 
 def name_of(entry: Entry, part: int) -> str:

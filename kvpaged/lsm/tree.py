@@ -1,29 +1,21 @@
 """What a store knows: its files, where each key lives, and how many bytes that takes."""
 
-import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from kvpaged.errors import IntegrityError, StorageError
 from kvpaged.lsm import manifest as manifests
-from kvpaged.lsm.files import Bytes, Files
+from kvpaged.lsm.files import Files, OpenFiles
 from kvpaged.lsm.filters import Filters
-from kvpaged.lsm.layout import Entry, unpack_entry
-from kvpaged.lsm.log import Log, SlabPool, replay
+from kvpaged.lsm.layout import VALUE, Entry, unpack_entry
+from kvpaged.lsm.log import Log, SlabPool
 from kvpaged.lsm.manifest import Manifest, SegmentRecord
 from kvpaged.lsm.segment import Row, Segment, file_name
 
 RESERVED = 4
 """Ids of logs that a manifest names before the files exist, so that a new log needs no manifest."""
-
-
-def now_ms() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 class InLog(NamedTuple):
@@ -70,13 +62,16 @@ class Tree:
         1. Of all values of a key at most one lives: the one with the highest sequence number that
            was committed, unless that was deleted, evicted or found expired.
         2. `active` is the only log that values are placed in; `sealing` are older ones, oldest
-           first; a file is in one of `active`, `sealing`, `segments`.
-        3. Files that no saved manifest names hold nothing that lives, except logs among the ids it
-           reserved.
+           first; a file is in one of `active`, `sealing`, `segments`, `obsolete`.
+        3. A file that no saved manifest names holds nothing that lives, except logs among the ids
+           it reserved; a file that one names is not removed before another one is saved.
+        4. `segment_bytes`, `record_bytes`, `live_values` and `live_bytes` are sums of what they
+           are said to be.
     """
 
     def __init__(self, files: Files, pool: SlabPool, *, writable: bool):
         self.files, self.pool, self.writable = files, pool, writable
+        self.opened = OpenFiles(files)
         self.active: Log | None = None
         self.sealing: list[Log] = []
         self.segments: dict[int, Segment] = {}
@@ -85,68 +80,26 @@ class Tree:
         self.next_id = 1
         self.next_sequence = 1
         self.reserved: deque[int] = deque()
-        self.gone: list[tuple[weakref.ref[Bytes], int]] = []
+        self.fresh: list[int] = []
+        self.obsolete: list[Segment] = []
+        self.empty: list[Log] = []
+        self.gone: list[tuple[list[weakref.ref[Any]], int]] = []
         self.damage: list[str] = []
-        self.live_values = 0
+        self.live_values = self.live_bytes = 0
+        self.segment_bytes = self.record_bytes = 0
+        self.planned = 0
+        self.strays: dict[str, int] = {}
 
-    # -- opening -----------------------------------------------------------------------------------
-
-    def load(self) -> None:
-        """Open what the manifest names, and bring logs up to date.
-
-        Raises:
-            IntegrityError: there are manifests and none is whole.
-        """
-        saved = manifests.load(self.files)
-        names = set(self.files.list())
-        if saved is None:
-            stray = sorted(name for name in names if name.endswith(".seg"))
-            if stray:
-                raise IntegrityError(f"{self.files} has {stray[0]} and no manifest")
-            saved = manifests.EMPTY
-        self.generation, self.next_id = saved.generation, saved.next_id
-        self.next_sequence = saved.next_sequence
-        opened = [self._open_segment(record) for record in saved.segments]
-        self._add_segments([segment for segment in opened if segment is not None])
-        for number in saved.logs:
-            if file_name(number) in names:
-                self._open_log(number)
-        if self.writable:
-            listed = {file_name(n) for n in (*saved.logs, *(s.id for s in saved.segments))}
-            for name in names - listed:
-                if name.endswith(".seg") or name == manifests.NEW:
-                    self.files.remove(name)
-
-    def _open_segment(self, record: SegmentRecord) -> Segment | None:
-        try:
-            segment = Segment(self.files, record.id)
-            segment.take_live(record.live)
-        except (OSError, IntegrityError) as error:
-            if isinstance(error, FileNotFoundError) and not self.writable:
-                raise  # the writer has compacted it away: the reader starts again
-            self.damage.append(f"{file_name(record.id)} is lost: {error}")
-            return None
-        if segment.repaired:
-            self.damage.append(segment.repaired)
-        return segment
-
-    def _open_log(self, number: int) -> None:
-        log = Log(self.files, number, self.pool, new=False)
-        touched, lost = replay(log, log.file.map())
-        self.damage += lost
-        for key in touched:
-            self.kill(key)
-        self.live_values += len(log.live)
-        last = max((row.entry.sequence for row in log.rows.values()), default=0)
-        self.next_sequence = max(self.next_sequence, last + log.entries + 1)
-        self.sealing.append(log)
-
-    def _add_segments(self, segments: Iterable[Segment]) -> None:
+    def add_segments(self, segments: Iterable[Segment]) -> None:
+        """Take segments in."""
         added = list(segments)
-        self.filters.add((segment, segment.filter) for segment in added)
+        self.filters.add([(segment, segment.filter) for segment in added])
         for segment in added:
             self.segments[segment.number] = segment
-            self.live_values += int(segment.live.sum())
+            self.live_values += segment.live_values
+            self.live_bytes += segment.live_bytes
+            self.segment_bytes += segment.file_bytes
+            self.record_bytes += manifests.record_bytes(segment.written)
 
     # -- finding -----------------------------------------------------------------------------------
 
@@ -157,7 +110,7 @@ class Tree:
         yield from reversed(self.sealing)
 
     def find(self, key: bytes, now: int | None = None) -> Found | None:
-        """Where a key lives; `now` (`now_ms`) leaves out what has expired."""
+        """Where a key lives; `now` (milliseconds since 1970) leaves out what has expired."""
         for log in self.logs():
             row = log.live.get(key)
             if row is not None:
@@ -184,23 +137,27 @@ class Tree:
     def kill(self, key: bytes) -> bool:
         """A key does not live any more; whether it did."""
         found = self.find(key)
-        if found is None:
-            return False
+        if found is not None:
+            self.drop(found)
+        return found is not None
+
+    def drop(self, found: Found) -> None:
+        """A value that lives does not any more."""
         self.live_values -= 1
         if isinstance(found, InSegment):
-            found.segment.live[found.row] = False
+            self.live_bytes -= int(found.segment.rooms[found.row])
+            found.segment.kill(found.row)
         else:
-            del found.log.live[key]
-            found.log.stamps.pop(key, None)
-        return True
+            self.live_bytes -= found.row.entry.room
+            found.log.kill(found.row.entry.key)
 
-    def commit(self, log: Log, row: Row) -> None:
+    def commit(self, log: Log, row: Row, now: int) -> None:
         """A value has arrived (or a deletion): it takes the place of what was there."""
         self.kill(row.entry.key)
-        if row.entry.kind == 1:
-            log.rows[row.entry.key] = log.live[row.entry.key] = row
-            log.stamps[row.entry.key] = now_ms()
+        if row.entry.kind == VALUE:
+            log.add_live(row, now)
             self.live_values += 1
+            self.live_bytes += row.entry.room
 
     def take_id(self) -> int:
         """A new file's."""
@@ -211,7 +168,7 @@ class Tree:
         """A new active log; the one before is to be sealed.
 
         Raises:
-            StorageError: the file could not be made, or no id is reserved (wait for a manifest).
+            StorageError: the file could not be made.
         """
         assert self.reserved, "no id is reserved for a log"
         number = self.reserved[0]
@@ -233,63 +190,92 @@ class Tree:
             self.sealing.append(self.active)
             self.active = None
 
-    def sealed(self, log: Log, segment: Segment) -> None:
-        """A log has become a segment."""
-        bits = np.zeros(log.written, bool)
-        bits[[row.number for row in log.live.values()]] = True
-        segment.take_live(bits)
+    def sealed(self, log: Log, segment: Segment | None) -> None:
+        """A log has become a segment, or nothing if it has no values."""
+        self.sealing.remove(log)
+        self.live_values -= len(log.live)
+        self.live_bytes -= log.live_bytes
+        if segment is None:
+            self.empty.append(log)
+            return
+        numbers = {row.number for row in log.live.values()}
+        segment.take_live_numbers(numbers)
         for key, stamp in log.stamps.items():
             at = segment.find(key)
             if at is not None:
                 segment.stamps[at] = stamp
-        self.sealing.remove(log)
-        self.live_values -= len(log.live)
+        segment.holders.append(weakref.ref(log.file))
         log.drop_slabs()
-        self._add_segments([segment])
+        self.add_segments([segment])
 
     def replaced(self, old: Iterable[Segment], new: Iterable[Segment]) -> None:
-        """Segments were written anew; `new` have their live bits."""
+        """Segments were written anew; `new` have their live bits. The old ones' files are to be
+        removed when a manifest does not name them any more.
+        """
         for segment in old:
             self.filters.remove(segment)
             del self.segments[segment.number]
-            self.live_values -= int(segment.live.sum())
-            self.gone.append((weakref.ref(segment.data), segment.file_bytes))
-        self._add_segments(new)
+            self.live_values -= segment.live_values
+            self.live_bytes -= segment.live_bytes
+            self.record_bytes -= manifests.record_bytes(segment.written)
+            self.obsolete.append(segment)
+        self.add_segments(new)
+
+    def removed(self, segment: Segment) -> None:
+        """An obsolete segment's file is removed; its bytes are free when nobody reads it."""
+        self.obsolete.remove(segment)
+        self.segment_bytes -= segment.file_bytes
+        self.gone.append((segment.holders, segment.file_bytes))
 
     # -- the manifest ------------------------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Ids for logs to come."""
-        while len(self.reserved) < RESERVED:
-            self.reserved.append(self.take_id())
-
     def manifest(self) -> Manifest:
-        """Of the state as it is; its generation is taken by it."""
+        """Of the state as it is; its generation is taken by it. `fresh` are ids for logs to come,
+        which may be used when it is saved.
+        """
         self.generation += 1
+        while len(self.reserved) + len(self.fresh) < RESERVED:
+            self.fresh.append(self.take_id())
+        logs = [log.number for log in self.sealing]
+        if self.active is not None:
+            logs.append(self.active.number)
         return Manifest(
             self.generation, self.next_id, self.next_sequence,
-            [
-                SegmentRecord(s.number, s.file_bytes, s.level, s.live_bits())
-                for s in self.segments.values()
-            ],
-            [*(log.number for log in self.sealing),
-             *([self.active.number] if self.active is not None else []), *self.reserved],
+            [self._record(segment) for segment in self.segments.values()],
+            [*logs, *self.reserved, *self.fresh],
         )  # fmt: skip
+
+    def saved(self) -> None:
+        """What `manifest` gave last is on disk."""
+        self.reserved.extend(self.fresh)
+        self.fresh.clear()
+
+    def _record(self, segment: Segment) -> SegmentRecord:
+        touched = int(segment.stamps.max(initial=0))
+        return SegmentRecord(
+            segment.number, segment.file_bytes, segment.level, touched, segment.live_bits()
+        )
 
     # -- bytes -------------------------------------------------------------------------------------
 
     def used_bytes(self) -> int:
-        """Of all files, logs as they will be sealed, manifests, and files that are removed but
-        still mapped.
+        """Of all files, logs as they will be sealed, what compaction is about to write, manifests,
+        and files that are removed but still read by this process.
         """
-        self.gone = [(data, size) for data, size in self.gone if data() is not None]
-        logs = [log.projected() for log in self.logs()]
-        values = [segment.written for segment in self.segments.values()]
+        self.gone = [
+            (holders, size) for holders, size in self.gone if any(h() is not None for h in holders)
+        ]
+        logs = list(self.logs())
+        coming = len(logs) + RESERVED
+        records = sum(manifests.record_bytes(log.written) for log in logs)
         return (
-            sum(segment.file_bytes for segment in self.segments.values())
-            + sum(logs)
+            self.segment_bytes
+            + sum(log.projected() for log in logs)
+            + sum(log.file_bytes for log in self.empty)
+            + self.planned
+            + sum(self.strays.values())
             + sum(size for _, size in self.gone)
-            + manifests.size_of(values, len(logs) + RESERVED)
+            + manifests.files_bytes(self.record_bytes + records, coming)
         )
 
     def pending_bytes(self) -> int:
@@ -301,24 +287,41 @@ class Tree:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` on the first thing that contradicts the invariants."""
         seen: dict[bytes, str] = {}
+        live_bytes = 0
         for log in self.logs():
             for key, row in log.live.items():
                 if log.rows[key] is not row or row.entry.key != key:
                     raise IntegrityError(f"{log.where}: {key.hex()} lives and is not its row")
                 _once(seen, key, log.where)
+            rooms = sum(row.entry.room for row in log.live.values())
+            _equal(f"{log.where}: live bytes", log.live_bytes, rooms)
+            live_bytes += rooms
         for segment in self.segments.values():
             end, last = 0, b""
-            for row in range(segment.count):
-                entry, end = unpack_entry(segment._heap, end, segment.where)
-                if row and entry.key <= last:
-                    raise IntegrityError(f"{segment.where}: key {row} is not above the one before")
+            for at in range(segment.count):
+                entry, end = unpack_entry(segment.heap, end, segment.where)
+                if at and entry.key <= last:
+                    raise IntegrityError(f"{segment.where}: key {at} is not above the one before")
                 last = entry.key
-                if segment.live[row]:
+                if segment.live[at]:
                     _once(seen, entry.key, segment.where)
                     if segment not in self.filters.owners(entry.key):
                         raise IntegrityError(f"{segment.where}: its filter hides {last.hex()}")
-        if len(seen) != self.live_values:
-            raise IntegrityError(f"{len(seen)} values live, {self.live_values} are counted")
+            live = int(segment.rooms[segment.live].sum())
+            _equal(f"{segment.where}: live bytes", segment.live_bytes, live)
+            _equal(f"{segment.where}: live values", segment.live_values, int(segment.live.sum()))
+            live_bytes += live
+        _equal("live values", self.live_values, len(seen))
+        _equal("live bytes", self.live_bytes, live_bytes)
+        files = [*self.segments.values(), *self.obsolete]
+        _equal("bytes of segments", self.segment_bytes, sum(one.file_bytes for one in files))
+        records = sum(manifests.record_bytes(one.written) for one in self.segments.values())
+        _equal("bytes of records", self.record_bytes, records)
+
+
+def _equal(what: str, counted: int, found: int) -> None:
+    if counted != found:
+        raise IntegrityError(f"{what}: {counted} are counted, {found} are there")
 
 
 def _once(seen: dict[bytes, str], key: bytes, where: str) -> None:

@@ -172,30 +172,19 @@ def chosen(entry: Entry, names: Sequence[str] | None) -> list[int]:
     return [known[name] for name in names]
 
 
-def decode(
-    entry: Entry, payload: Bytes, numbers: Sequence[int], out: Mapping[int, Bytes] | None = None
-) -> dict[str, Tensor] | Tensor:
-    """Tensors of their own memory (or in `out`, uint8 by part) from a payload.
+def decode_part(entry: Entry, number: int, stored: Bytes, out: Bytes) -> None:
+    """A part's bytes, uint8 [bytes], from what is stored of it; in place if that is `out` already.
 
     Raises:
-        IntegrityError: bytes that their codec cannot have written.
+        IntegrityError: bytes that their codec cannot have written, or a codec nobody knows.
     """
-    offsets = list(part_offsets(entry.parts))
-    made = {}
-    for number in numbers:
-        form, part = entry.forms[number], entry.parts[number]
-        stored = payload[offsets[number] : offsets[number] + part.stored]
-        raw = out[number] if out is not None else new_bytes(form.nbytes)
-        if form.nbytes:
-            if part.codec == RAW:
-                raw[:] = stored
-            else:
-                codec_by_id(part.codec).decode_into(stored, raw, form.dtype)
-        made[form.name] = as_tensor(raw, form)
-    return made[""] if entry.single else made
+    form, part = entry.forms[number], entry.parts[number]
+    if stored is out or not form.nbytes:
+        return
+    codec_by_id(part.codec).decode_into(stored, out, form.dtype)
 
 
-def view(entry: Entry, payload: Bytes, numbers: Sequence[int]) -> dict[str, Tensor] | Tensor:
+def lying(entry: Entry, payload: Bytes, numbers: Sequence[int]) -> dict[str, Tensor] | Tensor:
     """Tensors in the payload's own memory where it is raw, else decoded."""
     offsets = list(part_offsets(entry.parts))
     made = {}

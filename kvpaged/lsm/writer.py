@@ -12,24 +12,38 @@ readers, in the order of their sequence numbers, and not before that.
 """
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 from kvpaged.errors import ConfigError, StorageError, UsageError
 from kvpaged.lsm.filters import MOST_KEYS
-from kvpaged.lsm.layout import BLOCK, VALUE
-from kvpaged.lsm.log import Coming, Log, OpenGroup
-from kvpaged.lsm.segment import Row
-from kvpaged.lsm.tree import Tree, now_ms
+from kvpaged.lsm.layout import BLOCK, VALUE, up
+from kvpaged.lsm.log import Coming, Log, OpenGroup, Placed
+from kvpaged.lsm.options import StoreOptions
+from kvpaged.lsm.tree import Tree
 from kvpaged.lsm.values import fill
 
-Durability = Literal["none", "process", "power"]
-DURABILITIES: tuple[Durability, ...] = ("none", "process", "power")
 LINGER_S = 0.05
 WRITE_FROM = 4 << 20
 """Unwritten bytes from which the thread writes without waiting for more."""
+MOST_SEALING = 4
+"""Logs that may wait for their index."""
+
+
+class Keeper(Protocol):
+    """Who makes room."""
+
+    error: str | None
+    """Why the disk refuses, if it does."""
+
+    def obstacle(self, need: int) -> str | None:
+        """Why so many bytes cannot come now; evicts what it takes. Under the store's lock."""
+
+    def help(self) -> bool:
+        """Do a piece of work that makes room, in the calling thread; whether there was any."""
 
 
 @dataclass(eq=False, slots=True)
@@ -37,24 +51,34 @@ class Batch:
     """What one call put, from its place until it is committed."""
 
     log: Log
-    rows: list[Row]
-    groups: list[OpenGroup]
+    placed: list[Placed]
     arrived: bool = False
     done: bool = False
-    error: OSError | None = None
+    error: BaseException | None = None
 
 
 @dataclass(slots=True)
 class WriteCounts:
-    """What has been written: payload bytes that came, bytes that went to logs, calls, waits."""
+    """What has been written.
 
+    Attributes:
+        puts, deletes: entries that came.
+        put_bytes: of payloads that came, as they are stored.
+        tensor_bytes: of the tensors they were.
+        log_bytes, writes: to logs, and calls.
+        stalls, refused: puts that had to wait, and those that waited in vain.
+        dropped: values that were found already and could not be written (durability `none`).
+    """
+
+    puts: int = 0
+    deletes: int = 0
     put_bytes: int = 0
+    tensor_bytes: int = 0
     log_bytes: int = 0
     writes: int = 0
     stalls: int = 0
     refused: int = 0
     dropped: int = 0
-    puts: int = 0
 
 
 class Writer:
@@ -66,15 +90,10 @@ class Writer:
         3. A batch is committed only when all batches before it are done.
     """
 
-    def __init__(
-        self, tree: Tree, cond: threading.Condition, *, durability: Durability,
-        memtable_bytes: int, segment_bytes: int, max_stall_s: float,
-        room: Callable[[int], bool],
-    ):  # fmt: skip
-        self.tree, self.cond = tree, cond
-        self.durability = durability
-        self.memtable_bytes, self.segment_bytes = memtable_bytes, segment_bytes
-        self.max_stall_s, self.room = max_stall_s, room
+    def __init__(self, tree: Tree, cond: threading.Condition, options: StoreOptions):
+        self.tree, self.cond, self.options = tree, cond, options
+        self.durability = options.durability
+        self.keeper: Keeper | None = None
         self.queue: deque[Batch] = deque()
         self.future: dict[bytes, tuple[int, bool]] = {}
         self.writing = threading.Lock()
@@ -85,7 +104,7 @@ class Writer:
 
     def start(self) -> None:
         """The thread that writes what nobody waits for."""
-        if self.durability == "none":
+        if self.durability == "none" and self.options.background:
             self.thread = threading.Thread(target=self._run, name="kvpaged-writer", daemon=True)
             self.thread.start()
 
@@ -101,122 +120,146 @@ class Writer:
             StorageError: the disk refuses, or there was no room within `max_stall_s`; nothing of
                 this call is found then.
         """
-        need = sum(one.entry.room + len(one.packed) + 64 for one in coming) + 4 * BLOCK
         with self.cond:
-            self._admit(need)
-            puts = self._wanted(coming, present)
-            if not any(puts):
-                return puts
-            batch, memory = self._place([one for one, put in zip(coming, puts, strict=True) if put],
-                                        atomic=atomic)  # fmt: skip
+            self._admit(_room(coming, atomic=atomic))
+            chosen = self._wanted(coming, present)
+            wanted = [coming[number] for number in chosen]
+            if not wanted:
+                return [False] * len(coming)
+            batch = self._place(wanted, atomic=atomic)
+        filled = False
         try:
-            for place, one in zip(
-                memory, (one for one, put in zip(coming, puts, strict=True) if put), strict=True
-            ):
-                fill(place, one)
+            for place, one in zip(batch.placed, wanted, strict=True):
+                fill(place.memory, one)
+            filled = True
         finally:
             with self.cond:
-                for group in batch.groups:
-                    group.arriving -= 1
-                    group.slab.pins -= 1
+                batch.log.arrived(batch.placed, whole=filled)
                 batch.arrived = True
+                if not filled:
+                    batch.error = InterruptedError("its bytes were not copied to the end")
                 self._commit()
                 self.cond.notify_all()
-        if self.durability == "none":
-            with self.cond:
-                self.cond.wait_for(lambda: batch.done)
-        else:
-            self._write_until(lambda: batch.done)
+        self._wait(batch)
         if batch.error is not None:
             raise StorageError(
                 f"{batch.log.where} cannot be written: {batch.error}"
             ) from batch.error
-        return puts
+        put = set(chosen)
+        return [number in put for number in range(len(coming))]
+
+    def _wait(self, batch: Batch) -> None:
+        if self.durability == "none":
+            with self.cond:
+                self.cond.wait_for(lambda: batch.done)
+            return
+        while not batch.done:
+            with self.writing:
+                if not batch.done:
+                    self._write_some()
 
     def _admit(self, need: int) -> None:
-        """Wait until the entries may come; raises if they never may."""
-        if self.closed:
-            raise UsageError("the store is closed")
-        waited = False
+        """Wait until the entries may come; raises if they never may. The lock is held, and let go
+        while it waits.
+        """
+        deadline = 0.0
         while True:
+            if self.closed:
+                raise UsageError("the store is closed")
             reason = self._obstacle(need)
             if reason is None:
                 return
-            if not waited:
+            now = time.monotonic()
+            if not deadline:
+                deadline = now + self.options.max_stall_s
                 self.counts.stalls += 1
-                waited = True
             self.urgent = True
             self.cond.notify_all()
-            if not self.cond.wait_for(
-                lambda: self.closed or self._obstacle(need) is None, self.max_stall_s
-            ):
+            if not self._help() and (now >= deadline or not self.options.background):
                 self.counts.refused += 1
-                raise StorageError(f"waited {self.max_stall_s:g} s: {reason}")
-            if self.closed:
-                raise UsageError("the store was closed")
+                raise StorageError(f"{self.tree.files}: no room in time: {reason}")
+            if now >= deadline:
+                self.counts.refused += 1
+                raise StorageError(
+                    f"{self.tree.files}: waited {self.options.max_stall_s:g} s: {reason}"
+                )
+            if self.options.background:
+                self.cond.wait(min(LINGER_S, deadline - now))
+
+    def _help(self) -> bool:
+        """Write what is unwritten; without threads of its own, do what they would do."""
+        release = self.cond.release
+        release()
+        try:
+            with self.writing:
+                wrote = self._write_some()
+            if wrote or self.options.background or self.keeper is None:
+                return wrote
+            return self.keeper.help()
+        finally:
+            self.cond.acquire()
 
     def _obstacle(self, need: int) -> str | None:
-        pending = self.tree.pending_bytes()
-        if pending and pending + need > self.memtable_bytes:
+        tree = self.tree
+        pending = tree.pending_bytes()
+        if pending and pending + need > self.options.memtable_bytes:
             return (
-                f"{need:,} bytes come, {pending:,} of {self.memtable_bytes:,} in memory are not "
-                "written yet"
+                f"{need:,} bytes come, {pending:,} of {self.options.memtable_bytes:,} in memory "
+                "are not written yet"
             )
-        if not self.room(need):
-            return f"{need:,} bytes come and nothing could be evicted for them in that time"
-        if not self.tree.reserved and self._full(1):
-            return "a new manifest is being written"
-        return None
+        if self._full(1, need) and (not tree.reserved or len(tree.sealing) >= MOST_SEALING):
+            error = None if self.keeper is None else self.keeper.error
+            why = f"; {error}" if error else ""
+            return f"{len(tree.sealing)} full files wait for their index{why}"
+        return None if self.keeper is None else self.keeper.obstacle(need)
 
-    def _wanted(self, coming: Sequence[Coming], present: bool | None) -> list[bool]:
-        puts: list[bool] = []
-        now = now_ms() if present is not None else 0
-        for one in coming:
-            put = True
-            if present is not None:
-                put = self._exists(one.entry.key, now) == present
-            if put:
-                self.future[one.entry.key] = (
-                    self.tree.next_sequence + sum(puts), one.entry.kind == VALUE
-                )  # fmt: skip
-            puts.append(put)
-        return puts
+    def _wanted(self, coming: Sequence[Coming], present: bool | None) -> list[int]:
+        """Numbers of the entries to be put."""
+        chosen: list[int] = []
+        now = self.options.clock() if present is not None else 0
+        for number, one in enumerate(coming):
+            key = one.entry.key
+            if present is None or self._exists(key, now) == present:
+                sequence = self.tree.next_sequence + len(chosen)
+                self.future[key] = (sequence, one.entry.kind == VALUE)
+                chosen.append(number)
+        return chosen
 
     def _exists(self, key: bytes, now: int) -> bool:
         if key in self.future:
             return self.future[key][1]
         return self.tree.find(key, now) is not None
 
-    def _full(self, more: int) -> bool:
+    def _full(self, more: int, need: int) -> bool:
         log = self.tree.active
         return (
             log is None
             or log.failed is not None
             or log.entries + more > MOST_KEYS
-            or log.projected() >= self.segment_bytes
+            or (log.entries > 0 and log.projected() + need > self.options.file_bytes)
         )
 
-    def _place(self, coming: Sequence[Coming], *, atomic: bool) -> tuple[Batch, list]:
-        if len(coming) > MOST_KEYS:
-            raise ConfigError(f"{len(coming):,} entries at once; {MOST_KEYS:,} are the most")
-        if self._full(len(coming)):
-            try:
+    def _place(self, coming: Sequence[Coming], *, atomic: bool) -> Batch:
+        try:
+            if len(coming) > MOST_KEYS:
+                raise ConfigError(f"{len(coming):,} entries at once; {MOST_KEYS:,} are the most")
+            if self._full(len(coming), _room(coming, atomic=atomic)):
                 self.tree.start_log()
-            except StorageError:
-                for one in coming:
-                    self.future.pop(one.entry.key, None)
-                raise
+        except (ConfigError, StorageError):
+            for one in coming:
+                self.future.pop(one.entry.key, None)
+            raise
         log = self.tree.active
         assert log is not None
-        groups, rows, memory = log.place(coming, self.tree.next_sequence, atomic=atomic)
+        batch = Batch(log, log.place(coming, self.tree.next_sequence, atomic=atomic))
         self.tree.next_sequence += len(coming)
-        for group in groups:
-            group.slab.pins += 1
-        batch = Batch(log, rows, groups)
         self.queue.append(batch)
-        self.counts.puts += len(coming)
-        self.counts.put_bytes += sum(one.entry.stored for one in coming)
-        return batch, memory
+        values = [one.entry for one in coming if one.entry.kind == VALUE]
+        self.counts.puts += len(values)
+        self.counts.deletes += len(coming) - len(values)
+        self.counts.put_bytes += sum(entry.stored for entry in values)
+        self.counts.tensor_bytes += sum(entry.nbytes for entry in values)
+        return batch
 
     def _commit(self) -> None:
         """Make found what is in its turn."""
@@ -225,28 +268,23 @@ class Writer:
             batch = self.queue[0]
             if not batch.arrived:
                 return
-            errors = [group.error for group in batch.groups if group.error is not None]
+            groups = [one.group for one in batch.placed]
+            errors = [group.error for group in groups if group.error is not None]
             if errors:
-                batch.error = errors[0]
-            elif not early and not all(group.written for group in batch.groups):
+                batch.error = batch.error or errors[0]
+            elif batch.error is None and not early and not all(g.written for g in groups):
                 return
             self.queue.popleft()
             batch.done = True
-            for row in batch.rows:
+            now = self.options.clock()
+            for one in batch.placed:
                 if batch.error is None:
-                    self.tree.commit(batch.log, row)
-                key, sequence = row.entry.key, row.entry.sequence
+                    self.tree.commit(batch.log, one.row, now)
+                key, sequence = one.row.entry.key, one.row.entry.sequence
                 if self.future.get(key, (sequence, True))[0] <= sequence:
                     self.future.pop(key, None)
 
     # -- writing -----------------------------------------------------------------------------------
-
-    def _write_until(self, done: Callable[[], bool]) -> None:
-        """Write, or wait for who writes, until it is so."""
-        while not done():
-            with self.writing:
-                if not done():
-                    self._write_some()
 
     def _write_some(self) -> bool:
         """One write of the oldest groups there are; whether there were any. `writing` is held."""
@@ -257,8 +295,8 @@ class Writer:
             if not log.closed:
                 log.close_group()
             run = log.ready()
-            if not run:
-                self.cond.wait_for(lambda: bool(log.ready()))
+            while not run:
+                self.cond.wait()
                 run = log.ready()
         error = None
         try:
@@ -275,22 +313,15 @@ class Writer:
         if error is None:
             self.counts.writes += 1
             self.counts.log_bytes += run[-1].start + run[-1].size - run[0].start
-            log.wrote(run, None)
+            log.wrote(run)
         else:
-            # What comes behind a hole is not written either: the file ends before it.
-            log.failed = error
-            log.close_group()
-            failed = list(log.closed)
-            log.end = failed[0].start
-            log.wrote(failed, error)
-            self._drop_failed(log, failed)
+            self._drop_failed(log, log.fail(error))
         self._commit()
-        log.release(self.memtable_bytes)
+        log.release(self.options.memtable_bytes if log is self.tree.active else 0)
         self.cond.notify_all()
 
-    def _drop_failed(self, log: Log, failed: Sequence[OpenGroup]) -> None:
+    def _drop_failed(self, log: Log, start: int) -> None:
         """Values that were found before they were written (durability `none`) are lost."""
-        start = failed[0].start
         for key, row in list(log.live.items()):
             if row.entry.offset >= start:
                 self.tree.kill(key)
@@ -306,6 +337,15 @@ class Writer:
                 if not self._write_some():
                     return
 
+    def close(self) -> None:
+        """Nothing can be put any more; what was put is written."""
+        with self.cond:
+            self.closed = True
+            self.cond.notify_all()
+        if self.thread is not None:
+            self.thread.join()
+        self.write_all()
+
     def _run(self) -> None:
         while True:
             with self.cond:
@@ -318,3 +358,11 @@ class Writer:
                     return
             with self.writing:
                 self._write_some()
+
+
+def _room(coming: Sequence[Coming], *, atomic: bool) -> int:
+    """The most bytes that entries add to a log, its index included."""
+    payloads = sum(up(one.entry.room, BLOCK) for one in coming)
+    packed = sum(up(len(one.packed) + 64, BLOCK if not atomic else 8) for one in coming)
+    index = sum(len(one.packed) + 64 for one in coming)
+    return payloads + packed + up(index, BLOCK) + 8 * BLOCK

@@ -1,0 +1,1 @@
+"""An embedded store of tensors: a log-structured merge tree on disk."""

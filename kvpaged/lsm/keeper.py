@@ -1,0 +1,403 @@
+"""What happens behind puts: sealing, manifests, eviction, compaction, removing files."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvpaged.codecs import codec
+from kvpaged.errors import IntegrityError, StorageError
+from kvpaged.lsm import manifest as manifests
+from kvpaged.lsm.compaction import (
+    SPARE,
+    Budget,
+    Limits,
+    SegmentState,
+    Task,
+    budget,
+    plan,
+    plan_all,
+)
+from kvpaged.lsm.eviction import Policy
+from kvpaged.lsm.living import Living
+from kvpaged.lsm.log import Log
+from kvpaged.lsm.merge import Merger, Output, Source, Unreadable
+from kvpaged.lsm.options import StoreOptions
+from kvpaged.lsm.segment import Segment, write_index
+from kvpaged.lsm.tree import InSegment, Tree
+from kvpaged.lsm.writer import Writer
+
+EVICT = 1 / 64
+"""Of the bytes that may live: evicted at a time, so that values are not sorted for every put."""
+IDLE_S = 0.2
+"""How often the thread looks whether something is due."""
+AGAIN_S = 0.1
+"""How long nothing is tried after the disk refused."""
+
+
+class Stopped(Exception):
+    """Compaction ends early."""
+
+
+class Keeper:
+    """Keeps a store in order. `work` and what it does run in one thread at a time (`working`);
+    `obstacle` and what it does under the store's lock.
+
+    Invariants:
+        1. Bytes on disk never exceed `max_bytes`: puts keep to `budget`, and a task is
+           planned to write no more than what is free.
+        2. A file is removed after a manifest was saved that does not name it.
+    """
+
+    def __init__(
+        self, tree: Tree, cond: threading.Condition, writer: Writer, options: StoreOptions,
+        policy: Policy,
+    ):  # fmt: skip
+        self.tree, self.cond, self.writer = tree, cond, writer
+        self.options, self.policy = options, policy
+        self.working = threading.RLock()
+        self.short = self.closing = self.dirty = False
+        self.stuck: set[int] = set()
+        self.evicted = self.evicted_bytes = self.expired = 0
+        self.manifest_bytes = self.sealed_bytes = 0
+        self.error: str | None = None
+        self._again = 0.0
+        self._largest = max((s.file_bytes for s in tree.segments.values()), default=0)
+        self.merger = Merger(
+            tree.files, tree.opened, segment_bytes=options.file_bytes,
+            cold=None if options.cold_codec is None else codec(options.cold_codec),
+            pace=self._pace, take_id=self._take_id,
+        )  # fmt: skip
+        self.thread: threading.Thread | None = None
+
+    # -- room --------------------------------------------------------------------------------------
+
+    def budget(self) -> Budget | None:
+        """Bytes there may be, and may live; `None` for any number."""
+        if self.options.max_bytes is None:
+            return None
+        return budget(self.options.max_bytes, self.options.file_bytes, self._largest)
+
+    def obstacle(self, need: int) -> str | None:
+        """See `writer.Keeper.obstacle`."""
+        budget = self.budget()
+        if budget is None:
+            return None
+        if need > budget.live:
+            raise StorageError(
+                f"{self.tree.files}: {need:,} bytes come at once; of {self.options.max_bytes:,} "
+                f"there can be {max(budget.live, 0):,} for values"
+            )
+        over = self.tree.live_bytes + need - budget.live
+        if over > 0:
+            self._evict(over + int(budget.live * EVICT))
+        used = self.tree.used_bytes()
+        self.short = used + need > budget.puts - self.options.file_bytes
+        if used + need <= budget.puts:
+            return None
+        why = f"; {self.error}" if self.error else ""
+        return (
+            f"{need:,} bytes come, {used:,} of {budget.puts:,} are taken until they are "
+            f"compacted{why}"
+        )
+
+    def _evict(self, need: int) -> None:
+        living = Living(self.tree)
+        values = living.columns()
+        now = self.options.clock()
+        for number in self.policy(values, need, now).tolist():
+            expired = 0 < int(values.expires[number]) <= now
+            self.expired += expired
+            self.evicted += not expired
+            self.evicted_bytes += int(values.rooms[number])
+            self.tree.drop(living.found(number))
+
+    # -- work --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Save a first manifest, seal what was left, and start the thread."""
+        with self.working:
+            self.dirty = True
+            while self._seal():
+                pass
+            self._save()
+        if self.options.background:
+            self.thread = threading.Thread(target=self._run, name="kvpaged-keeper", daemon=True)
+            self.thread.start()
+
+    def help(self) -> bool:
+        """See `writer.Keeper.help`."""
+        self._again = 0.0
+        return self.work()
+
+    def work(self) -> bool:
+        """Do the next thing that is due; whether there was any."""
+        with self.working:
+            if time.monotonic() < self._again:
+                return False
+            return self._seal() or self._compact(None) or self._save()
+
+    def _run(self) -> None:
+        while True:
+            if not self.work():
+                with self.cond:
+                    if self.closing:
+                        return
+                    self.cond.wait_for(lambda: self.closing or self.tree.sealing, IDLE_S)
+                    if time.monotonic() < self._again and not self.closing:
+                        self.cond.wait(IDLE_S)
+            if self.closing:
+                return
+
+    def _refused(self, what: str, error: OSError) -> bool:
+        self.error = f"{what}: {error}"
+        self._again = time.monotonic() + AGAIN_S
+        return False
+
+    def _take_id(self) -> int:
+        with self.cond:
+            return self.tree.take_id()
+
+    def _pace(self, size: int) -> None:
+        rate = self.options.compact_bytes_per_s
+        if self.closing and self.thread is threading.current_thread():
+            raise Stopped
+        if rate is not None:
+            with self.cond:
+                self.cond.wait_for(lambda: self.closing or self.short, size / rate)
+
+    # -- sealing -----------------------------------------------------------------------------------
+
+    def _seal(self) -> bool:
+        with self.cond:
+            busy = {id(batch.log) for batch in self.writer.queue}
+            log = self.tree.sealing[0] if self.tree.sealing else None
+            if log is None or log.pending() or id(log) in busy:
+                return False
+        try:
+            segment = self._index(log)
+        except OSError as error:
+            return self._refused(f"{log.where} cannot be sealed", error)
+        except IntegrityError as error:
+            return self._refused(f"{log.where} cannot be sealed", OSError(str(error)))
+        with self.cond:
+            self.tree.sealed(log, segment)
+            if segment is not None:
+                self._largest = max(self._largest, segment.file_bytes)
+                self.sealed_bytes += segment.file_bytes - log.end
+            self.dirty = True
+            self.cond.notify_all()
+        return True
+
+    def _index(self, log: Log) -> Segment | None:
+        rows = sorted(log.rows.values(), key=lambda row: row.entry.key)
+        if not rows:
+            return None
+        write_index(log.file, log.number, 0, log.end, rows, log.written)
+        segment = Segment(self.tree.files, log.number)
+        if segment.repaired:
+            raise IntegrityError(segment.repaired)
+        return segment
+
+    # -- the manifest ------------------------------------------------------------------------------
+
+    def _save(self) -> bool:
+        with self.cond:
+            if not self.dirty:
+                return False
+            self.dirty = False
+            manifest = self.tree.manifest()
+            obsolete, empty = list(self.tree.obsolete), list(self.tree.empty)
+        try:
+            self.manifest_bytes += manifests.save(self.tree.files, manifest)
+        except OSError as error:
+            self.dirty = True
+            return self._refused("the manifest cannot be saved", error)
+        with self.cond:
+            self.tree.saved()
+            self.error = None
+            self.cond.notify_all()
+        for segment in obsolete:
+            self.tree.opened.drop(segment.name)
+            if self._remove(segment.name):
+                with self.cond:
+                    self.tree.removed(segment)
+        for name in list(self.tree.strays):
+            if self._remove(name):
+                with self.cond:
+                    del self.tree.strays[name]
+        for log in empty:
+            if self._remove(log.name):
+                with self.cond:
+                    self.tree.empty.remove(log)
+        with self.cond:
+            self.cond.notify_all()
+        return True
+
+    def _remove(self, name: str) -> bool:
+        try:
+            self.tree.files.remove(name)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            self.dirty = True
+            return self._refused(f"{name} cannot be removed", error)
+        return True
+
+    # -- compaction --------------------------------------------------------------------------------
+
+    def states(self) -> list[SegmentState]:
+        """What the planner sees; under the store's lock."""
+        return [
+            SegmentState(
+                s.number, s.level, s.file_bytes, s.live_bytes, s.live_values, s.entry_bytes,
+                s.linked, s.broken,
+            )
+            for s in self.tree.segments.values()
+            if s.number not in self.stuck
+        ]  # fmt: skip
+
+    def limits(self) -> Limits:
+        """What a task must keep to; under the store's lock."""
+        room = 1 << 62
+        if self.options.max_bytes is not None:
+            room = max(0, self.options.max_bytes - self.tree.used_bytes() - SPARE)
+        return Limits(self.options.file_bytes, room, self.short)
+
+    def _compact(self, done: set[int] | None) -> bool:
+        """One task; `done` are the outputs of a rewriting of everything."""
+        with self.cond:
+            self._expire()
+            states, limits = self.states(), self.limits()
+            task = plan(states, limits) if done is None else plan_all(states, limits, done)
+            if task is None:
+                return False
+            sources = self._sources(task)
+            size = self.options.file_bytes
+            chosen = set(task.inputs)
+            self.tree.planned = sum(s.output_bytes(size) for s in states if s.id in chosen)
+        try:
+            outputs = self.merger.rewrite(sources, task.level) if sources else []
+        except Stopped:
+            self.tree.planned = 0
+            return False
+        except OSError as error:
+            with self.cond:
+                self.tree.planned = 0
+                self.tree.strays.update(self.merger.strays)
+                self.merger.strays.clear()
+                self.dirty |= bool(self.tree.strays)
+            if isinstance(error, Unreadable):  # what can be read of it still can
+                self.stuck.add(error.segment)
+            return self._refused("compaction", error)
+        with self.cond:
+            self._install(task, outputs)
+            if done is not None:
+                done.update(one.segment.number for one in outputs)
+        return self._save() or True
+
+    def _sources(self, task: Task) -> list[Source]:
+        now = self.options.clock()
+        before = now - int(self.options.cold_after_s * 1000)
+        cold = self.options.cold_codec is not None
+        sources = []
+        for number in task.inputs:
+            segment = self.tree.segments[number]
+            for row in np.flatnonzero(segment.live).tolist():
+                colder = cold and int(segment.stamps[row]) <= before
+                sources.append(Source(segment, row, segment.entry(row), colder))
+        self.merger.counts.inputs += len(task.inputs)
+        return sources
+
+    def _install(self, task: Task, outputs: Sequence[Output]) -> None:
+        """Outputs take the place of a task's segments, with what still lives."""
+        for output in outputs:
+            new = output.segment
+            live = []
+            for row in output.rows:
+                source = output.sources[row.entry.key]
+                if source.segment.live[source.row]:
+                    live.append(row.number)
+            new.take_live_numbers(live)
+            for at in range(new.count):
+                source = output.sources[new.key(at)]
+                new.stamps[at] = source.segment.stamps[source.row]
+        self.tree.planned = 0
+        self.tree.replaced(
+            [self.tree.segments[number] for number in task.inputs],
+            [output.segment for output in outputs],
+        )
+        self._largest = max((s.file_bytes for s in self.tree.segments.values()), default=0)
+        self.dirty = True
+
+    def _expire(self) -> None:
+        """What has expired does not live any more."""
+        now = self.options.clock()
+        for segment in self.tree.segments.values():
+            if segment.expiring:
+                due = segment.live & (segment.expires > 0) & (segment.expires <= now)
+                for row in np.flatnonzero(due).tolist():
+                    self.tree.drop(InSegment(segment, row))
+                    self.expired += 1
+                segment.expiring = bool((segment.live & (segment.expires > 0)).any())
+
+    # -- on request --------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Everything put so far is in sealed files that survive a loss of power.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        self.writer.write_all()
+        with self.working:
+            self._again = 0.0
+            with self.cond:
+                if self.tree.active is not None and self.tree.active.entries:
+                    self.tree.retire_active()
+                self.dirty = True
+            self._drain()
+
+    def _drain(self) -> None:
+        self.writer.write_all()
+        while self._seal():
+            pass
+        self._save()
+        if self.tree.sealing or self.dirty:
+            raise StorageError(f"{self.tree.files}: not all is on disk: {self.error}")
+
+    def compact(self) -> int:
+        """Rewrite everything: nothing dead is left, and chains lie in one piece, as far as there is
+        room for both the old and the new. Returns the number of tasks.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        self.flush()
+        tasks, done = 0, set[int]()
+        with self.working:
+            while self._compact(done):
+                tasks += 1
+            if self.error is not None:
+                raise StorageError(f"{self.tree.files}: {self.error}")
+        return tasks
+
+    def close(self) -> None:
+        """End the thread; everything put so far is in sealed files.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with self.cond:
+            self.closing = True
+            self.cond.notify_all()
+        if self.thread is not None:
+            self.thread.join()
+        self.writer.close()
+        with self.working:
+            self._again = 0.0
+            with self.cond:
+                self.tree.retire_active()
+                self.dirty = True
+            self._drain()
