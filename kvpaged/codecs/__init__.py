@@ -10,7 +10,17 @@ from kvpaged.codecs.lossless import Lossless
 from kvpaged.codecs.zstd import Zstd
 from kvpaged.errors import ConfigError, IntegrityError
 
-__all__ = ["Bytes", "Codec", "codec", "codec_by_id", "names", "register"]
+__all__ = [
+    "Bytes",
+    "Codec",
+    "Lossless",
+    "Raw",
+    "Zstd",
+    "codec",
+    "codec_by_id",
+    "names",
+    "register",
+]
 
 _FIRST_FOREIGN = 128
 _BY_ID: dict[int, Codec] = {}
