@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -212,7 +213,7 @@ def test_a_prompt_of_32_pages_comes_back_in_two_reads(tmp_path, codec):
             assert runs(store, keys[prompt]) <= 2
         assert before > 2
         for prompt in range(6):
-            found = store.get_many(keys[prompt])
+            found: Any = store.get_many(keys[prompt])
             assert all(torch.equal(a, b) for a, b in zip(found, pages[prompt], strict=True))
         assert store.verify() == []
 
@@ -277,7 +278,8 @@ def test_what_was_not_asked_for_is_recoded():
         assert coded == {b"0": 1, b"1": 1, b"2": 0, b"3": 1}
         assert store.stats().recoded == 3
         for n in range(4):
-            assert torch.equal(store.get(b"%d" % n), torch.zeros(20_000) + n)
+            found: Any = store.get(b"%d" % n)
+            assert torch.equal(found, torch.zeros(20_000) + n)
         assert store.verify() == []
 
 

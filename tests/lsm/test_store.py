@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_every_dtype_comes_back_to_the_bit(dtype, codec):
         tensor = raw.view(dtype)
         store.put(b"t", {"a": tensor, "scalar": tensor[0, 0], "turned": tensor.T})
         for _ in range(2):
-            found = store.get(b"t")
+            found: Any = store.get(b"t")
             assert found["a"].dtype == dtype
             assert torch.equal(found["a"].view(torch.uint8), raw)
             assert found["scalar"].shape == ()
