@@ -13,7 +13,7 @@ import numpy as np
 
 from kvpaged.lsm.files import Bytes, File, Files, aligned
 from kvpaged.lsm.groups import GROUP_BYTES, pack_group
-from kvpaged.lsm.layout import BLOCK, DELETE, Entry, place_entry, up, void_entry
+from kvpaged.lsm.layout import BLOCK, DELETE, Entry, place_entry, unpack_entry, up, void_entry
 from kvpaged.lsm.segment import Row, file_name, index_room
 
 DIRECT_FROM = 512 * 1024
@@ -98,6 +98,9 @@ class SlabPool:
 class Log:
     """One file being written. All methods but `write` are called under the store's lock.
 
+    Attributes:
+        ghosts: keys of a write that failed: some of it may be in the file until it is sealed.
+
     Invariants:
         1. Groups follow each other without a gap; `end` is where the next begins.
         2. Bytes of a slab up to `used` are the file's, once their group is written.
@@ -121,6 +124,7 @@ class Log:
         self.live: dict[bytes, Row] = {}
         self.stamps: dict[bytes, int] = {}
         self.live_bytes = 0
+        self.ghosts: set[bytes] = set()
         self.written = 0
         self.packed_bytes = 0
         self.entries = 0
@@ -296,6 +300,7 @@ class Log:
         self.failed = error
         for group in self.closed:
             group.written, group.error = True, error
+            self.ghosts |= {unpack_entry(raw, 0, self.where)[0].key for raw in group.entries}
         self.closed.clear()
         return self.end
 

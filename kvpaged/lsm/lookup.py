@@ -16,7 +16,9 @@ from kvpaged.lsm.tree import Found, InSegment, Tree
 from kvpaged.lsm.values import check_key, chosen, destination, lying
 
 Value: TypeAlias = Any
-"""What was put: a tensor, or a dict of them by name. Who reads a key knows which, types do not."""
+"""What was put, a tensor or a dict of them by name, or `None` for nothing. Who reads a key knows
+which; types do not.
+"""
 Destination = Tensor | Mapping[str, Tensor]
 OnDamage = Literal["raise", "miss"]
 """What to do with a value that is not what its checksums say: raise an `IntegrityError` (or a
@@ -57,7 +59,7 @@ class Lookup:
     def get(
         self, key: bytes, parts: Sequence[str] | None = None, *, out: Destination | None = None,
         damaged: OnDamage = "raise",
-    ) -> Value | None:  # fmt: skip
+    ) -> Value:  # fmt: skip
         """A value, or `None` where there is none.
 
         Args:
@@ -79,7 +81,7 @@ class Lookup:
 
     def view(
         self, key: bytes, parts: Sequence[str] | None = None, *, damaged: OnDamage = "raise"
-    ) -> Value | None:
+    ) -> Value:
         """A value without copying it, where it is stored raw in a sealed file; else as `get`.
 
         The tensors are the file's own bytes, through the page cache: reading them may read from
@@ -115,7 +117,7 @@ class Lookup:
     def get_many(
         self, keys: Sequence[bytes], parts: Sequence[str] | None = None, *,
         out: Sequence[Destination | None] | None = None, damaged: OnDamage = "raise",
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         """`get` of each, with many reads in flight; values that lie behind each other are one read.
 
         Raises:
@@ -130,9 +132,9 @@ class Lookup:
     def view_many(
         self, keys: Sequence[bytes], parts: Sequence[str] | None = None, *,
         damaged: OnDamage = "raise",
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         """`view` of each."""
-        values: list[Value | None] = []
+        values: list[Value] = []
         for key, held in zip(keys, self._pinned(keys, memory=False), strict=True):
             found = None if held is None else held.found
             if found is None:
@@ -212,7 +214,7 @@ class Lookup:
     def _fetched(
         self, held: Sequence[Fetch | None], parts: Sequence[str] | None,
         out: Sequence[Destination | None] | None, damaged: OnDamage,
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         fetches = [one for one in held if one is not None]
         try:
             for number, one in enumerate(held):
@@ -238,7 +240,7 @@ class Lookup:
 
     def _viewed(
         self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage
-    ) -> Value | None:
+    ) -> Value:
         segment, entry = found.segment, found.entry
         payload = segment.payload(entry)
         if not segment.checked[found.row]:

@@ -125,6 +125,16 @@ class Tree:
                 return InSegment(segment, at)
         return None
 
+    def remembers(self, key: bytes) -> bool:
+        """Whether some file has a value of a key that does not live: one that was evicted, say, and
+        would live again after a crash, as the last manifest says.
+        """
+        return (
+            any(key in log.rows or key in log.ghosts for log in (*self.logs(), *self.empty))
+            or any(segment.find(key) is not None for segment in self.filters.owners(key))
+            or any(segment.find(key) is not None for segment in self.obsolete)
+        )
+
     def touch(self, found: Found, now: int) -> None:
         """It has been asked for."""
         if isinstance(found, InSegment):

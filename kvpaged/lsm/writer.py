@@ -113,7 +113,7 @@ class Writer:
     def put(
         self, coming: Sequence[Coming], *, atomic: bool = False, present: bool | None = None
     ) -> list[bool]:
-        """Put entries; which of them were put (`present`: only those whose key is there, or is
+        """Put entries; which of them had their way (`present`: only those whose key is there, or is
         not). Atomic ones are put together or, after a crash, not at all.
 
         Raises:
@@ -122,10 +122,9 @@ class Writer:
         """
         with self.cond:
             self._admit(_room(coming, atomic=atomic))
-            chosen = self._wanted(coming, present)
-            wanted = [coming[number] for number in chosen]
+            wanted, answers = self._wanted(coming, present)
             if not wanted:
-                return [False] * len(coming)
+                return answers
             batch = self._place(wanted, atomic=atomic)
         filled = False
         try:
@@ -145,8 +144,7 @@ class Writer:
             raise StorageError(
                 f"{batch.log.where} cannot be written: {batch.error}"
             ) from batch.error
-        put = set(chosen)
-        return [number in put for number in range(len(coming))]
+        return answers
 
     def _wait(self, batch: Batch) -> None:
         if self.durability == "none":
@@ -213,17 +211,21 @@ class Writer:
             return f"{len(tree.sealing)} full files wait for their index{why}"
         return None if self.keeper is None else self.keeper.obstacle(need)
 
-    def _wanted(self, coming: Sequence[Coming], present: bool | None) -> list[int]:
-        """Numbers of the entries to be put."""
-        chosen: list[int] = []
+    def _wanted(
+        self, coming: Sequence[Coming], present: bool | None
+    ) -> tuple[list[Coming], list[bool]]:
+        """The entries to be put, and what to answer for each that came."""
+        wanted: list[Coming] = []
+        answers: list[bool] = []
         now = self.options.clock() if present is not None else 0
-        for number, one in enumerate(coming):
-            key = one.entry.key
-            if present is None or self._exists(key, now) == present:
-                sequence = self.tree.next_sequence + len(chosen)
-                self.future[key] = (sequence, one.entry.kind == VALUE)
-                chosen.append(number)
-        return chosen
+        for one in coming:
+            key, value = one.entry.key, one.entry.kind == VALUE
+            answers.append(present is None or self._exists(key, now) == present)
+            # A deletion is written down also where only a crash would bring a value back.
+            if answers[-1] or (not value and self.tree.remembers(key)):
+                self.future[key] = (self.tree.next_sequence + len(wanted), value)
+                wanted.append(one)
+        return wanted, answers
 
     def _exists(self, key: bytes, now: int) -> bool:
         if key in self.future:

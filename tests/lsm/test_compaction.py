@@ -246,6 +246,19 @@ def test_a_bounded_store_never_exceeds_its_bound_and_keeps_what_was_asked_for():
         assert store.verify() == []
 
 
+def test_what_was_evicted_and_then_deleted_does_not_come_back():
+    files = FaultyFiles()
+    with open_store(files, max_bytes=MIB) as store:
+        store.put(b"first", value(1, 5000))
+        store.flush()
+        assert store._keeper is not None
+        store._keeper._evict(1)
+        assert b"first" not in store
+        assert b"first" in open_store(files.killed(), max_bytes=MIB)  # no manifest knows it yet
+        assert not store.delete(b"first")
+        assert b"first" not in open_store(files.killed(), max_bytes=MIB)
+
+
 def test_a_bound_that_became_smaller_is_kept_to():
     files = FaultyFiles()
     with open_store(files) as store:
