@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-DTYPES = "u1 i1 i2 i4 i8 f2 bf16 f4 f8 c8 c16 ?".split()  # ids 1 to 12; fp8 and others follow
+# Ids 1 to 12; fp8 and others follow.
+DTYPES = ["u1", "i1", "i2", "i4", "i8", "f2", "bf16", "f4", "f8", "c8", "c16", "?"]
 CODECS = {0: "raw", 1: "zstd", 2: "lossless"}
 COLUMNS, PREFIX = 6, struct.Struct("<IBBHHHIIIQQqQ")
 

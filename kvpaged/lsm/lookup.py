@@ -238,9 +238,7 @@ class Lookup:
                     raise one.error
         return [None if one is None or one.error is not None else one.tensors() for one in held]
 
-    def _viewed(
-        self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage
-    ) -> Value:
+    def _viewed(self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage) -> Value:
         segment, entry = found.segment, found.entry
         payload = segment.payload(entry)
         if not segment.checked[found.row]:
