@@ -12,7 +12,7 @@ from kvpaged.lsm.layout import Entry
 from kvpaged.lsm.reader import Fetch, Reader, outputs, pin
 from kvpaged.lsm.segment import check_payload
 from kvpaged.lsm.stats import ValueInfo, info_of
-from kvpaged.lsm.tree import Found, InSegment, Tree
+from kvpaged.lsm.tree import Found, InSegment
 from kvpaged.lsm.values import check_key, chosen, destination, lying
 
 Value: TypeAlias = Any
@@ -45,9 +45,6 @@ class Lookup:
     def _touch(self, found: Found) -> None:
         raise NotImplementedError
 
-    def _current(self) -> Tree:
-        raise NotImplementedError
-
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, Found]]:
         raise NotImplementedError
 
@@ -77,7 +74,17 @@ class Lookup:
             StorageError: it cannot be read.
             ConfigError: it has no part of a name, or `out` is of another dtype or shape.
         """
-        return self.get_many([key], parts, out=None if out is None else [out], damaged=damaged)[0]
+        check_key(key)
+        with self._cond:  # as `_pinned` does, but a key that is not there costs as little as it can
+            self._check_open()
+            found = self._find(key)
+            if found is None:
+                self._reader.counts.misses += 1
+                return None
+            self._reader.counts.hits += 1
+            self._touch(found)
+            held = [self._pin(found)]
+        return self._fetched(held, parts, None if out is None else [out], damaged)[0]
 
     def view(
         self, key: bytes, parts: Sequence[str] | None = None, *, damaged: OnDamage = "raise"
@@ -89,7 +96,18 @@ class Lookup:
         its file on disk meanwhile. They must not be written to: other views would see it (the file
         would not). Checksums are verified when a value is first viewed.
         """
-        return self.view_many([key], parts, damaged=damaged)[0]
+        check_key(key)
+        with self._cond:
+            self._check_open()
+            found = self._find(key)
+            if isinstance(found, InSegment):
+                counts = self._reader.counts
+                counts.hits += 1
+                counts.viewed += 1
+                self._touch(found)
+        if isinstance(found, InSegment):
+            return self._viewed(found, parts, damaged)
+        return self.get(key, parts, damaged=damaged)
 
     def contains(self, key: bytes) -> bool:
         """Whether there is a value; it does not count as asked for."""
@@ -134,16 +152,7 @@ class Lookup:
         damaged: OnDamage = "raise",
     ) -> list[Value]:  # fmt: skip
         """`view` of each."""
-        values: list[Value] = []
-        for key, held in zip(keys, self._pinned(keys, memory=False), strict=True):
-            found = None if held is None else held.found
-            if found is None:
-                values.append(None)
-            elif isinstance(found, InSegment):
-                values.append(self._viewed(found, parts, damaged))
-            else:
-                values += self._fetched(self._pinned([key], count=False), parts, None, damaged)
-        return values
+        return [self.view(key, parts, damaged=damaged) for key in keys]
 
     def scan(self, prefix: bytes = b"") -> Iterator[bytes]:
         """The keys that begin so, ascending, as they were when this was called."""
@@ -186,9 +195,7 @@ class Lookup:
 
     # -- how ---------------------------------------------------------------------------------------
 
-    def _pinned(
-        self, keys: Sequence[bytes], *, memory: bool = True, count: bool = True
-    ) -> list[Fetch | None]:
+    def _pinned(self, keys: Sequence[bytes]) -> list[Fetch | None]:
         held: list[Fetch | None] = []
         with self._cond:
             self._check_open()
@@ -196,17 +203,17 @@ class Lookup:
             for key in keys:
                 found = self._find(_checked(key))
                 if found is None:
-                    counts.misses += count
+                    counts.misses += 1
                     held.append(None)
                     continue
-                counts.hits += count
+                counts.hits += 1
                 self._touch(found)
-                held.append(self._pin(found, memory=memory))
+                held.append(self._pin(found))
         return held
 
-    def _pin(self, found: Found, *, memory: bool = True) -> Fetch:
+    def _pin(self, found: Found) -> Fetch:
         one = Fetch(found)
-        pinned = pin(self._current(), found) if memory else None
+        pinned = pin(found)
         if pinned is not None:
             one.memory, one.slab = pinned
         return one
@@ -250,8 +257,6 @@ class Lookup:
                     raise
                 return None
             segment.checked[found.row] = True
-        with self._cond:
-            self._reader.counts.viewed += 1
         return lying(entry, payload, chosen(entry, parts))
 
 

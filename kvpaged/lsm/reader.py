@@ -77,7 +77,7 @@ class Fetch:
         return made[""] if self.entry.single else made
 
 
-def pin(tree: Tree, found: Found) -> tuple[Bytes, Slab] | None:
+def pin(found: Found) -> tuple[Bytes, Slab] | None:
     """A value's payload in memory, if it is there; under the store's lock. The slab stays until
     its `pins` are taken back.
     """

@@ -219,13 +219,10 @@ class TensorStore(Lookup):
             raise UsageError("the store is closed")
 
     def _find(self, key: bytes) -> Found | None:
-        return self._tree.find(key, self._clock())
+        return self._tree.find(key, self._clock)
 
     def _touch(self, found: Found) -> None:
         self._tree.touch(found, self._clock())
-
-    def _current(self) -> Tree:
-        return self._tree
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, Found]]:
         with self._cond:
@@ -251,9 +248,7 @@ class TensorStore(Lookup):
         """
         with self._cond:
             self._check_open()
-            return Snapshot(
-                self._cond, self._reader, self._current, View(self._tree, self._clock())
-            )
+            return Snapshot(self._cond, self._reader, View(self._tree, self._clock()))
 
     def refresh(self) -> None:
         """See what another process has written since (`read_only`; else there is nothing to do).

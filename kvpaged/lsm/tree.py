@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from kvpaged.errors import IntegrityError, StorageError
@@ -109,18 +109,20 @@ class Tree:
             yield self.active
         yield from reversed(self.sealing)
 
-    def find(self, key: bytes, now: int | None = None) -> Found | None:
-        """Where a key lives; `now` (milliseconds since 1970) leaves out what has expired."""
+    def find(self, key: bytes, clock: Callable[[], int] | None = None) -> Found | None:
+        """Where a key lives; with a `clock` (milliseconds since 1970) not what has expired."""
         for log in self.logs():
             row = log.live.get(key)
             if row is not None:
-                if now is not None and 0 < row.entry.expires <= now:
+                expires = row.entry.expires
+                if expires and clock is not None and expires <= clock():
                     return None
                 return InLog(log, row)
         for segment in self.filters.owners(key):
             at = segment.find(key)
             if at is not None and segment.live[at]:
-                if now is not None and 0 < segment.expires[at] <= now:
+                expires = int(segment.expires[at]) if segment.expiring else 0
+                if expires and clock is not None and expires <= clock():
                     return None
                 return InSegment(segment, at)
         return None

@@ -217,20 +217,19 @@ class Writer:
         """The entries to be put, and what to answer for each that came."""
         wanted: list[Coming] = []
         answers: list[bool] = []
-        now = self.options.clock() if present is not None else 0
         for one in coming:
             key, value = one.entry.key, one.entry.kind == VALUE
-            answers.append(present is None or self._exists(key, now) == present)
+            answers.append(present is None or self._exists(key) == present)
             # A deletion is written down also where only a crash would bring a value back.
             if answers[-1] or (not value and self.tree.remembers(key)):
                 self.future[key] = (self.tree.next_sequence + len(wanted), value)
                 wanted.append(one)
         return wanted, answers
 
-    def _exists(self, key: bytes, now: int) -> bool:
+    def _exists(self, key: bytes) -> bool:
         if key in self.future:
             return self.future[key][1]
-        return self.tree.find(key, now) is not None
+        return self.tree.find(key, self.options.clock) is not None
 
     def _full(self, more: int, need: int) -> bool:
         log = self.tree.active

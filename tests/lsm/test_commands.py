@@ -1,4 +1,4 @@
-"""Commands that look after a store, as scripts call them; exported files; the key-value cache."""
+"""The commands that look after a store, exported files, and the key-value cache."""
 
 import json
 
