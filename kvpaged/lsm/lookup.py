@@ -88,7 +88,10 @@ class Lookup:
 
     def contains(self, key: bytes) -> bool:
         """Whether there is a value; it does not count as asked for."""
-        return self.contains_many([key])[0]
+        check_key(key)
+        with self._cond:
+            self._check_open()
+            return self._find(key) is not None
 
     def __contains__(self, key: bytes) -> bool:
         return self.contains(key)
@@ -129,13 +132,23 @@ class Lookup:
         damaged: OnDamage = "raise",
     ) -> list[Value | None]:  # fmt: skip
         """`view` of each."""
+        with self._cond:
+            self._check_open()
+            found = [self._find(_checked(key)) for key in keys]
+            sealed = [one for one in found if isinstance(one, InSegment)]
+            for one in found:
+                if one is not None:
+                    self._touch(one)
+            counts = self._reader.counts
+            counts.misses += found.count(None)
+            counts.hits += len(found) - found.count(None)
+            counts.viewed += len(sealed)
         values: list[Value | None] = []
-        for key, held in zip(keys, self._pinned(keys, memory=False), strict=True):
-            found = None if held is None else held.found
-            if found is None:
+        for key, one in zip(keys, found, strict=True):
+            if one is None:
                 values.append(None)
-            elif isinstance(found, InSegment):
-                values.append(self._viewed(found, parts, damaged))
+            elif isinstance(one, InSegment):
+                values.append(self._viewed(one, parts, damaged))
             else:
                 values += self._fetched(self._pinned([key], count=False), parts, None, damaged)
         return values
@@ -223,9 +236,13 @@ class Lookup:
     def _viewed(
         self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage
     ) -> Value | None:
-        segment, entry = found.segment, found.entry
+        segment, row = found
+        checked = segment.checked[row]
+        if checked and parts is None and (lone := segment.lone(row)) is not None:
+            return lone
+        entry = segment.entry(row)
         payload = segment.payload(entry)
-        if not segment.checked[found.row]:
+        if not checked:
             try:
                 check_payload(entry, payload, segment.where)
             except KVPagedError:
@@ -233,9 +250,7 @@ class Lookup:
                 if damaged == "raise":
                     raise
                 return None
-            segment.checked[found.row] = True
-        with self._cond:
-            self._reader.counts.viewed += 1
+            segment.checked[row] = True
         return lying(entry, payload, chosen(entry, parts))
 
 

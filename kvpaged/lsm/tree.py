@@ -120,7 +120,8 @@ class Tree:
         for segment in self.filters.owners(key):
             at = segment.find(key)
             if at is not None and segment.live[at]:
-                if now is not None and 0 < segment.expires[at] <= now:
+                # `expiring` first: comparing one element of an array costs more than the search
+                if now is not None and segment.expiring and 0 < segment.expires[at] <= now:
                     return None
                 return InSegment(segment, at)
         return None
