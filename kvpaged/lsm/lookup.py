@@ -111,7 +111,10 @@ class Lookup:
 
     def contains(self, key: bytes) -> bool:
         """Whether there is a value; it does not count as asked for."""
-        return self.contains_many([key])[0]
+        check_key(key)
+        with self._cond:
+            self._check_open()
+            return self._find(key) is not None
 
     def __contains__(self, key: bytes) -> bool:
         return self.contains(key)
@@ -246,9 +249,13 @@ class Lookup:
         return [None if one is None or one.error is not None else one.tensors() for one in held]
 
     def _viewed(self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage) -> Value:
-        segment, entry = found.segment, found.entry
+        segment, row = found
+        checked = segment.checked[row]
+        if checked and parts is None and (lone := segment.lone(row)) is not None:
+            return lone
+        entry = segment.entry(row)
         payload = segment.payload(entry)
-        if not segment.checked[found.row]:
+        if not checked:
             try:
                 check_payload(entry, payload, segment.where)
             except KVPagedError:
@@ -256,7 +263,7 @@ class Lookup:
                 if damaged == "raise":
                     raise
                 return None
-            segment.checked[found.row] = True
+            segment.checked[row] = True
         return lying(entry, payload, chosen(entry, parts))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kvpaged.errors import IntegrityError
 from kvpaged.lsm import filters
@@ -30,6 +32,7 @@ from kvpaged.lsm.layout import (
     Entry,
     checksum,
     damaged,
+    lone_tensor,
     pack_entry,
     part_offsets,
     unpack_entry,
@@ -281,6 +284,18 @@ class Segment:
     def entry(self, row: int) -> Entry:
         """What the index says of a row."""
         return unpack_entry(self.heap, self._start(row), self.where)[0]
+
+    def lone(self, row: int) -> Tensor | None:
+        """A value that is one raw tensor, where it lies; its checksum was right before. `None` for
+        other values.
+        """
+        found = lone_tensor(self.heap, self._start(row))
+        if found is None or not found[0].nbytes:
+            return None
+        form, offset = found
+        size = form.nbytes // form.dtype.itemsize
+        flat = torch.frombuffer(self.data, dtype=form.dtype, count=size, offset=offset)
+        return flat if len(form.shape) == 1 else flat.view(form.shape)
 
     def payload(self, entry: Entry) -> Bytes:
         """A value's stored bytes, of the mapping; shorter where the file was cut."""
