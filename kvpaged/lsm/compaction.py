@@ -49,7 +49,6 @@ class SegmentState(NamedTuple):
         id: of its file; a higher one was made later.
         level: how often its values were put in order.
         file_bytes, live_bytes, live_values: of the file, and of what lives in it.
-        entry_bytes: of the entries in its index.
         linked, broken: values that have a parent, and that do not lie right behind it.
     """
 
@@ -58,7 +57,6 @@ class SegmentState(NamedTuple):
     file_bytes: int
     live_bytes: int
     live_values: int
-    entry_bytes: int = 0
     linked: int = 0
     broken: int = 0
 
@@ -68,16 +66,15 @@ class SegmentState(NamedTuple):
         return 1 - self.live_bytes / self.file_bytes if self.file_bytes else 0.0
 
     def output_bytes(self, segment_bytes: int) -> int:
-        """The most that rewriting it writes: payloads, entries in groups and in the index, and for
-        each file and each group blocks that are not full, filter and footer.
+        """The most that rewriting it writes: what lives, and for each file and each group blocks
+        that are not full, filter and footer.
         """
         if not self.live_values:
             return 0
         files = 1 + 2 * (self.live_bytes // segment_bytes)
-        groups = files + self.live_bytes // GROUP_BYTES
+        groups = files + 2 * (self.live_bytes // GROUP_BYTES)
         fixed = 4 * BLOCK if self.live_values > 256 else 2 * BLOCK
-        entries = 2 * self.entry_bytes + 48 * self.live_values
-        return self.live_bytes + entries + files * fixed + 2 * groups * BLOCK
+        return self.live_bytes + files * fixed + 2 * groups * BLOCK
 
 
 class Task(NamedTuple):
@@ -107,8 +104,9 @@ class Budget(NamedTuple):
 
     Attributes:
         puts: bytes there may be when a put has come; the rest is for rewriting any one file.
-        live: bytes that may live. An eighth less, and a file less, than `puts`: so when bytes are
-            short an eighth of them are dead, and what is most dead is worth rewriting.
+        live: bytes that may live. An eighth less, a file less, and four blocks for each file less
+            than `puts`: so when bytes are short an eighth of them are dead, and what is most dead
+            is worth rewriting.
     """
 
     puts: int
@@ -118,7 +116,8 @@ class Budget(NamedTuple):
 def budget(max_bytes: int, segment_bytes: int, largest: int) -> Budget:
     """Share out `max_bytes`, with files of `segment_bytes` and one of `largest`."""
     puts = max_bytes - max(segment_bytes, largest) - SPARE
-    return Budget(puts, int(puts * (1 - SLACK)) - segment_bytes)
+    blocks = 4 * BLOCK * (puts // segment_bytes + 1)
+    return Budget(puts, int(puts * (1 - SLACK)) - segment_bytes - blocks)
 
 
 def plan(segments: Sequence[SegmentState], limits: Limits) -> Task | None:

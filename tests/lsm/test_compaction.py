@@ -23,7 +23,7 @@ LIMITS = Limits(FULL, 1 << 40)
 
 
 def segment(id: int, live: float = 1.0, **changes: int) -> SegmentState:
-    made = SegmentState(id, 0, FULL, int(live * FULL * 0.99), 32 if live else 0, 200 * 32)
+    made = SegmentState(id, 0, FULL, int(live * FULL * 0.99), 32 if live else 0)
     return made._replace(**changes)
 
 
