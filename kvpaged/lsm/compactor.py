@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvpaged.codecs import codec
-from kvpaged.lsm.compaction import SPARE, Limits, SegmentState, Task, plan, plan_all
+from kvpaged.lsm.compaction import (
+    SPARE,
+    Limits,
+    SegmentState,
+    Task,
+    output_bytes,
+    plan,
+    plan_all,
+)
 from kvpaged.lsm.merge import Merger, Output, Source, Unreadable
 from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.tree import InSegment, Tree
@@ -56,8 +64,8 @@ class Compactor:
             if task is None:
                 return False
             sources = self._sources(task)
-            chosen, size = set(task.inputs), self.options.file_bytes
-            self.tree.planned = sum(s.output_bytes(size) for s in states if s.id in chosen)
+            chosen = [state for state in states if state.id in set(task.inputs)]
+            self.tree.planned = output_bytes(chosen, self.options.file_bytes)
         try:
             outputs = self.merger.rewrite(sources, task.level) if sources else []
         except (OSError, Stopped) as error:

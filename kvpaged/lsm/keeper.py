@@ -55,7 +55,10 @@ class Keeper:
         """Bytes there may be, and may live; `None` for any number."""
         if self.options.max_bytes is None:
             return None
-        return budget(self.options.max_bytes, self.options.file_bytes, self.compactor.largest)
+        largest = self.compactor.largest
+        if largest > self.options.max_bytes // 4:  # of another bound: to be dropped, not rewritten
+            largest = 0
+        return budget(self.options.max_bytes, self.options.file_bytes, largest)
 
     def obstacle(self, need: int) -> str | None:
         """See `writer.Keeper.obstacle`."""
