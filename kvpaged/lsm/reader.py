@@ -101,18 +101,22 @@ class Reader:
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Fill each one's `out`, or set its `error`."""
         jobs: list[Callable[[], None]] = []
-        by_file: dict[object, list[Fetch]] = {}
+        by_file: dict[tuple[object, int], list[Fetch]] = {}
+        asked: dict[tuple[object, int], int] = {}
         for one in fetches:
             if one.memory is not None:
                 self._from_memory(one)
             else:
                 holder = one.found.log if isinstance(one.found, InLog) else one.found.segment
-                by_file.setdefault(holder, []).append(one)
+                # A value asked for twice is read twice: ranges of one plan do not overlap.
+                place = (holder, one.entry.offset)
+                times = asked[place] = asked.get(place, 0) + bool(one.entry.stored)
+                by_file.setdefault((holder, times), []).append(one)
         for group in by_file.values():
             jobs += self._jobs(group)
         self._run(jobs)
-        again = [one for one in fetches if one.error is not None and one.alone]
-        for one in again:  # an unreadable block fails all values of its call: each by itself now
+        failed = [one for one in fetches if one.error is not None and one.alone]
+        for one in failed:  # an unreadable block fails all values of its call: each by itself now
             one.error, one.alone = None, False
             one.stored, one.copies = {}, []
             self._run(self._jobs([one]))

@@ -294,16 +294,18 @@ class TensorStore(Lookup):
             return files_of(self._tree)
 
     def verify(self) -> list[Damage]:
-        """Read every byte of every file, and say what is wrong. A writer flushes first."""
-        if self._keeper is not None:
-            self._keeper.flush()
+        """Read every byte of every file, and say what is wrong; what is not written yet is not
+        looked at, nor what compaction removes meanwhile.
+        """
         with self._cond:
             self._check_open()
             segments = list(self._tree.segments)
-            logs = [(log.number, log.end) for log in self._tree.logs() if not log.pending()]
+            logs = [(log.number, log.written_end()) for log in self._tree.logs()]
         found = list(verify_manifests(self._files))
         for number in segments:
-            found += verify_segment(self._files, number)
+            damage = list(verify_segment(self._files, number))
+            with self._cond:
+                found += damage if number in self._tree.segments else []
         for number, end in logs:
             found += verify_log(self._files, number, end)
         return found

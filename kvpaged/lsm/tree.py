@@ -157,10 +157,10 @@ class Tree:
         """A value that lives does not any more."""
         self.live_values -= 1
         if isinstance(found, InSegment):
-            self.live_bytes -= int(found.segment.rooms[found.row])
+            self.live_bytes -= int(found.segment.costs[found.row])
             found.segment.kill(found.row)
         else:
-            self.live_bytes -= found.row.entry.room
+            self.live_bytes -= found.row.cost
             found.log.kill(found.row.entry.key)
 
     def commit(self, log: Log, row: Row, now: int) -> None:
@@ -169,7 +169,7 @@ class Tree:
         if row.entry.kind == VALUE:
             log.add_live(row, now)
             self.live_values += 1
-            self.live_bytes += row.entry.room
+            self.live_bytes += row.cost
 
     def take_id(self) -> int:
         """A new file's."""
@@ -305,9 +305,9 @@ class Tree:
                 if log.rows[key] is not row or row.entry.key != key:
                     raise IntegrityError(f"{log.where}: {key.hex()} lives and is not its row")
                 _once(seen, key, log.where)
-            rooms = sum(row.entry.room for row in log.live.values())
-            _equal(f"{log.where}: live bytes", log.live_bytes, rooms)
-            live_bytes += rooms
+            costs = sum(row.cost for row in log.live.values())
+            _equal(f"{log.where}: live bytes", log.live_bytes, costs)
+            live_bytes += costs
         for segment in self.segments.values():
             end, last = 0, b""
             for at in range(segment.count):
@@ -319,7 +319,7 @@ class Tree:
                     _once(seen, entry.key, segment.where)
                     if segment not in self.filters.owners(entry.key):
                         raise IntegrityError(f"{segment.where}: its filter hides {last.hex()}")
-            live = int(segment.rooms[segment.live].sum())
+            live = int(segment.costs[segment.live].sum())
             _equal(f"{segment.where}: live bytes", segment.live_bytes, live)
             _equal(f"{segment.where}: live values", segment.live_values, int(segment.live.sum()))
             live_bytes += live

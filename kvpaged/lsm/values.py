@@ -164,6 +164,7 @@ def chosen(entry: Entry, names: Sequence[str] | None) -> list[int]:
     if names is None:
         return list(range(len(entry.forms)))
     known = {form.name: number for number, form in enumerate(entry.forms)}
+    names = list(dict.fromkeys(names))
     for name in names:
         if name not in known:
             raise ConfigError(

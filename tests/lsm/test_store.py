@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from kvpaged.errors import ConfigError, IntegrityError, StorageError, UsageError
 from kvpaged.lsm.batch import Put
+from kvpaged.lsm.files import OpenFiles
 from kvpaged.lsm.layout import DTYPES
 from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.store import TensorStore
@@ -382,3 +384,81 @@ def test_integrity_errors_are_found():
         with pytest.raises(IntegrityError, match="live values"):
             store.check_integrity()
         store._tree.live_values -= 1
+
+
+def test_a_value_asked_for_twice_comes_twice():
+    with open_store(FaultyFiles()) as store:
+        store.put(b"a", {"x": value(1, 5000), "y": value(2, 300)})
+        store.put(b"b", value(3, 5000))
+        store.put(b"empty", torch.zeros(0))
+        for _ in range(2):
+            found = store.get_many([b"a", b"b", b"a", b"empty", b"b", b"empty", b"a"])
+            assert [number_of(found[n]["x"]) for n in (0, 2, 6)] == [1, 1, 1]
+            assert [number_of(found[n]) for n in (1, 4)] == [3, 3]
+            assert found[0]["x"].data_ptr() != found[2]["x"].data_ptr()
+            assert [len(found[n]) for n in (3, 5)] == [0, 0]
+            assert list(store.get(b"a", ["y", "y"])) == ["y"]
+            store.flush()
+
+
+def test_readers_follow_a_writer_at_work(tmp_path):
+    given = {"background": True, "codec": "raw", "segment_bytes": 256 * KIB}
+    writer = TensorStore(tmp_path, options=options(**given))
+    writer.put_many({b"%d" % n: value(0, 3000) for n in range(8)})
+    done = threading.Event()
+
+    def work() -> None:
+        for turn in range(1, 250):
+            writer.put(b"%d" % (turn % 8), value(turn, 3000))
+            if turn % 60 == 0:
+                writer.compact()
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    last = [0] * 8
+    with TensorStore(tmp_path, read_only=True, options=options()) as reader:
+        while True:
+            finished = done.is_set()
+            reader.refresh()
+            reader.check_integrity()
+            seen = [number_of(found) for found in reader.get_many([b"%d" % n for n in range(8)])]
+            assert all(now is not None and now >= was for now, was in zip(seen, last, strict=True))
+            last = [now or 0 for now in seen]
+            if finished:
+                break
+        assert last == [number_of(writer.get(b"%d" % n)) for n in range(8)]
+    thread.join()
+    writer.close()
+
+
+def test_memory_per_value_is_bounded(tmp_path):
+    count = 4096
+    with TensorStore(tmp_path, options=options(segment_bytes=256 << 20)) as store:
+        store.put_many({b"key %d" % n: value(n, 8) for n in range(count)})
+    with TensorStore(tmp_path, options=options()) as store:
+        store.get(b"key 7")
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        with TensorStore(tmp_path, read_only=True, options=options()) as second:
+            assert len(second) == count
+            gc.collect()
+            used = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+    assert used / count < 200 + 2**21 / count  # the filters' rows, for up to thousands of segments
+
+
+def test_files_are_opened_as_they_are_needed():
+    opened = OpenFiles(FaultyFiles(), most=2)
+    files = opened._files
+    for name in "abc":
+        files.open(name, create=True)
+    first = opened.get("a")
+    assert opened.get("a") is first
+    opened.get("b")
+    opened.get("c")
+    assert opened.get("a") is not first
+    opened.drop("a")
+    with pytest.raises(FileNotFoundError):
+        opened.get("d")
