@@ -71,7 +71,7 @@ class Ours:
 
     def view(self, keys: Sequence[bytes]) -> list[Tensor]:
         """See `System`."""
-        return self.store.view_many(keys)  # type: ignore[return-value]
+        return self.store.view_many(keys)
 
     def has(self, key: bytes) -> bool:
         """See `System`."""

@@ -2,18 +2,23 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from kvpaged.errors import ConfigError, KVPagedError
+from kvpaged.lsm.files import Bytes
+from kvpaged.lsm.layout import Entry
 from kvpaged.lsm.reader import Fetch, Reader, outputs, pin
 from kvpaged.lsm.segment import check_payload
 from kvpaged.lsm.stats import ValueInfo, info_of
-from kvpaged.lsm.tree import Found, InSegment, Tree
+from kvpaged.lsm.tree import Found, InSegment
 from kvpaged.lsm.values import check_key, chosen, destination, lying
 
-Value = Tensor | dict[str, Tensor]
+Value: TypeAlias = Any
+"""What was put, a tensor or a dict of them by name, or `None` for nothing. Who reads a key knows
+which; types do not.
+"""
 Destination = Tensor | Mapping[str, Tensor]
 OnDamage = Literal["raise", "miss"]
 """What to do with a value that is not what its checksums say: raise an `IntegrityError` (or a
@@ -40,9 +45,6 @@ class Lookup:
     def _touch(self, found: Found) -> None:
         raise NotImplementedError
 
-    def _current(self) -> Tree:
-        raise NotImplementedError
-
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, Found]]:
         raise NotImplementedError
 
@@ -54,7 +56,7 @@ class Lookup:
     def get(
         self, key: bytes, parts: Sequence[str] | None = None, *, out: Destination | None = None,
         damaged: OnDamage = "raise",
-    ) -> Value | None:  # fmt: skip
+    ) -> Value:  # fmt: skip
         """A value, or `None` where there is none.
 
         Args:
@@ -72,11 +74,21 @@ class Lookup:
             StorageError: it cannot be read.
             ConfigError: it has no part of a name, or `out` is of another dtype or shape.
         """
-        return self.get_many([key], parts, out=None if out is None else [out], damaged=damaged)[0]
+        check_key(key)
+        with self._cond:  # as `_pinned` does, but a key that is not there costs as little as it can
+            self._check_open()
+            found = self._find(key)
+            if found is None:
+                self._reader.counts.misses += 1
+                return None
+            self._reader.counts.hits += 1
+            self._touch(found)
+            held = [self._pin(found)]
+        return self._fetched(held, parts, None if out is None else [out], damaged)[0]
 
     def view(
         self, key: bytes, parts: Sequence[str] | None = None, *, damaged: OnDamage = "raise"
-    ) -> Value | None:
+    ) -> Value:
         """A value without copying it, where it is stored raw in a sealed file; else as `get`.
 
         The tensors are the file's own bytes, through the page cache: reading them may read from
@@ -84,7 +96,18 @@ class Lookup:
         its file on disk meanwhile. They must not be written to: other views would see it (the file
         would not). Checksums are verified when a value is first viewed.
         """
-        return self.view_many([key], parts, damaged=damaged)[0]
+        check_key(key)
+        with self._cond:
+            self._check_open()
+            found = self._find(key)
+            if isinstance(found, InSegment):
+                counts = self._reader.counts
+                counts.hits += 1
+                counts.viewed += 1
+                self._touch(found)
+        if isinstance(found, InSegment):
+            return self._viewed(found, parts, damaged)
+        return self.get(key, parts, damaged=damaged)
 
     def contains(self, key: bytes) -> bool:
         """Whether there is a value; it does not count as asked for."""
@@ -115,7 +138,7 @@ class Lookup:
     def get_many(
         self, keys: Sequence[bytes], parts: Sequence[str] | None = None, *,
         out: Sequence[Destination | None] | None = None, damaged: OnDamage = "raise",
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         """`get` of each, with many reads in flight; values that lie behind each other are one read.
 
         Raises:
@@ -130,28 +153,21 @@ class Lookup:
     def view_many(
         self, keys: Sequence[bytes], parts: Sequence[str] | None = None, *,
         damaged: OnDamage = "raise",
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         """`view` of each."""
         with self._cond:
             self._check_open()
             found = [self._find(_checked(key)) for key in keys]
             sealed = [one for one in found if isinstance(one, InSegment)]
-            for one in found:
-                if one is not None:
-                    self._touch(one)
-            counts = self._reader.counts
-            counts.misses += found.count(None)
-            counts.hits += len(found) - found.count(None)
-            counts.viewed += len(sealed)
-        values: list[Value | None] = []
-        for key, one in zip(keys, found, strict=True):
-            if one is None:
-                values.append(None)
-            elif isinstance(one, InSegment):
-                values.append(self._viewed(one, parts, damaged))
-            else:
-                values += self._fetched(self._pinned([key], count=False), parts, None, damaged)
-        return values
+            for one in sealed:
+                self._touch(one)
+            self._reader.counts.hits += len(sealed)
+            self._reader.counts.viewed += len(sealed)
+        return [
+            self._viewed(one, parts, damaged) if isinstance(one, InSegment)
+            else self.get(key, parts, damaged=damaged)
+            for key, one in zip(keys, found, strict=True)
+        ]  # fmt: skip
 
     def scan(self, prefix: bytes = b"") -> Iterator[bytes]:
         """The keys that begin so, ascending, as they were when this was called."""
@@ -179,11 +195,22 @@ class Lookup:
                 if value is not None:
                     yield key, value
 
+    def stored(self, prefix: bytes = b"") -> Iterator[tuple[Entry, Bytes]]:
+        """Values as they are stored, by ascending keys: entry and payload, uint8 [bytes].
+
+        Raises:
+            IntegrityError: one is damaged.
+            StorageError: one cannot be read.
+        """
+        for _, found in self._scan(prefix):
+            entry = found.entry
+            payload = self._reader.payload(found, entry)
+            check_payload(entry, payload, found.where)
+            yield entry, payload
+
     # -- how ---------------------------------------------------------------------------------------
 
-    def _pinned(
-        self, keys: Sequence[bytes], *, memory: bool = True, count: bool = True
-    ) -> list[Fetch | None]:
+    def _pinned(self, keys: Sequence[bytes]) -> list[Fetch | None]:
         held: list[Fetch | None] = []
         with self._cond:
             self._check_open()
@@ -191,17 +218,17 @@ class Lookup:
             for key in keys:
                 found = self._find(_checked(key))
                 if found is None:
-                    counts.misses += count
+                    counts.misses += 1
                     held.append(None)
                     continue
-                counts.hits += count
+                counts.hits += 1
                 self._touch(found)
-                held.append(self._pin(found, memory=memory))
+                held.append(self._pin(found))
         return held
 
-    def _pin(self, found: Found, *, memory: bool = True) -> Fetch:
+    def _pin(self, found: Found) -> Fetch:
         one = Fetch(found)
-        pinned = pin(self._current(), found) if memory else None
+        pinned = pin(found)
         if pinned is not None:
             one.memory, one.slab = pinned
         return one
@@ -209,7 +236,7 @@ class Lookup:
     def _fetched(
         self, held: Sequence[Fetch | None], parts: Sequence[str] | None,
         out: Sequence[Destination | None] | None, damaged: OnDamage,
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         fetches = [one for one in held if one is not None]
         try:
             for number, one in enumerate(held):
@@ -233,9 +260,7 @@ class Lookup:
                     raise one.error
         return [None if one is None or one.error is not None else one.tensors() for one in held]
 
-    def _viewed(
-        self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage
-    ) -> Value | None:
+    def _viewed(self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage) -> Value:
         segment, row = found
         checked = segment.checked[row]
         if checked and parts is None and (lone := segment.lone(row)) is not None:

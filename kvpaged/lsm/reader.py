@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from kvpaged.errors import IntegrityError, KVPagedError, StorageError
-from kvpaged.lsm.files import Bytes, File
-from kvpaged.lsm.layout import Entry, part_offsets
+from kvpaged.lsm.files import Bytes, File, aligned
+from kvpaged.lsm.layout import BLOCK, Entry, part_offsets, up
 from kvpaged.lsm.log import Slab
 from kvpaged.lsm.reads import Range, Request, plan
 from kvpaged.lsm.segment import check_parts
@@ -77,7 +77,7 @@ class Fetch:
         return made[""] if self.entry.single else made
 
 
-def pin(tree: Tree, found: Found) -> tuple[Bytes, Slab] | None:
+def pin(found: Found) -> tuple[Bytes, Slab] | None:
     """A value's payload in memory, if it is there; under the store's lock. The slab stays until
     its `pins` are taken back.
     """
@@ -101,21 +101,40 @@ class Reader:
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Fill each one's `out`, or set its `error`."""
         jobs: list[Callable[[], None]] = []
-        by_file: dict[object, list[Fetch]] = {}
+        by_file: dict[tuple[object, int], list[Fetch]] = {}
+        asked: dict[tuple[object, int], int] = {}
         for one in fetches:
             if one.memory is not None:
                 self._from_memory(one)
             else:
                 holder = one.found.log if isinstance(one.found, InLog) else one.found.segment
-                by_file.setdefault(holder, []).append(one)
+                # A value asked for twice is read twice: ranges of one plan do not overlap.
+                place = (holder, one.entry.offset)
+                times = asked[place] = asked.get(place, 0) + bool(one.entry.stored)
+                by_file.setdefault((holder, times), []).append(one)
         for group in by_file.values():
             jobs += self._jobs(group)
         self._run(jobs)
-        again = [one for one in fetches if one.error is not None and one.alone]
-        for one in again:  # an unreadable block fails all values of its call: each by itself now
+        failed = [one for one in fetches if one.error is not None and one.alone]
+        for one in failed:  # an unreadable block fails all values of its call: each by itself now
             one.error, one.alone = None, False
             one.stored, one.copies = {}, []
             self._run(self._jobs([one]))
+
+    def payload(self, found: Found, entry: Entry) -> Bytes:
+        """A value's stored bytes, not checked; of the mapping where there is one.
+
+        Raises:
+            StorageError: the file cannot be read.
+        """
+        if isinstance(found, InSegment):
+            return found.segment.payload(entry)
+        raw = aligned(up(entry.stored, BLOCK))[: entry.stored]
+        try:
+            done = found.log.file.read(entry.offset, [raw], direct=False)
+        except OSError as error:
+            raise StorageError(f"{found.where} cannot be read: {error}") from error
+        return raw[:done]
 
     def _run(self, jobs: Sequence[Callable[[], None]]) -> None:
         if len(jobs) <= INLINE or self._threads == 1:

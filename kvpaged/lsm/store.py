@@ -21,7 +21,7 @@ from kvpaged.lsm.lookup import Lookup
 from kvpaged.lsm.options import Durability, StoreOptions
 from kvpaged.lsm.reader import Reader
 from kvpaged.lsm.snapshot import Snapshot
-from kvpaged.lsm.stats import StoreStats, collect
+from kvpaged.lsm.stats import FileInfo, StoreStats, collect, files_of
 from kvpaged.lsm.tree import Found, Tree
 from kvpaged.lsm.values import Tensors, coming_delete, coming_value
 from kvpaged.lsm.verify import Damage, verify_log, verify_manifests, verify_segment
@@ -166,6 +166,10 @@ class TensorStore(Lookup):
         """`delete` of each."""
         return self._put(map(coming_delete, keys), True)
 
+    def put_stored(self, coming: Iterable[Coming]) -> None:
+        """Put values as they are stored elsewhere (see `archive`)."""
+        self._put(coming, None)
+
     def batch(self) -> WriteBatch:
         """Puts and deletions that happen together, or not at all, after a crash as well."""
         writer = self._writing()
@@ -225,13 +229,10 @@ class TensorStore(Lookup):
             raise UsageError("the store is closed")
 
     def _find(self, key: bytes) -> Found | None:
-        return self._tree.find(key, self._clock())
+        return self._tree.find(key, self._clock)
 
     def _touch(self, found: Found) -> None:
         self._tree.touch(found, self._clock())
-
-    def _current(self) -> Tree:
-        return self._tree
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, Found]]:
         with self._cond:
@@ -257,9 +258,7 @@ class TensorStore(Lookup):
         """
         with self._cond:
             self._check_open()
-            return Snapshot(
-                self._cond, self._reader, self._current, View(self._tree, self._clock())
-            )
+            return Snapshot(self._cond, self._reader, View(self._tree, self._clock()))
 
     def refresh(self) -> None:
         """See what another process has written since (`read_only`; else there is nothing to do).
@@ -298,17 +297,25 @@ class TensorStore(Lookup):
             self._check_open()
             return collect(self._tree, self._reader.counts, self._writer, self._keeper)
 
+    def files(self) -> list[FileInfo]:
+        """Its files, by name."""
+        with self._cond:
+            self._check_open()
+            return files_of(self._tree)
+
     def verify(self) -> list[Damage]:
-        """Read every byte of every file, and say what is wrong. A writer flushes first."""
-        if self._keeper is not None:
-            self._keeper.flush()
+        """Read every byte of every file, and say what is wrong; what is not written yet is not
+        looked at, nor what compaction removes meanwhile.
+        """
         with self._cond:
             self._check_open()
             segments = list(self._tree.segments)
-            logs = [(log.number, log.end) for log in self._tree.logs() if not log.pending()]
+            logs = [(log.number, log.written_end()) for log in self._tree.logs()]
         found = list(verify_manifests(self._files))
         for number in segments:
-            found += verify_segment(self._files, number)
+            damage = list(verify_segment(self._files, number))
+            with self._cond:
+                found += damage if number in self._tree.segments else []
         for number, end in logs:
             found += verify_log(self._files, number, end)
         return found

@@ -125,7 +125,7 @@ class Writer:
     def put(
         self, coming: Sequence[Coming], *, atomic: bool = False, present: bool | None = None
     ) -> list[bool]:
-        """Put entries; which of them were put (`present`: only those whose key is there, or is
+        """Put entries; which of them had their way (`present`: only those whose key is there, or is
         not). Atomic ones are put together or, after a crash, not at all.
 
         Raises:
@@ -143,10 +143,9 @@ class Writer:
         """
         with self.cond:
             self._admit(_room(coming, atomic=atomic))
-            chosen = self._wanted(coming, present)
-            wanted = [coming[number] for number in chosen]
+            wanted, answers = self._wanted(coming, present)
             if not wanted:
-                return Begun(None, [False] * len(coming))
+                return Begun(None, answers)
             batch = self._place(wanted, atomic=atomic)
         filled = False
         try:
@@ -164,8 +163,7 @@ class Writer:
                     self.urgent = True
                 self._commit()
                 self.cond.notify_all()
-        put = set(chosen)
-        return Begun(batch, [number in put for number in range(len(coming))])
+        return Begun(batch, answers)
 
     def finish(self, begun: Begun) -> list[bool]:
         """The second half: they are as durable as was asked for; which of them were put."""
@@ -243,22 +241,25 @@ class Writer:
             return f"{len(tree.sealing)} full files wait for their index{why}"
         return None if self.keeper is None else self.keeper.obstacle(need)
 
-    def _wanted(self, coming: Sequence[Coming], present: bool | None) -> list[int]:
-        """Numbers of the entries to be put."""
-        chosen: list[int] = []
-        now = self.options.clock() if present is not None else 0
-        for number, one in enumerate(coming):
-            key = one.entry.key
-            if present is None or self._exists(key, now) == present:
-                sequence = self.tree.next_sequence + len(chosen)
-                self.future[key] = (sequence, one.entry.kind == VALUE)
-                chosen.append(number)
-        return chosen
+    def _wanted(
+        self, coming: Sequence[Coming], present: bool | None
+    ) -> tuple[list[Coming], list[bool]]:
+        """The entries to be put, and what to answer for each that came."""
+        wanted: list[Coming] = []
+        answers: list[bool] = []
+        for one in coming:
+            key, value = one.entry.key, one.entry.kind == VALUE
+            answers.append(present is None or self._exists(key) == present)
+            # A deletion is written down also where only a crash would bring a value back.
+            if answers[-1] or (not value and self.tree.remembers(key)):
+                self.future[key] = (self.tree.next_sequence + len(wanted), value)
+                wanted.append(one)
+        return wanted, answers
 
-    def _exists(self, key: bytes, now: int) -> bool:
+    def _exists(self, key: bytes) -> bool:
         if key in self.future:
             return self.future[key][1]
-        return self.tree.find(key, now) is not None
+        return self.tree.find(key, self.options.clock) is not None
 
     def _full(self, more: int, need: int) -> bool:
         log = self.tree.active

