@@ -1,7 +1,7 @@
 """Reading: from memory where a value still is, else from its file, many requests at a time."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,7 +144,9 @@ class Reader:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads, "kvpaged-reader")
-            futures = [self._pool.submit(job) for job in jobs]
+            rest = iter(jobs)  # shared: a call of the pool for each job costs as much as reading
+            workers = min(self._threads, len(jobs))
+            futures = [self._pool.submit(_work, rest) for _ in range(workers)]
         for future in futures:
             future.result()
 
@@ -243,6 +245,11 @@ class Reader:
 def outputs(entry: Entry, numbers: Sequence[int]) -> dict[int, Bytes]:
     """New memory for parts."""
     return {number: new_bytes(entry.forms[number].nbytes) for number in numbers}
+
+
+def _work(jobs: Iterator[Callable[[], None]]) -> None:
+    for job in jobs:
+        job()
 
 
 def _copy(data: Bytes, request: Request) -> int:

@@ -26,7 +26,7 @@ from kvpaged.lsm.tree import Found, Tree
 from kvpaged.lsm.values import Tensors, coming_delete, coming_value
 from kvpaged.lsm.verify import Damage, verify_log, verify_manifests, verify_segment
 from kvpaged.lsm.view import View
-from kvpaged.lsm.writer import Writer
+from kvpaged.lsm.writer import WRITE_FROM, Begun, Writer
 
 LOCK = "LOCK"
 SLABS = 4
@@ -185,21 +185,31 @@ class TensorStore(Lookup):
         )  # fmt: skip
 
     def _put(self, coming: Iterable[Coming], present: bool | None) -> list[bool]:
-        """Put entries, as many at a time as half the memtable holds."""
+        """Put entries, some at a time; while those are written the next are made ready."""
         writer = self._writing()
-        done: list[bool] = []
+        begun: list[Begun] = []
         some: list[Coming] = []
-        size = 0
-        for one in coming:
-            if some and size + one.entry.room > self._together():
-                done += writer.put(some, present=present)
-                some, size = [], 0
-            some.append(one)
-            size += one.entry.room
-        return done + writer.put(some, present=present) if some else done
+        size, most, ahead = 0, self._together(), writer.ahead
+        try:
+            for one in coming:
+                if some and size + one.entry.room > most:
+                    begun.append(writer.begin(some, present=present, ahead=ahead))
+                    if not ahead:
+                        writer.finish(begun[-1])
+                    some, size = [], 0
+                some.append(one)
+                size += one.entry.room
+            if some:
+                begun.append(writer.begin(some, present=present))
+        except BaseException:
+            for one_begun in begun:
+                writer.finish(one_begun)
+            raise
+        return [put for one_begun in begun for put in writer.finish(one_begun)]
 
     def _together(self) -> int:
-        return min(self.options.memtable_bytes, self.options.file_bytes) // 2
+        most = min(self.options.memtable_bytes, self.options.file_bytes) // 2
+        return min(most, WRITE_FROM) if self._writing().ahead else most
 
     def _writing(self) -> Writer:
         self._check_open()

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvpaged.errors import ConfigError, StorageError, UsageError
 from kvpaged.lsm.filters import MOST_KEYS
@@ -55,6 +55,13 @@ class Batch:
     arrived: bool = False
     done: bool = False
     error: BaseException | None = None
+
+
+class Begun(NamedTuple):
+    """A call half done: its batch, if it has any, and which of its entries are put."""
+
+    batch: Batch | None
+    put: list[bool]
 
 
 @dataclass(slots=True)
@@ -103,10 +110,15 @@ class Writer:
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """The thread that writes what nobody waits for."""
-        if self.durability == "none" and self.options.background:
+        """The thread that writes what nobody waits for, or not yet."""
+        if self.durability != "power" and self.options.background:
             self.thread = threading.Thread(target=self._run, name="kvpaged-writer", daemon=True)
             self.thread.start()
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a thread writes while a call goes on: not where each write would be synced."""
+        return self.durability == "process" and self.thread is not None
 
     # -- putting -----------------------------------------------------------------------------------
 
@@ -120,11 +132,20 @@ class Writer:
             StorageError: the disk refuses, or there was no room within `max_stall_s`; nothing of
                 this call is found then.
         """
+        return self.finish(self.begin(coming, atomic=atomic, present=present))
+
+    def begin(
+        self, coming: Sequence[Coming], *, atomic: bool = False, present: bool | None = None,
+        ahead: bool = False,
+    ) -> Begun:  # fmt: skip
+        """The first half of `put`: entries are in the memtable. `ahead`: the store's thread begins
+        to write them, while the caller gets the next ready.
+        """
         with self.cond:
             self._admit(_room(coming, atomic=atomic))
             wanted, answers = self._wanted(coming, present)
             if not wanted:
-                return answers
+                return Begun(None, answers)
             batch = self._place(wanted, atomic=atomic)
         filled = False
         try:
@@ -137,14 +158,23 @@ class Writer:
                 batch.arrived = True
                 if not filled:
                     batch.error = InterruptedError("its bytes were not copied to the end")
+                if ahead and batch.log is self.tree.active:
+                    batch.log.close_group()  # else it would wait for what comes next
+                    self.urgent = True
                 self._commit()
                 self.cond.notify_all()
-        self._wait(batch)
-        if batch.error is not None:
-            raise StorageError(
-                f"{batch.log.where} cannot be written: {batch.error}"
-            ) from batch.error
-        return answers
+        return Begun(batch, answers)
+
+    def finish(self, begun: Begun) -> list[bool]:
+        """The second half: they are as durable as was asked for; which of them were put."""
+        batch = begun.batch
+        if batch is not None:
+            self._wait(batch)
+            if batch.error is not None:
+                raise StorageError(
+                    f"{batch.log.where} cannot be written: {batch.error}"
+                ) from batch.error
+        return begun.put
 
     def _wait(self, batch: Batch) -> None:
         if self.durability == "none":
@@ -347,13 +377,16 @@ class Writer:
             self.thread.join()
         self.write_all()
 
+    def _due(self) -> bool:
+        return self.closed or self.urgent or self.tree.pending_bytes() >= WRITE_FROM
+
     def _run(self) -> None:
         while True:
             with self.cond:
-                self.cond.wait_for(
-                    lambda: self.closed or self.urgent or self.tree.pending_bytes() >= WRITE_FROM,
-                    LINGER_S,
-                )
+                if self.durability == "none":
+                    self.cond.wait_for(self._due, LINGER_S)
+                else:
+                    self.cond.wait_for(lambda: self.closed or self.urgent)
                 self.urgent = False
                 if self.closed:
                     return
