@@ -1,6 +1,7 @@
 """Flipped bytes, cut files, full and failing disks: it is named, and the rest is there."""
 
 import errno
+from contextlib import suppress
 
 import pytest
 import torch
@@ -234,6 +235,57 @@ def test_a_disk_that_fails_to_write_is_still_read_and_used_again():
         assert number_of(store.get(b"a")) == 3
     with open_store(files.killed()) as store:
         assert number_of(store.get(b"a")) == 3
+
+
+def test_a_put_that_failed_and_was_deleted_does_not_come_back():
+    ghosts = 0
+    for seed in range(30):
+        files = FaultyFiles(seed)
+        with open_store(files) as store:
+            store.put(b"before", value(1))
+            files.refuse_in(1)
+            with pytest.raises(StorageError):
+                store.put(b"ghost", value(2, 30))
+            with open_store(files.killed()) as left:
+                ghosts += b"ghost" in left  # it was refused, and got to the disk all the same
+            assert not store.delete(b"ghost")
+            with open_store(files.killed()) as left:
+                assert list(left.scan()) == [b"before"]
+    assert ghosts > 0
+
+
+def test_a_compaction_that_fails_leaves_nothing_behind():
+    for calls in range(2, 12):
+        files = filled()
+        with open_store(files) as store:
+            store.put(b"b", value(2, 40))
+            store.flush()
+            there = {name for name in files.list() if name.endswith(".seg")}
+            files.refuse_in(calls)
+            with suppress(StorageError):
+                store.compact()
+            files.refuse_in(None)
+            store.flush()
+            left = {name for name in files.list() if name.endswith(".seg")}
+            assert len(left) == store.stats().segments
+            assert store.stats().compactions == 0 or left == there or not left & there
+            assert what_is_there(store) == ({*VALUES, b"two"}, set())
+
+
+def test_files_stay_that_only_a_damaged_manifest_knows():
+    files = filled()
+    before = files.contents()
+    with open_store(files) as store:
+        store.put(b"new", value(7, 40))
+    after = files.contents()
+    # A crash between the two renamings, and then the newer manifest is damaged.
+    mixed = {**after, "MANIFEST": b"x" + after["MANIFEST"][1:]}
+    mixed["MANIFEST.copy"] = before["MANIFEST.copy"]
+    damaged = files.with_contents(mixed)
+    with open_store(damaged) as store:
+        assert any("MANIFEST" in what for what in store.stats().damage)
+        assert what_is_there(store) == ({*VALUES, b"two"}, set())
+    assert {name for name in after if name.endswith(".seg")} <= set(damaged.list())
 
 
 def test_a_disk_that_fails_to_read_says_so_and_reads_again():
