@@ -158,12 +158,12 @@ class Crashes(RuleBasedStateMachine):
         self.die_soon(calls, power)
         self.put(key, 12_000)
 
-    @rule(calls=st.integers(1, 9), power=st.booleans())
+    @rule(calls=st.integers(1, 20), power=st.booleans())
     def die_in_flush(self, calls: int, power: bool) -> None:
         self.die_soon(calls, power)
         self.flush()
 
-    @rule(calls=st.integers(1, 12), power=st.booleans())
+    @rule(calls=st.integers(1, 50), power=st.booleans())
     def die_in_compaction(self, calls: int, power: bool) -> None:
         self.die_soon(calls, power)
         self.compact()

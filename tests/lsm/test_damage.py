@@ -8,7 +8,7 @@ import torch
 
 from kvpaged.errors import IntegrityError, StorageError
 from kvpaged.lsm import manifest
-from kvpaged.lsm.layout import checksum
+from kvpaged.lsm.layout import BLOCK, checksum
 from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.faulty_files import FaultyFiles
 from tests.lsm.small import KIB, number_of, open_store, value
@@ -157,6 +157,9 @@ def test_flipped_bytes_of_a_log_never_give_wrong_values(step):
         store.put(key, value(number, 40))
     contents = files.contents()
     name = segment_of(files)
+    headers = [
+        contents[name][at : at + 4] == b"KVG1" for at in range(0, len(contents[name]), BLOCK)
+    ]
     for at in range(0, len(contents[name]), 11 * step):
         flipped = bytearray(contents[name])
         flipped[at] ^= 1 << at % 8
@@ -164,9 +167,11 @@ def test_flipped_bytes_of_a_log_never_give_wrong_values(step):
         with open_store(damaged) as left:
             found = {key: number_of(left.get(key)) for key in VALUES}
             assert sum(number is not None for number in found.values()) >= 2
-            assert all(
-                n in (None, VALUES[key], 9 if key == b"a" else None) for key, n in found.items()
-            )
+            # What was before may come back if a group cannot be read, for then nobody knows what was
+            # in it; a damaged value is known to have replaced it.
+            older = {9} if headers[at // BLOCK] else set()
+            assert found[b"a"] in {None, 1} | older
+            assert all(found[key] in (None, VALUES[key]) for key in (b"b", b"c/1"))
             if any(n != VALUES[key] for key, n in found.items()):
                 assert left.stats().damage
 
@@ -255,7 +260,7 @@ def test_a_put_that_failed_and_was_deleted_does_not_come_back():
 
 
 def test_a_compaction_that_fails_leaves_nothing_behind():
-    for calls in range(2, 12):
+    for calls in range(2, 40):
         files = filled()
         with open_store(files) as store:
             store.put(b"b", value(2, 40))
