@@ -167,8 +167,8 @@ def test_flipped_bytes_of_a_log_never_give_wrong_values(step):
         with open_store(damaged) as left:
             found = {key: number_of(left.get(key)) for key in VALUES}
             assert sum(number is not None for number in found.values()) >= 2
-            # What was before may come back if a group cannot be read, for then nobody knows what was
-            # in it; a damaged value is known to have replaced it.
+            # What was before may come back if a group cannot be read, for then nobody knows what
+            # was in it; a damaged value is known to have replaced it.
             older = {9} if headers[at // BLOCK] else set()
             assert found[b"a"] in {None, 1} | older
             assert all(found[key] in (None, VALUES[key]) for key in (b"b", b"c/1"))
