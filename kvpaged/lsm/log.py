@@ -13,7 +13,7 @@ import numpy as np
 
 from kvpaged.lsm.files import Bytes, File, Files, aligned
 from kvpaged.lsm.groups import GROUP_BYTES, pack_group
-from kvpaged.lsm.layout import BLOCK, DELETE, Entry, place_entry, unpack_entry, up, void_entry
+from kvpaged.lsm.layout import BLOCK, DELETE, Entry, place_entry, up, void_entry
 from kvpaged.lsm.segment import Row, file_name, index_room
 
 DIRECT_FROM = 512 * 1024
@@ -99,7 +99,7 @@ class Log:
     """One file being written. All methods but `write` are called under the store's lock.
 
     Attributes:
-        ghosts: keys of a write that failed: some of it may be in the file until it is sealed.
+        ghosts: keys of puts that failed: some of them may be in the file all the same.
 
     Invariants:
         1. Groups follow each other without a gap; `end` is where the next begins.
@@ -303,7 +303,6 @@ class Log:
         self.failed = error
         for group in self.closed:
             group.written, group.error = True, error
-            self.ghosts |= {unpack_entry(raw, 0, self.where)[0].key for raw in group.entries}
         self.closed.clear()
         return self.end
 

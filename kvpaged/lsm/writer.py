@@ -311,6 +311,8 @@ class Writer:
             for one in batch.placed:
                 if batch.error is None:
                     self.tree.commit(batch.log, one.row, now)
+                else:
+                    batch.log.ghosts.add(one.row.entry.key)
                 key, sequence = one.row.entry.key, one.row.entry.sequence
                 if self.future.get(key, (sequence, True))[0] <= sequence:
                     self.future.pop(key, None)
