@@ -24,7 +24,7 @@ from kvpaged.bench.works import Run, Served, Work
 PROMPT, NEW = 128, 128
 BATCHES = {"1B": (64, 1, 256), "8B": (64, 1, 256), "tiny": (1, 3)}
 OURS: dict[str, dict[str, Any]] = {
-    "compiled": {"compile": True},
+    "compiled": {"compile": True, "pack_weights": True},
     "eager": {},
     "no graphs": {"graphs": False},
     "no lookahead": {"lookahead": False},

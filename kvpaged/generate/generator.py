@@ -73,7 +73,9 @@ class Generator:
                 constructor then takes a minute or two on a CPU (`compile_s`), less where
                 inductor's cache on disk has the kernels.
             pack_weights: on a CPU, keep a packed copy of the linear layers' weights, which products
-                are up to twice as fast with.
+                are up to twice as fast with. Elsewhere, for a compiled model, lay the weights of
+                layers with a common input side by side, so that one product does for all: the
+                model's parameters are then views of a common tensor, until `close`.
             lookahead: launch each step before the tokens of the one before have been read (where no
                 logits processor or prompt lookup needs them), so that the device does not wait for
                 the host; a reply that ends has then taken part in one step more. `None`: not on a

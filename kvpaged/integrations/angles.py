@@ -22,7 +22,8 @@ _SAME = (
 
 _library = torch.library.Library("kvpaged", "FRAGMENT")
 _library.define("computed(Tensor x) -> Tensor")
-_library.impl("computed", lambda x: x.clone(), "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("computed", lambda x: x.clone(), _device)
 torch.library.register_fake("kvpaged::computed", lambda x: x.clone(), lib=_library)
 
 _operator = torch.ops.kvpaged.computed.default

@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from kvpaged.integrations.angles import KeepAngles
 from kvpaged.integrations.attention import compiling_packed
+from kvpaged.integrations.beside import Repeated
 from kvpaged.integrations.products import JoinProducts
 from kvpaged_kernels.cpu.native import cache_dir
 
@@ -30,11 +31,11 @@ def compile_run(run: Run, device: torch.device, *, one_thread: bool) -> Run:
     waking another; or, without `one_thread`, in as many as OpenMP gives when they run.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options["post_grad_custom_pre_pass"] = _Passes()
     if device.type == "cpu":
         options |= {
             "cpp.threads": 1 if one_thread else -1,
             "cpp.dynamic_threads": not one_thread,
-            "post_grad_custom_pre_pass": _Passes(),
         }
     # What dynamo has compiled belongs to a code object, and without guards to any call of it.
     own = types.FunctionType(
@@ -48,7 +49,7 @@ class _Passes(CustomGraphPass):
     """Inductor takes one."""
 
     def __init__(self) -> None:
-        self._passes: tuple[CustomGraphPass, ...] = (JoinProducts(), KeepAngles())
+        self._passes: tuple[CustomGraphPass, ...] = (Repeated(), JoinProducts(), KeepAngles())
 
     def __call__(self, graph: fx.Graph) -> None:
         """Each in turn."""

@@ -201,17 +201,25 @@ def _one_dnn(module: nn.Linear) -> Callable[[Tensor], Tensor]:
 def _bunches(model: nn.Module, native: bool) -> Iterator[list[nn.Linear]]:
     """The layers that can be packed, those of one input together where that is native."""
     done: set[nn.Module] = set()
-    for parent in model.modules() if native else ():
-        for names in SIBLINGS:
-            some = [getattr(parent, name, None) for name in names]
-            modules = [m for m in some if isinstance(m, nn.Linear) and _can_pack(m, native)]
-            if len(modules) == len(names) and fits_together([_tensors(m) for m in modules]):
-                done.update(modules)
-                yield modules
+    for modules in siblings(model) if native else ():
+        if all(_can_pack(m, native) for m in modules) and fits_together(
+            list(map(_tensors, modules))
+        ):
+            done.update(modules)
+            yield modules
     for module in model.modules():
         if module not in done and _can_pack(module, native):
             assert isinstance(module, nn.Linear)
             yield [module]
+
+
+def siblings(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Linear layers with a common input, by what models call them."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            modules = [getattr(parent, name, None) for name in names]
+            if all(isinstance(module, nn.Linear) for module in modules):
+                yield modules  # type: ignore[misc]
 
 
 def _can_pack(module: Any, native: bool) -> bool:

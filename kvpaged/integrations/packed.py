@@ -27,6 +27,7 @@ from kvpaged.integrations.attention import (
     PackedTag,
     Preparation,
 )
+from kvpaged.integrations.beside import LinearsBeside
 from kvpaged.integrations.compiling import Run, any_size, compile_run, kept_on_disk, shape_of
 from kvpaged.integrations.graphs import Capture, DecodeGraphs
 from kvpaged.integrations.linears import PackedLinears
@@ -220,7 +221,7 @@ class PackedModel:
         Args:
             cache, preparation, batch: what it runs over.
             compiled: through `torch.compile`.
-            pack_weights: see `PackedLinears`.
+            pack_weights: on a CPU, see `PackedLinears`; elsewhere `LinearsBeside`.
             capture: how decode steps are captured as graphs; `None`: they are not.
 
         Raises:
@@ -238,9 +239,10 @@ class PackedModel:
         self.past = PackedPass(cache, preparation, batch, native=compiled and self._cpu)
         self.compiled = compiled
         self.compile_s: float | None = None
-        self._linears = _pack(self._model, native=compiled and self._cpu) if pack_weights else None
-        linears = self._linears
-        self._any_size = linears is not None and linears.native and linears.cover(self._model)
+        linears = _pack(self._model, compiled=compiled, cpu=self._cpu) if pack_weights else None
+        self._linears = linears
+        native = isinstance(linears, PackedLinears) and linears.native
+        self._any_size = native and linears.cover(self._model)  # type: ignore[union-attr]
         self._fast: Run | None = None  # the compiled forward
         self._shape: list[Any] = []  # of the model it was compiled of
         self.graphs: DecodeGraphs | None = None
@@ -419,8 +421,12 @@ class PackedModel:
         return logits
 
 
-def _pack(model: torch.nn.Module, *, native: bool) -> PackedLinears:
-    if native:
+def _pack(
+    model: torch.nn.Module, *, compiled: bool, cpu: bool
+) -> PackedLinears | LinearsBeside | None:
+    if not cpu:
+        return LinearsBeside(model) if compiled else None
+    if compiled:
         try:
             return PackedLinears(model, native=True)
         except NativeError as error:

@@ -24,7 +24,7 @@ from kvpaged_kernels.gpu.launch import Device, Launch, bounded, device_of
 from kvpaged_kernels.gpu.primitives import window_begin
 
 _BLOCK_ROWS = 256
-_BLOCK_BOUNDARIES = 32
+_BLOCK_BOUNDARIES = 8
 
 
 class Shape(NamedTuple):
