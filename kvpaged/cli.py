@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import kvpaged
 from kvpaged.bench import command as bench
 from kvpaged.errors import KVPagedError
+from kvpaged.lsm import commands as stores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_arguments(
         commands.add_parser("bench", help="serve requests, beside Hugging Face and vLLM")
     )
+    stores.add_commands(commands)
     chosen = parser.parse_args(arguments)
     try:
         return int(chosen.run(chosen))

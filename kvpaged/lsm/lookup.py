@@ -2,18 +2,21 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from kvpaged.errors import ConfigError, KVPagedError
+from kvpaged.lsm.files import Bytes
+from kvpaged.lsm.layout import Entry
 from kvpaged.lsm.reader import Fetch, Reader, outputs, pin
 from kvpaged.lsm.segment import check_payload
 from kvpaged.lsm.stats import ValueInfo, info_of
 from kvpaged.lsm.tree import Found, InSegment, Tree
 from kvpaged.lsm.values import check_key, chosen, destination, lying
 
-Value = Tensor | dict[str, Tensor]
+Value: TypeAlias = Any
+"""What was put: a tensor, or a dict of them by name. Who reads a key knows which, types do not."""
 Destination = Tensor | Mapping[str, Tensor]
 OnDamage = Literal["raise", "miss"]
 """What to do with a value that is not what its checksums say: raise an `IntegrityError` (or a
@@ -165,6 +168,19 @@ class Lookup:
             for (key, _), value in zip(some, values, strict=True):
                 if value is not None:
                     yield key, value
+
+    def stored(self, prefix: bytes = b"") -> Iterator[tuple[Entry, Bytes]]:
+        """Values as they are stored, by ascending keys: entry and payload, uint8 [bytes].
+
+        Raises:
+            IntegrityError: one is damaged.
+            StorageError: one cannot be read.
+        """
+        for _, found in self._scan(prefix):
+            entry = found.entry
+            payload = self._reader.payload(found, entry)
+            check_payload(entry, payload, found.where)
+            yield entry, payload
 
     # -- how ---------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from kvpaged.errors import IntegrityError, KVPagedError, StorageError
-from kvpaged.lsm.files import Bytes, File
-from kvpaged.lsm.layout import Entry, part_offsets
+from kvpaged.lsm.files import Bytes, File, aligned
+from kvpaged.lsm.layout import BLOCK, Entry, part_offsets, up
 from kvpaged.lsm.log import Slab
 from kvpaged.lsm.reads import Range, Request, plan
 from kvpaged.lsm.segment import check_parts
@@ -116,6 +116,21 @@ class Reader:
             one.error, one.alone = None, False
             one.stored, one.copies = {}, []
             self._run(self._jobs([one]))
+
+    def payload(self, found: Found, entry: Entry) -> Bytes:
+        """A value's stored bytes, not checked; of the mapping where there is one.
+
+        Raises:
+            StorageError: the file cannot be read.
+        """
+        if isinstance(found, InSegment):
+            return found.segment.payload(entry)
+        raw = aligned(up(entry.stored, BLOCK))[: entry.stored]
+        try:
+            done = found.log.file.read(entry.offset, [raw], direct=False)
+        except OSError as error:
+            raise StorageError(f"{found.where} cannot be read: {error}") from error
+        return raw[:done]
 
     def _run(self, jobs: Sequence[Callable[[], None]]) -> None:
         if len(jobs) <= INLINE or self._threads == 1:

@@ -71,6 +71,30 @@ def metadata_of(entry: Entry) -> dict[str, Any]:
     return dict(json.loads(entry.metadata)) if entry.metadata else {}
 
 
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file: its level (`None`: not sealed), values written and alive, and their bytes."""
+
+    file: str
+    level: int | None
+    values: int
+    live: int
+    bytes: int
+    live_bytes: int
+
+
+def files_of(tree: Tree) -> list[FileInfo]:
+    """All of them, by name; under the store's lock."""
+    segments = [
+        FileInfo(s.name, s.level, s.written, s.live_values, s.file_bytes, s.live_bytes)
+        for s in tree.segments.values()
+    ]
+    logs = [
+        FileInfo(g.name, None, g.written, len(g.live), g.end, g.live_bytes) for g in tree.logs()
+    ]
+    return sorted([*segments, *logs], key=lambda one: one.file)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
     """A store in figures; what counts events counts them since it was opened.

@@ -21,7 +21,7 @@ from kvpaged.lsm.lookup import Lookup
 from kvpaged.lsm.options import Durability, StoreOptions
 from kvpaged.lsm.reader import Reader
 from kvpaged.lsm.snapshot import Snapshot
-from kvpaged.lsm.stats import StoreStats, collect
+from kvpaged.lsm.stats import FileInfo, StoreStats, collect, files_of
 from kvpaged.lsm.tree import Found, Tree
 from kvpaged.lsm.values import Tensors, coming_delete, coming_value
 from kvpaged.lsm.verify import Damage, verify_log, verify_manifests, verify_segment
@@ -166,6 +166,10 @@ class TensorStore(Lookup):
         """`delete` of each."""
         return self._put(map(coming_delete, keys), True)
 
+    def put_stored(self, coming: Iterable[Coming]) -> None:
+        """Put values as they are stored elsewhere (see `archive`)."""
+        self._put(coming, None)
+
     def batch(self) -> WriteBatch:
         """Puts and deletions that happen together, or not at all, after a crash as well."""
         writer = self._writing()
@@ -287,6 +291,12 @@ class TensorStore(Lookup):
         with self._cond:
             self._check_open()
             return collect(self._tree, self._reader.counts, self._writer, self._keeper)
+
+    def files(self) -> list[FileInfo]:
+        """Its files, by name."""
+        with self._cond:
+            self._check_open()
+            return files_of(self._tree)
 
     def verify(self) -> list[Damage]:
         """Read every byte of every file, and say what is wrong. A writer flushes first."""

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpaged.lsm.compaction import FAN, LEVELS, Limits, SegmentState, apply, plan, plan_all
+from kvpaged.errors import StorageError
+from kvpaged.lsm.compaction import FAN, LEVELS, Limits, SegmentState, Task, apply, plan, plan_all
 from kvpaged.lsm.eviction import Candidates, lru
 from kvpaged.lsm.order import Link, locality
 from kvpaged.lsm.store import TensorStore
@@ -26,7 +27,7 @@ def segment(id: int, live: float = 1.0, **changes: int) -> SegmentState:
     return made._replace(**changes)
 
 
-# -- the planner -------------------------------------------------------------------------------------
+# -- the planner -----------------------------------------------------------------------------------
 
 
 def test_nothing_is_due():
@@ -79,7 +80,7 @@ def test_chains_in_pieces_are_put_in_order_at_most_so_often():
 def test_everything_is_rewritten_once():
     states = [segment(n, 0.5) for n in range(6)]
     done: set[int] = set()
-    tasks = []
+    tasks: list[Task] = []
     while task := plan_all(states, Limits(FULL, 2 * FULL), done):
         output = segment(100 + len(tasks))
         tasks.append(task)
@@ -110,7 +111,7 @@ def test_any_plan_keeps_to_its_limits(segments, room, short):
             assert all(one.output_bytes(FULL) < one.file_bytes for one in chosen)
 
 
-# -- the order of values -----------------------------------------------------------------------------
+# -- the order of values ---------------------------------------------------------------------------
 
 
 def test_a_prompt_lies_in_one_piece_and_its_siblings_behind_it():
@@ -150,7 +151,7 @@ def test_lru_takes_what_expired_then_the_oldest_then_the_tail():
     assert lru(values, 10**9, now=6).tolist() == [2, 1, 0, 3]
 
 
-# -- simulated ---------------------------------------------------------------------------------------
+# -- simulated -------------------------------------------------------------------------------------
 
 
 def test_bounded_and_overwritten_at_random():
@@ -191,7 +192,7 @@ def test_interleaved_prompts_are_put_in_order_at_bounded_cost():
     assert simulator.written_bytes / simulator.put_bytes < 1.1 + LEVELS
 
 
-# -- in a store --------------------------------------------------------------------------------------
+# -- in a store ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])
@@ -257,8 +258,6 @@ def test_a_bound_that_became_smaller_is_kept_to():
 
 
 def test_what_is_too_large_for_a_bound_is_refused_at_once():
-    from kvpaged.errors import StorageError
-
     with open_store(FaultyFiles(), max_bytes=MIB) as store:
         store.put(b"a", value(1))
         with pytest.raises(StorageError, match="come at once"):
@@ -278,7 +277,7 @@ def test_what_was_not_asked_for_is_recoded():
         assert coded == {b"0": 1, b"1": 1, b"2": 0, b"3": 1}
         assert store.stats().recoded == 3
         for n in range(4):
-            assert torch.equal(store.get(b"%d" % n), torch.zeros(20_000) + n)  # type: ignore[arg-type]
+            assert torch.equal(store.get(b"%d" % n), torch.zeros(20_000) + n)
         assert store.verify() == []
 
 

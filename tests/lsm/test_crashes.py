@@ -16,7 +16,6 @@ from hypothesis.stateful import (
 )
 
 from kvpaged.errors import StorageError
-from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.faulty_files import Died, FaultyFiles
 from tests.lsm.small import Clock, number_of, open_store, value
 
@@ -232,7 +231,7 @@ class Crashes(RuleBasedStateMachine):
             return
         self.store.check_integrity()
         there = dict.fromkeys(KEYS)
-        there.update((key, number_of(found)) for key, found in self.store.items())  # type: ignore[misc]
+        there.update((key, number_of(found)) for key, found in self.store.items())
         for key in KEYS:
             if there[key] is None and self.now[key] is not None:
                 assert self.bounded or self.durability == "none", key
@@ -265,8 +264,11 @@ def test_long_histories(durability: str, bounded: bool, one_thread: None) -> Non
 
 
 def run(durability: str, bounded: bool, *, examples: int, steps: int) -> None:
+    def machine() -> Crashes:
+        return Crashes(durability, bounded)
+
     run_state_machine_as_test(
-        lambda: Crashes(durability, bounded),
+        machine,  # type: ignore[arg-type] # a factory will do
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None,
             phases=PHASES, suppress_health_check=list(HealthCheck),

