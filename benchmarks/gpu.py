@@ -20,21 +20,25 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, triton_peers
-from benchmarks.gpu_common import Record, Setting
+from benchmarks import common, gpu_peers, triton_peers
+from benchmarks.gpu_common import LIMIT_S, Record, Setting
 
 PARTS = (
     "report", "correctness", "tune", "decode", "prefill", "pages", "layout", "end_to_end",
     "serving",
 )  # fmt: skip
-HARD_LIMIT_S = 540
+GRACE_S = 90
+"""How long after its limit a part is stopped, whatever it is at."""
 
 
 def run_part(name: str, setting: Setting) -> dict[str, Any]:
     """Run one part in this process."""
     from benchmarks.gpu_report import identity
 
-    record = Record(part=name, folder=setting.out, document={"environment": identity(setting)})
+    record = Record(
+        part=name, folder=setting.out, limit_s=setting.limit_s,
+        document={"environment": identity(setting)},
+    )  # fmt: skip
     part = importlib.import_module(f"benchmarks.gpu_{name}")
     document: dict[str, Any] = part.run(record, setting)
     return document
@@ -46,6 +50,7 @@ def run_in_process_of_its_own(name: str, setting: Setting) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--out", str(setting.out)]
     command += ["--device", str(setting.device), *(["--quick"] if setting.quick else [])]
+    command += ["--limit", str(setting.limit_s), "--without", *setting.without]
     for peer, folder in setting.folders.items():
         command += [] if folder is None else [f"--{peer}", str(folder)]
     try:
@@ -55,11 +60,11 @@ def run_in_process_of_its_own(name: str, setting: Setting) -> dict[str, Any]:
             cwd=common.ROOT,
             env=common.tree_env(),
             stdout=subprocess.DEVNULL,
-            timeout=HARD_LIMIT_S,
+            timeout=setting.limit_s + GRACE_S,
         )
         ended = f"exit status {done.returncode}"
     except subprocess.TimeoutExpired:
-        ended = f"stopped after {HARD_LIMIT_S} s"
+        ended = f"stopped after {setting.limit_s + GRACE_S:.0f} s"
     document: dict[str, Any] = {"part": name, "complete": False, "left_out": 0, "rows": []}
     if file.exists():
         document = json.loads(file.read_text())
@@ -92,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "gpu", help="results folder")
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
+    peers = (*gpu_peers.PEERS, *triton_peers.PEERS)
     for peer in triton_peers.PEERS:
         parser.add_argument(
             f"--{peer}",
@@ -99,6 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="FOLDER",
             help="its wheel, unpacked: run its kernels too",
         )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, metavar="SECONDS",
+        help=f"a part starts no case later ({LIMIT_S:.0f})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without", nargs="*", default=(), choices=peers, help="peers to leave out"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     chosen = parser.parse_args(arguments)
     if chosen.device.type == "cuda" and not torch.cuda.is_available():
@@ -115,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(
         device=chosen.device, quick=chosen.quick, out=chosen.out.resolve(),
         folders={peer: folder and folder.resolve() for peer, folder in folders.items()},
+        limit_s=chosen.limit, without=tuple(chosen.without),
     )  # fmt: skip
     run = run_part if len(chosen.part) == 1 else run_in_process_of_its_own
     parts = {name: run(name, setting) for name in chosen.part}

@@ -20,8 +20,8 @@ from kvpaged.config import Layout
 from kvpaged.geometry import PageGeometry
 from kvpaged.ops import LayerPages
 
-SOFT_LIMIT_S = 450.0
-"""No case of a part starts later than this; the hard limit of a part is 540 s."""
+LIMIT_S = 450.0
+"""No case of a part starts later than this unless asked for; 90 s later the part is stopped."""
 
 FLUSH_BYTES = 256 * 2**20
 """More than any level-2 cache to date (H100: 50 MB, B200: 126 MB)."""
@@ -35,12 +35,15 @@ class Setting:
     """Where and how large: `quick` asks for sizes at which Triton's interpreter takes seconds.
 
     `folders`: of peers whose kernels are read from outside the repository (`triton_peers`).
+    `limit_s`: seconds after which a part starts no more cases. `without`: peers left out.
     """
 
     device: torch.device
     quick: bool
     out: Path
     folders: Mapping[str, Path | None] = field(default_factory=dict)
+    limit_s: float = LIMIT_S
+    without: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Record:
 
     part: str
     folder: Path
+    limit_s: float = LIMIT_S
     document: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -76,7 +80,7 @@ class Record:
 
     def late(self) -> bool:
         """Whether the part has used its time; the caller's case then counts as left out."""
-        if time.perf_counter() - self.started < SOFT_LIMIT_S:
+        if time.perf_counter() - self.started < self.limit_s:
             return False
         return self.leave_out()
 

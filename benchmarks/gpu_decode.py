@@ -118,7 +118,7 @@ def beside_peers(point: Point, setting: Setting) -> tuple[dict[str, Call], dict[
         for x in (made.found.pages.k_pages, made.found.pages.v_pages)
     )
     work = Work(made.q.unsqueeze(1), k, v, PAGE_SIZES[0])
-    ready, skipped = peers_of(work, setting.folders)
+    ready, skipped = peers_of(work, setting.folders, setting.without)
     return {**calls, **ready}, skipped
 
 

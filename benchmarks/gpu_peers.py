@@ -7,7 +7,7 @@ ours, over a copy of the same K and V in the layout that suits it best; or raise
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ PEERS: dict[str, Callable[[Work], Call]] = {"sdpa": sdpa, "flex": flex, "flashin
 
 
 def peers_of(
-    work: Work, folders: Mapping[str, Path | None]
+    work: Work, folders: Mapping[str, Path | None], without: Collection[str] = ()
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """The peers that run this work, and why the others don't; `folders`: of `triton_peers`.
 
@@ -150,6 +150,9 @@ def peers_of(
         name: functools.partial(_triton, name, folders.get(name)) for name in triton_peers.PEERS
     }
     for name, make in (PEERS | theirs).items():
+        if name in without:
+            skipped[name] = "not asked for"
+            continue
         try:
             call = make(work)
             call()

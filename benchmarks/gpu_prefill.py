@@ -85,7 +85,7 @@ def calls_of(point: Point, setting: Setting) -> tuple[dict[str, Call], dict[str,
         common.contiguous(x, found.block_table, point.length)
         for x in (pages.k_pages, pages.v_pages)
     )
-    ready, skipped = peers_of(Work(q, k, v, point.page_sizes[-1]), setting.folders)
+    ready, skipped = peers_of(Work(q, k, v, point.page_sizes[-1]), setting.folders, setting.without)
     return {**calls, **ready}, skipped
 
 

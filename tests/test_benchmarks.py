@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 
-from benchmarks import common, cpu_decode, cpu_native, generate, host, prefix
+from benchmarks import common, cpu_decode, cpu_native, generate, host, prefix, store
+from benchmarks.store_peers import SYSTEMS as SYSTEMS_ON_DISK
 from benchmarks.systems import SYSTEMS
 
 
@@ -127,3 +128,19 @@ def test_the_environment_names_machine_and_versions():
     assert where["torch"].startswith("2.")
     assert {"cpu", "cores", "commit", "date", "python", "transformers"} <= set(where)
     assert where["commit"] in common.describe(where)
+
+
+def test_store_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
+    arguments = ["--quick", "--folder", str(tmp_path), "--out", str(tmp_path / "out")]
+    store.main(arguments)
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "out" / "store.json").read_text())
+    assert [row["phase"] for row in document["rows"]] == list(store.PHASES)
+    assert out.index("ceiling") < out.index("ours/best peer") < out.index("a missing key")
+    systems = {name for name in SYSTEMS_ON_DISK if name not in document["left_out"]}
+    for row in document["rows"]:
+        assert set(row["space"]) == systems <= set(row["gb_per_second"])
+        assert set(row["ours_over"]) == set(row["gb_per_second"]) - {"ours", "ours, lossless"}
+    # Nothing is left where it was measured.
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]

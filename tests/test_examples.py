@@ -36,8 +36,20 @@ EXPECTED = {
         [],
         [r"\d+ pages, [\d,]+ bytes", r"the same tokens without a cache: True"],
     ),
+    "key_value.py": (
+        [],
+        [
+            r"is there: True",
+            r"is not: False",
+            r"hello 2 tensor\(\[0., 1., 2., 3.\]\)",
+            r"deleted: True then: gone",
+        ],
+    ),
     "hf_generate.py": ([], [r"Paris", r"\d+ pages, [\d,]+ bytes of K and V"]),
 }
+
+# Those that need something to work on; tests/lsm/test_format.py runs them.
+ELSEWHERE = {"read_segment.py"}
 
 
 def run(name: str, arguments: list[str]) -> str:
@@ -54,7 +66,7 @@ def run(name: str, arguments: list[str]) -> str:
 
 
 def test_every_example_is_listed():
-    assert {file.name for file in EXAMPLES.glob("*.py")} == set(EXPECTED)
+    assert {file.name for file in EXAMPLES.glob("*.py")} == set(EXPECTED) | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", EXPECTED)

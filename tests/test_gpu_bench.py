@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, gpu, gpu_common, gpu_correctness, gpu_report
+from benchmarks import common, gpu, gpu_correctness, gpu_report
 from benchmarks.gpu_common import Record, Setting
 from benchmarks.gpu_correctness import KERNELS
 from benchmarks.gpu_peers import PEERS
@@ -25,8 +25,8 @@ FIELDS = {
     "pages": {"case", "seconds", "floor_bytes", "over_floor"},
     "layout": {"page_size", "pool_bytes", "seconds", "of_ceiling", "page_major_over_layer_major"},
     "end_to_end": {"batch", "prompt_tokens", "new_tokens", "systems", "paged_over"},
-    "serving": {"model", "batch", "tokens_s", "first_s", "same_tokens", "failures", "over",
-                "of_roofline", "step_floor_s", "capture_s"},
+    "serving": {"model", "system", "batch", "tokens_s", "first_s", "step_s", "same_tokens",
+                "failures", "over", "of_roofline", "step_floor_s", "capture_s", "compile_s"},
 }  # fmt: skip
 
 
@@ -107,11 +107,13 @@ def test_generate_had_the_tokens_of_dynamic_cache(parts):
 
 def test_the_generator_had_the_tokens_of_generate(parts):
     rows = parts["serving"]["rows"]
-    assert [row["batch"] for row in rows] == [1, 3]
+    ways = ("eager", "no graphs", "no lookahead")
+    assert [(row["system"], row["batch"]) for row in rows] == [(w, n) for w in ways for n in (1, 3)]
     for row in rows:
-        assert row["same_tokens"]["kvpaged"] == 1.0
-        assert set(row["tokens_s"]) >= {"kvpaged", "no graphs", "no lookahead", "generate"}
-        assert row["over"]["kvpaged"] == 1.0
+        assert row["same_tokens"][row["system"]] == 1.0
+    for row in rows[:2]:
+        assert set(row["tokens_s"]) >= {"eager", "generate"}
+        assert row["over"]["generate"] > 0
 
 
 def damaged(name):
@@ -172,9 +174,8 @@ def test_a_run_cut_off_leaves_its_rows(tmp_path):
     assert not document["complete"]
 
 
-def test_a_late_part_says_what_it_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_common, "SOFT_LIMIT_S", 0.0)
-    record = Record(part="correctness", folder=tmp_path)
+def test_a_late_part_says_what_it_left_out(tmp_path):
+    record = Record(part="correctness", folder=tmp_path, limit_s=0.0)
     part = gpu_correctness.run(record, Setting(device=CPU, quick=True, out=tmp_path))
     assert (part["rows"], part["left_out"], part["complete"]) == ([], 10, False)
     assert not gpu.is_good(part)

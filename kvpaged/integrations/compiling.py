@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from kvpaged.integrations.angles import KeepAngles
 from kvpaged.integrations.attention import compiling_packed
 from kvpaged.integrations.products import JoinProducts
 from kvpaged_kernels.cpu.native import cache_dir
@@ -32,7 +34,7 @@ def compile_run(run: Run, device: torch.device, *, one_thread: bool) -> Run:
         options |= {
             "cpp.threads": 1 if one_thread else -1,
             "cpp.dynamic_threads": not one_thread,
-            "post_grad_custom_pre_pass": JoinProducts(),
+            "post_grad_custom_pre_pass": _Passes(),
         }
     # What dynamo has compiled belongs to a code object, and without guards to any call of it.
     own = types.FunctionType(
@@ -40,6 +42,22 @@ def compile_run(run: Run, device: torch.device, *, one_thread: bool) -> Run:
     )
     result: Run = torch.compile(own, dynamic=True, fullgraph=True, options=options)
     return result
+
+
+class _Passes(CustomGraphPass):
+    """Inductor takes one."""
+
+    def __init__(self) -> None:
+        self._passes: tuple[CustomGraphPass, ...] = (JoinProducts(), KeepAngles())
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Each in turn."""
+        for each in self._passes:
+            each(graph)
+
+    def uuid(self) -> tuple[Any, ...]:
+        """What a graph made with them depends on."""
+        return tuple(each.uuid() for each in self._passes)
 
 
 def shape_of(model: nn.Module) -> list[Any]:

@@ -149,9 +149,7 @@ class DecodeGraphs:
             positions=groups[0].positions, cu_seqlens=groups[0].cu_q, tokens=none, more=none,
         )  # fmt: skip
         try:
-            return self._run(
-                self._ids[None, :size], self._positions[None, :size], self._take[:size]
-            )
+            return self._run(self._ids[:size], self._positions[:size], self._take[:size])
         finally:
             self._batch.step = before
 

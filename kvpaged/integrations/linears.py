@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kvpaged.integrations.inspection import joined, sample
+from kvpaged_kernels.cpu.large_pages import LargePages
 from kvpaged_kernels.cpu.native_linear import NativeLinear, fits_together, pack_together, packs
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers beside each other that models call with one input."""
 
-MOST_ROWS = 96
+MOST_ROWS = 128
 """Tokens up to which native products in half precision are faster than torch's, where those are by
-the processor's own instructions. In fp32 ours take half the time for any number.
+tiles (AMX) or ours have no instruction for them (fp16). Elsewhere ours take as long or less for any
+number.
 """
 
 _library = torch.library.Library("kvpaged", "FRAGMENT")
@@ -97,6 +99,7 @@ class PackedLinears:
         """
         self.native = native
         self._bunches: list[_Bunch] = []
+        self._pages = LargePages()
         try:
             for modules in _bunches(model, native):
                 self._pack(modules)
@@ -134,7 +137,7 @@ class PackedLinears:
         if not self.native:
             return [_one_dnn(module) for module in modules]
         pairs = [_tensors(module) for module in modules]
-        packed = pack_together(pairs)
+        packed = pack_together(pairs, self._pages)
         of = [[pair] for pair in pairs] + ([pairs] if len(pairs) > 1 else [])
         return [_Native(product, layers) for product, layers in zip(packed, of, strict=True)]
 
@@ -144,6 +147,7 @@ class PackedLinears:
         Fused optimizers write without torch counting it, so some values are compared too.
         """
         changed = 0
+        self._pages = LargePages()  # what is replaced goes with the chunk it lies in
         for i, bunch in enumerate(self._bunches):
             same = [_facts(module) for module in bunch.modules] == bunch.facts
             if same and all(map(torch.equal, bunch.values, joined(bunch.samples))):
@@ -172,7 +176,8 @@ class _Native:
     def __init__(self, product: NativeLinear, layers: list[tuple[Tensor, Tensor | None]]) -> None:
         self.product, self.layers = product, layers
         dtype = layers[0][0].dtype
-        self.most = MOST_ROWS if dtype != torch.float32 and _has_kernel(dtype) else 2**62
+        theirs = dtype == torch.float16 or torch.cpu._is_amx_tile_supported()
+        self.most = MOST_ROWS if dtype != torch.float32 and theirs and _has_kernel(dtype) else 2**62
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() <= self.most * self.product.inner:

@@ -49,7 +49,6 @@ class SegmentState(NamedTuple):
         id: of its file; a higher one was made later.
         level: how often its values were put in order.
         file_bytes, live_bytes, live_values: of the file, and of what lives in it.
-        entry_bytes: of the entries in its index.
         linked, broken: values that have a parent, and that do not lie right behind it.
     """
 
@@ -58,7 +57,6 @@ class SegmentState(NamedTuple):
     file_bytes: int
     live_bytes: int
     live_values: int
-    entry_bytes: int = 0
     linked: int = 0
     broken: int = 0
 
@@ -67,17 +65,22 @@ class SegmentState(NamedTuple):
         """Of its bytes."""
         return 1 - self.live_bytes / self.file_bytes if self.file_bytes else 0.0
 
-    def output_bytes(self, segment_bytes: int) -> int:
-        """The most that rewriting it writes: payloads, entries in groups and in the index, and for
-        each file and each group blocks that are not full, filter and footer.
-        """
-        if not self.live_values:
-            return 0
-        files = 1 + 2 * (self.live_bytes // segment_bytes)
-        groups = files + self.live_bytes // GROUP_BYTES
-        fixed = 4 * BLOCK if self.live_values > 256 else 2 * BLOCK
-        entries = 2 * self.entry_bytes + 48 * self.live_values
-        return self.live_bytes + entries + files * fixed + 2 * groups * BLOCK
+
+def output_bytes(states: Sequence[SegmentState], segment_bytes: int) -> int:
+    """The most that rewriting segments together writes: what lives in them, and for each file and
+    each group blocks that are not full, filter and footer.
+    """
+    live = sum(one.live_bytes for one in states)
+    return _bound(live, sum(one.live_values for one in states), segment_bytes)
+
+
+def _bound(live: int, values: int, segment_bytes: int) -> int:
+    if not values:
+        return 0
+    files = 1 + 2 * (live // segment_bytes)
+    groups = files + 2 * (live // GROUP_BYTES)
+    fixed = 4 * BLOCK if values > 256 else 2 * BLOCK
+    return live + files * fixed + 2 * groups * BLOCK
 
 
 class Task(NamedTuple):
@@ -107,8 +110,9 @@ class Budget(NamedTuple):
 
     Attributes:
         puts: bytes there may be when a put has come; the rest is for rewriting any one file.
-        live: bytes that may live. An eighth less, and a file less, than `puts`: so when bytes are
-            short an eighth of them are dead, and what is most dead is worth rewriting.
+        live: bytes that may live. An eighth less, a file less, and four blocks for each file less
+            than `puts`: so when bytes are short an eighth of them are dead, and what is most dead
+            is worth rewriting.
     """
 
     puts: int
@@ -118,7 +122,8 @@ class Budget(NamedTuple):
 def budget(max_bytes: int, segment_bytes: int, largest: int) -> Budget:
     """Share out `max_bytes`, with files of `segment_bytes` and one of `largest`."""
     puts = max_bytes - max(segment_bytes, largest) - SPARE
-    return Budget(puts, int(puts * (1 - SLACK)) - segment_bytes)
+    blocks = 4 * BLOCK * (puts // segment_bytes + 1)
+    return Budget(puts, int(puts * (1 - SLACK)) - segment_bytes - blocks)
 
 
 def plan(segments: Sequence[SegmentState], limits: Limits) -> Task | None:
@@ -136,14 +141,15 @@ def _dead(segments: Sequence[SegmentState], limits: Limits) -> Task | None:
         return None
     ranked = sorted(segments, key=lambda one: (-one.dead_share, one.id))
     least = DEAD / 2 if limits.short else DEAD
-    worth = [one for one in ranked if one.dead_share > least and _frees(one, limits)]
+    worth = [one for one in ranked if one.dead_share > least]
     chosen = _up_to(worth, limits.segment_bytes, limits)
-    return _task(chosen, "dead") if chosen else None
+    return _task(chosen, "dead") if _frees(chosen, limits) else None
 
 
-def _frees(one: SegmentState, limits: Limits) -> bool:
-    """Rewriting it surely makes it smaller."""
-    return one.output_bytes(limits.segment_bytes) < one.file_bytes
+def _frees(chosen: Sequence[SegmentState], limits: Limits) -> bool:
+    """Rewriting them surely makes them smaller."""
+    before = sum(one.file_bytes for one in chosen)
+    return output_bytes(chosen, limits.segment_bytes) < before
 
 
 def _small(segments: Sequence[SegmentState], limits: Limits) -> Task | None:
@@ -191,14 +197,13 @@ def _up_to(ranked: Sequence[SegmentState], most: int, limits: Limits) -> list[Se
     is room.
     """
     chosen: list[SegmentState] = []
-    live = values = output = 0
+    live = values = 0
     for one in ranked:
-        coming = one.output_bytes(limits.segment_bytes)
-        fits = output + coming <= limits.room and values + one.live_values <= MOST_VALUES
-        if not fits or (chosen and live + one.live_bytes > most):
-            continue
-        chosen.append(one)
-        live, values, output = live + one.live_bytes, values + one.live_values, output + coming
+        more, count = live + one.live_bytes, values + one.live_values
+        fits = count <= MOST_VALUES and _bound(more, count, limits.segment_bytes) <= limits.room
+        if fits and (not chosen or more <= most):
+            chosen.append(one)
+            live, values = more, count
     return chosen
 
 

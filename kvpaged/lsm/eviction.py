@@ -14,13 +14,13 @@ class Candidates(NamedTuple):
     Attributes:
         stamps: when each was last asked for or written, milliseconds since 1970.
         sequences: the order in which they were written.
-        rooms: bytes they take up.
+        costs: bytes they take up.
         expires: when they expire, milliseconds since 1970; 0 for never.
     """
 
     stamps: Numbers
     sequences: Numbers
-    rooms: Numbers
+    costs: Numbers
     expires: Numbers
 
 
@@ -39,6 +39,6 @@ def lru(values: Candidates, need: int, now: int) -> Places:
     expired = (values.expires > 0) & (values.expires <= now)
     newest = np.uint64(2**64 - 1) - values.sequences
     order = np.lexsort((newest, values.stamps, ~expired))
-    freed = np.cumsum(values.rooms[order], dtype=np.int64)
+    freed = np.cumsum(values.costs[order], dtype=np.int64)
     count = int(np.searchsorted(freed, need)) + 1
     return order[:count].astype(np.int64)

@@ -9,7 +9,7 @@ There are two sizes: `SMALL` bits for up to 256 keys, `LARGE` for up to `MOST_KE
 bits a key: at most 0.1 % of segments are asked in vain (`(1 - e^(-6/16))^6`; Bloom, 1970).
 """
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -49,6 +49,7 @@ class Filters(Generic[Owner]):
 
     def __init__(self) -> None:
         self._sizes = {bits: _Slices[Owner](bits) for bits in (SMALL, LARGE)}
+        self._all = tuple(self._sizes.values())
 
     def add(self, added: Iterable[tuple[Owner, Bits]]) -> None:
         """Take owners with their filters in, all at once: rows are made anew for each call."""
@@ -60,12 +61,14 @@ class Filters(Generic[Owner]):
         for slices in self._sizes.values():
             slices.remove(owner)
 
-    def owners(self, key: bytes) -> Iterator[Owner]:
-        """Those that may hold the key, the latest added first."""
+    def owners(self, key: bytes) -> Sequence[Owner]:
+        """Those that may hold the key, the latest added first of each size."""
         places = xxh3_128_intdigest(key)
-        for slices in self._sizes.values():
-            if slices.alive:
-                yield from slices.owners(places)
+        found: Sequence[Owner] = ()
+        for slices in self._all:
+            if slices.alive and (more := slices.owners(places)):
+                found = [*found, *more]
+        return found
 
 
 class _Slices(Generic[Owner]):
@@ -112,17 +115,19 @@ class _Slices(Generic[Owner]):
         self.slots = [self.slots[slot] for slot in kept]
         self.alive = (1 << len(kept)) - 1
 
-    def owners(self, places: int) -> Iterator[Owner]:
+    def owners(self, places: int) -> Sequence[Owner]:
         rows, mask = self.rows, self.bits - 1
         found = self.alive
         for _ in range(PROBES):
             found &= rows[places & mask]
             if not found:
-                return
+                return ()
             places >>= 16
+        owners = []
         while found:
             slot = found.bit_length() - 1
             found ^= 1 << slot
             owner = self.slots[slot]
-            if owner is not None:
-                yield owner
+            assert owner is not None
+            owners.append(owner)
+        return owners

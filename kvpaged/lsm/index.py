@@ -12,8 +12,8 @@ INDEX_BYTES, FOOTER_BYTES = _INDEX.size, _FOOTER.size
 
 COLUMNS = 6
 """Of an index, u64 each: the key's first 8 bytes as a big-endian number, where its entry ends in
-the heap, sequence, bytes that the value takes up, when it expires, and its number among the values
-of the file in the order they were written.
+the heap, sequence, bytes that the value costs (`Row.cost`), when it expires, and its number among
+the values of the file in the order they were written.
 """
 
 

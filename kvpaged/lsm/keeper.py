@@ -2,30 +2,17 @@
 
 import threading
 import time
-from collections.abc import Sequence
 
-import numpy as np
-
-from kvpaged.codecs import codec
 from kvpaged.errors import IntegrityError, StorageError
 from kvpaged.lsm import manifest as manifests
-from kvpaged.lsm.compaction import (
-    SPARE,
-    Budget,
-    Limits,
-    SegmentState,
-    Task,
-    budget,
-    plan,
-    plan_all,
-)
+from kvpaged.lsm.compaction import Budget, budget
+from kvpaged.lsm.compactor import Compactor, Stopped
 from kvpaged.lsm.eviction import Policy
 from kvpaged.lsm.living import Living
 from kvpaged.lsm.log import Log
-from kvpaged.lsm.merge import Merger, Output, Source, Unreadable
 from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.segment import Segment, write_index
-from kvpaged.lsm.tree import InSegment, Tree
+from kvpaged.lsm.tree import Tree
 from kvpaged.lsm.writer import Writer
 
 EVICT = 1 / 64
@@ -34,10 +21,6 @@ IDLE_S = 0.2
 """How often the thread looks whether something is due."""
 AGAIN_S = 0.1
 """How long nothing is tried after the disk refused."""
-
-
-class Stopped(Exception):
-    """Compaction ends early."""
 
 
 class Keeper:
@@ -58,17 +41,12 @@ class Keeper:
         self.options, self.policy = options, policy
         self.working = threading.RLock()
         self.short = self.closing = self.dirty = False
-        self.stuck: set[int] = set()
+        self.waiting = 0  # bytes that the last put could not have
         self.evicted = self.evicted_bytes = self.expired = 0
         self.manifest_bytes = self.sealed_bytes = 0
         self.error: str | None = None
         self._again = 0.0
-        self._largest = max((s.file_bytes for s in tree.segments.values()), default=0)
-        self.merger = Merger(
-            tree.files, tree.opened, segment_bytes=options.file_bytes,
-            cold=None if options.cold_codec is None else codec(options.cold_codec),
-            pace=self._pace, take_id=self._take_id,
-        )  # fmt: skip
+        self.compactor = Compactor(tree, cond, options, self._pace)
         self.thread: threading.Thread | None = None
 
     # -- room --------------------------------------------------------------------------------------
@@ -77,7 +55,10 @@ class Keeper:
         """Bytes there may be, and may live; `None` for any number."""
         if self.options.max_bytes is None:
             return None
-        return budget(self.options.max_bytes, self.options.file_bytes, self._largest)
+        largest = self.compactor.largest
+        if largest > self.options.max_bytes // 4:  # of another bound: to be dropped, not rewritten
+            largest = 0
+        return budget(self.options.max_bytes, self.options.file_bytes, largest)
 
     def obstacle(self, need: int) -> str | None:
         """See `writer.Keeper.obstacle`."""
@@ -94,7 +75,8 @@ class Keeper:
             self._evict(over + int(budget.live * EVICT))
         used = self.tree.used_bytes()
         self.short = used + need > budget.puts - self.options.file_bytes
-        if used + need <= budget.puts:
+        self.waiting = need if used + need > budget.puts else 0
+        if not self.waiting:
             return None
         why = f"; {self.error}" if self.error else ""
         return (
@@ -110,7 +92,7 @@ class Keeper:
             expired = 0 < int(values.expires[number]) <= now
             self.expired += expired
             self.evicted += not expired
-            self.evicted_bytes += int(values.rooms[number])
+            self.evicted_bytes += int(values.costs[number])
             self.tree.drop(living.found(number))
 
     # -- work --------------------------------------------------------------------------------------
@@ -139,6 +121,13 @@ class Keeper:
             return self._seal() or self._compact(None) or self._save()
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # a fault of ours: puts say so, and do not wait for ever
+            self.error = f"the thread that keeps the store has ended: {error!r}"
+            raise
+
+    def _loop(self) -> None:
         while True:
             if not self.work():
                 with self.cond:
@@ -154,10 +143,6 @@ class Keeper:
         self.error = f"{what}: {error}"
         self._again = time.monotonic() + AGAIN_S
         return False
-
-    def _take_id(self) -> int:
-        with self.cond:
-            return self.tree.take_id()
 
     def _pace(self, size: int) -> None:
         rate = self.options.compact_bytes_per_s
@@ -184,7 +169,7 @@ class Keeper:
         with self.cond:
             self.tree.sealed(log, segment)
             if segment is not None:
-                self._largest = max(self._largest, segment.file_bytes)
+                self.compactor.largest = max(self.compactor.largest, segment.file_bytes)
                 self.sealed_bytes += segment.file_bytes - log.end
             self.dirty = True
             self.cond.notify_all()
@@ -247,100 +232,27 @@ class Keeper:
 
     # -- compaction --------------------------------------------------------------------------------
 
-    def states(self) -> list[SegmentState]:
-        """What the planner sees; under the store's lock."""
-        return [
-            SegmentState(
-                s.number, s.level, s.file_bytes, s.live_bytes, s.live_values, s.entry_bytes,
-                s.linked, s.broken,
-            )
-            for s in self.tree.segments.values()
-            if s.number not in self.stuck
-        ]  # fmt: skip
-
-    def limits(self) -> Limits:
-        """What a task must keep to; under the store's lock."""
-        room = 1 << 62
-        if self.options.max_bytes is not None:
-            room = max(0, self.options.max_bytes - self.tree.used_bytes() - SPARE)
-        return Limits(self.options.file_bytes, room, self.short)
-
     def _compact(self, done: set[int] | None) -> bool:
         """One task; `done` are the outputs of a rewriting of everything."""
-        with self.cond:
-            self._expire()
-            states, limits = self.states(), self.limits()
-            task = plan(states, limits) if done is None else plan_all(states, limits, done)
-            if task is None:
-                return False
-            sources = self._sources(task)
-            size = self.options.file_bytes
-            chosen = set(task.inputs)
-            self.tree.planned = sum(s.output_bytes(size) for s in states if s.id in chosen)
         try:
-            outputs = self.merger.rewrite(sources, task.level) if sources else []
+            did = self.compactor.step(done, short=self.short)
         except Stopped:
-            self.tree.planned = 0
             return False
         except OSError as error:
-            with self.cond:
-                self.tree.planned = 0
-                self.tree.strays.update(self.merger.strays)
-                self.merger.strays.clear()
-                self.dirty |= bool(self.tree.strays)
-            if isinstance(error, Unreadable):  # what can be read of it still can
-                self.stuck.add(error.segment)
+            self.dirty |= bool(self.tree.strays)
             return self._refused("compaction", error)
-        with self.cond:
-            self._install(task, outputs)
-            if done is not None:
-                done.update(one.segment.number for one in outputs)
-        return self._save() or True
+        if not did and done is None:
+            with self.cond:
+                did = self._must_shed() and self.compactor.shed()
+        self.dirty |= did
+        return did and (self._save() or True)
 
-    def _sources(self, task: Task) -> list[Source]:
-        now = self.options.clock()
-        before = now - int(self.options.cold_after_s * 1000)
-        cold = self.options.cold_codec is not None
-        sources = []
-        for number in task.inputs:
-            segment = self.tree.segments[number]
-            for row in np.flatnonzero(segment.live).tolist():
-                colder = cold and int(segment.stamps[row]) <= before
-                sources.append(Source(segment, row, segment.entry(row), colder))
-        self.merger.counts.inputs += len(task.inputs)
-        return sources
-
-    def _install(self, task: Task, outputs: Sequence[Output]) -> None:
-        """Outputs take the place of a task's segments, with what still lives."""
-        for output in outputs:
-            new = output.segment
-            live = []
-            for row in output.rows:
-                source = output.sources[row.entry.key]
-                if source.segment.live[source.row]:
-                    live.append(row.number)
-            new.take_live_numbers(live)
-            for at in range(new.count):
-                source = output.sources[new.key(at)]
-                new.stamps[at] = source.segment.stamps[source.row]
-        self.tree.planned = 0
-        self.tree.replaced(
-            [self.tree.segments[number] for number in task.inputs],
-            [output.segment for output in outputs],
-        )
-        self._largest = max((s.file_bytes for s in self.tree.segments.values()), default=0)
-        self.dirty = True
-
-    def _expire(self) -> None:
-        """What has expired does not live any more."""
-        now = self.options.clock()
-        for segment in self.tree.segments.values():
-            if segment.expiring:
-                due = segment.live & (segment.expires > 0) & (segment.expires <= now)
-                for row in np.flatnonzero(due).tolist():
-                    self.tree.drop(InSegment(segment, row))
-                    self.expired += 1
-                segment.expiring = bool((segment.live & (segment.expires > 0)).any())
+    def _must_shed(self) -> bool:
+        """A put waits, nothing can be compacted, and it is not for bytes that are in use."""
+        budget = self.budget()
+        if budget is None or not self.waiting or self.tree.sealing:
+            return False
+        return self.tree.segment_bytes + self.waiting > budget.puts
 
     # -- on request --------------------------------------------------------------------------------
 

@@ -219,6 +219,21 @@ def void_entry(packed: bytes) -> bytes:
     return packed[:_KIND_AT] + bytes([VOID]) + packed[_KIND_AT + 1 :]
 
 
+def lone_tensor(heap: memoryview, at: int) -> tuple[Form, int] | None:
+    """Form and offset in the file of a value that is one raw tensor, else `None`.
+
+    What `unpack_entry` says in a quarter of the time, of an entry that it has accepted before.
+    """
+    fields = _ENTRY.unpack_from(heap, at)
+    if fields[5] != 1 or not fields[2]:
+        return None
+    start = at + _ENTRY.size + _PART.size
+    if heap[start - 8]:  # the codec's id, of one byte
+        return None
+    start += fields[3] + fields[4] + fields[7]
+    return unpack_forms(bytes(heap[start : start + fields[6]]), 1)[0], fields[10]
+
+
 def unpack_entry(raw: Buffer, at: int, where: str) -> tuple[Entry, int]:
     """The entry at byte `at`, and where the next begins.
 

@@ -31,12 +31,12 @@ class Living:
             (
                 [log.stamps[row.entry.key] for row in rows],
                 [row.entry.sequence for row in rows],
-                [row.entry.room for row in rows],
+                [row.cost for row in rows],
                 [row.entry.expires for row in rows],
             )
             for log, rows in self.logs
         ] + [
-            (s.stamps[rows], s.sequences[rows], s.rooms[rows], s.expires[rows])
+            (s.stamps[rows], s.sequences[rows], s.costs[rows], s.expires[rows])
             for s, rows in self.segments
         ]
         columns = (

@@ -98,6 +98,9 @@ class SlabPool:
 class Log:
     """One file being written. All methods but `write` are called under the store's lock.
 
+    Attributes:
+        ghosts: keys of puts that failed: some of them may be in the file all the same.
+
     Invariants:
         1. Groups follow each other without a gap; `end` is where the next begins.
         2. Bytes of a slab up to `used` are the file's, once their group is written.
@@ -121,6 +124,7 @@ class Log:
         self.live: dict[bytes, Row] = {}
         self.stamps: dict[bytes, int] = {}
         self.live_bytes = 0
+        self.ghosts: set[bytes] = set()
         self.written = 0
         self.packed_bytes = 0
         self.entries = 0
@@ -134,14 +138,14 @@ class Log:
         key = row.entry.key
         self.rows[key] = self.live[key] = row
         self.stamps[key] = now
-        self.live_bytes += row.entry.room
+        self.live_bytes += row.cost
 
     def kill(self, key: bytes) -> bool:
         """It may not be found any more; whether it could be."""
         row = self.live.pop(key, None)
         if row is None:
             return False
-        self.live_bytes -= row.entry.room
+        self.live_bytes -= row.cost
         self.stamps.pop(key, None)
         return True
 
@@ -241,10 +245,13 @@ class Log:
         self.end = group.start + size
         self.closed.append(group)
 
+    def written_end(self) -> int:
+        """Where what has been written ends."""
+        return self.closed[0].start if self.closed else self.end
+
     def pending(self) -> int:
         """Bytes that have not been written."""
-        started = self.closed[0].start if self.closed else self.end
-        return self.end - started + (self.open.size if self.open else 0)
+        return self.end - self.written_end() + (self.open.size if self.open else 0)
 
     def projected(self) -> int:
         """Bytes of the file once it is sealed as it is."""
@@ -319,7 +326,7 @@ class Log:
         """Give slabs back, the oldest first, until they hold no more than `keep` bytes; none that
         has readers or something to write.
         """
-        unwritten = self.closed[0].start if self.closed else self.end
+        unwritten = self.written_end()
         while self.slabs and self.slab_bytes() > keep:
             slab = self.slabs[0]
             busy = slab.pins or slab.start + slab.used > unwritten

@@ -12,11 +12,13 @@ from kvpaged.lsm.layout import Entry
 from kvpaged.lsm.reader import Fetch, Reader, outputs, pin
 from kvpaged.lsm.segment import check_payload
 from kvpaged.lsm.stats import ValueInfo, info_of
-from kvpaged.lsm.tree import Found, InSegment, Tree
+from kvpaged.lsm.tree import Found, InSegment
 from kvpaged.lsm.values import check_key, chosen, destination, lying
 
 Value: TypeAlias = Any
-"""What was put: a tensor, or a dict of them by name. Who reads a key knows which, types do not."""
+"""What was put, a tensor or a dict of them by name, or `None` for nothing. Who reads a key knows
+which; types do not.
+"""
 Destination = Tensor | Mapping[str, Tensor]
 OnDamage = Literal["raise", "miss"]
 """What to do with a value that is not what its checksums say: raise an `IntegrityError` (or a
@@ -43,9 +45,6 @@ class Lookup:
     def _touch(self, found: Found) -> None:
         raise NotImplementedError
 
-    def _current(self) -> Tree:
-        raise NotImplementedError
-
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, Found]]:
         raise NotImplementedError
 
@@ -57,7 +56,7 @@ class Lookup:
     def get(
         self, key: bytes, parts: Sequence[str] | None = None, *, out: Destination | None = None,
         damaged: OnDamage = "raise",
-    ) -> Value | None:  # fmt: skip
+    ) -> Value:  # fmt: skip
         """A value, or `None` where there is none.
 
         Args:
@@ -75,11 +74,21 @@ class Lookup:
             StorageError: it cannot be read.
             ConfigError: it has no part of a name, or `out` is of another dtype or shape.
         """
-        return self.get_many([key], parts, out=None if out is None else [out], damaged=damaged)[0]
+        check_key(key)
+        with self._cond:  # as `_pinned` does, but a key that is not there costs as little as it can
+            self._check_open()
+            found = self._find(key)
+            if found is None:
+                self._reader.counts.misses += 1
+                return None
+            self._reader.counts.hits += 1
+            self._touch(found)
+            held = [self._pin(found)]
+        return self._fetched(held, parts, None if out is None else [out], damaged)[0]
 
     def view(
         self, key: bytes, parts: Sequence[str] | None = None, *, damaged: OnDamage = "raise"
-    ) -> Value | None:
+    ) -> Value:
         """A value without copying it, where it is stored raw in a sealed file; else as `get`.
 
         The tensors are the file's own bytes, through the page cache: reading them may read from
@@ -87,11 +96,25 @@ class Lookup:
         its file on disk meanwhile. They must not be written to: other views would see it (the file
         would not). Checksums are verified when a value is first viewed.
         """
-        return self.view_many([key], parts, damaged=damaged)[0]
+        check_key(key)
+        with self._cond:
+            self._check_open()
+            found = self._find(key)
+            if isinstance(found, InSegment):
+                counts = self._reader.counts
+                counts.hits += 1
+                counts.viewed += 1
+                self._touch(found)
+        if isinstance(found, InSegment):
+            return self._viewed(found, parts, damaged)
+        return self.get(key, parts, damaged=damaged)
 
     def contains(self, key: bytes) -> bool:
         """Whether there is a value; it does not count as asked for."""
-        return self.contains_many([key])[0]
+        check_key(key)
+        with self._cond:
+            self._check_open()
+            return self._find(key) is not None
 
     def __contains__(self, key: bytes) -> bool:
         return self.contains(key)
@@ -115,7 +138,7 @@ class Lookup:
     def get_many(
         self, keys: Sequence[bytes], parts: Sequence[str] | None = None, *,
         out: Sequence[Destination | None] | None = None, damaged: OnDamage = "raise",
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         """`get` of each, with many reads in flight; values that lie behind each other are one read.
 
         Raises:
@@ -130,18 +153,9 @@ class Lookup:
     def view_many(
         self, keys: Sequence[bytes], parts: Sequence[str] | None = None, *,
         damaged: OnDamage = "raise",
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         """`view` of each."""
-        values: list[Value | None] = []
-        for key, held in zip(keys, self._pinned(keys, memory=False), strict=True):
-            found = None if held is None else held.found
-            if found is None:
-                values.append(None)
-            elif isinstance(found, InSegment):
-                values.append(self._viewed(found, parts, damaged))
-            else:
-                values += self._fetched(self._pinned([key], count=False), parts, None, damaged)
-        return values
+        return [self.view(key, parts, damaged=damaged) for key in keys]
 
     def scan(self, prefix: bytes = b"") -> Iterator[bytes]:
         """The keys that begin so, ascending, as they were when this was called."""
@@ -184,9 +198,7 @@ class Lookup:
 
     # -- how ---------------------------------------------------------------------------------------
 
-    def _pinned(
-        self, keys: Sequence[bytes], *, memory: bool = True, count: bool = True
-    ) -> list[Fetch | None]:
+    def _pinned(self, keys: Sequence[bytes]) -> list[Fetch | None]:
         held: list[Fetch | None] = []
         with self._cond:
             self._check_open()
@@ -194,17 +206,17 @@ class Lookup:
             for key in keys:
                 found = self._find(_checked(key))
                 if found is None:
-                    counts.misses += count
+                    counts.misses += 1
                     held.append(None)
                     continue
-                counts.hits += count
+                counts.hits += 1
                 self._touch(found)
-                held.append(self._pin(found, memory=memory))
+                held.append(self._pin(found))
         return held
 
-    def _pin(self, found: Found, *, memory: bool = True) -> Fetch:
+    def _pin(self, found: Found) -> Fetch:
         one = Fetch(found)
-        pinned = pin(self._current(), found) if memory else None
+        pinned = pin(found)
         if pinned is not None:
             one.memory, one.slab = pinned
         return one
@@ -212,7 +224,7 @@ class Lookup:
     def _fetched(
         self, held: Sequence[Fetch | None], parts: Sequence[str] | None,
         out: Sequence[Destination | None] | None, damaged: OnDamage,
-    ) -> list[Value | None]:  # fmt: skip
+    ) -> list[Value]:  # fmt: skip
         fetches = [one for one in held if one is not None]
         try:
             for number, one in enumerate(held):
@@ -236,12 +248,14 @@ class Lookup:
                     raise one.error
         return [None if one is None or one.error is not None else one.tensors() for one in held]
 
-    def _viewed(
-        self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage
-    ) -> Value | None:
-        segment, entry = found.segment, found.entry
+    def _viewed(self, found: InSegment, parts: Sequence[str] | None, damaged: OnDamage) -> Value:
+        segment, row = found
+        checked = segment.checked[row]
+        if checked and parts is None and (lone := segment.lone(row)) is not None:
+            return lone
+        entry = segment.entry(row)
         payload = segment.payload(entry)
-        if not segment.checked[found.row]:
+        if not checked:
             try:
                 check_payload(entry, payload, segment.where)
             except KVPagedError:
@@ -249,9 +263,7 @@ class Lookup:
                 if damaged == "raise":
                     raise
                 return None
-            segment.checked[found.row] = True
-        with self._cond:
-            self._reader.counts.viewed += 1
+            segment.checked[row] = True
         return lying(entry, payload, chosen(entry, parts))
 
 

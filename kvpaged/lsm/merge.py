@@ -11,7 +11,6 @@ from kvpaged.errors import IntegrityError
 from kvpaged.lsm.compaction import GROUP_BYTES
 from kvpaged.lsm.files import Bytes, Files, OpenFiles, aligned
 from kvpaged.lsm.filters import MOST_KEYS
-from kvpaged.lsm.index import INDEX_BYTES
 from kvpaged.lsm.layout import BLOCK, Entry, pack_entry, part_offsets, up
 from kvpaged.lsm.log import Coming, Log, SlabPool
 from kvpaged.lsm.order import Link, locality
@@ -121,12 +120,12 @@ class Merger:
 
     def _files_of(self, sources: Sequence[Source]) -> Iterator[list[Source]]:
         chunk: list[Source] = []
-        size = INDEX_BYTES
+        size = 4 * BLOCK
         for one in sources:
-            more = up(one.entry.room, BLOCK) + 2 * one.entry.packed_bytes + 64
+            more = one.entry.room + 2 * one.entry.packed_bytes + 64
             if chunk and (size + more > self.segment_bytes or len(chunk) == MOST_KEYS):
                 yield chunk
-                chunk, size = [], INDEX_BYTES
+                chunk, size = [], 4 * BLOCK
             chunk.append(one)
             size += more
         if chunk:
@@ -152,6 +151,8 @@ class Merger:
         self.counts.outputs += 1
         self.counts.written_bytes += size
         segment = Segment(self.files, log.number)
+        if segment.repaired:
+            raise OSError(segment.repaired)
         segment.level = level
         return Output(segment, rows, {one.entry.key: one for one in sources})
 
@@ -208,9 +209,14 @@ def _groups(sources: Sequence[Source]) -> Iterator[list[Source]]:
     for one in sources:
         more = up(one.entry.room, BLOCK) + one.entry.packed_bytes
         if group and size + more > GROUP_BYTES - BLOCK:
-            yield group
+            yield _large_first(group)
             group, size = [], 0
         group.append(one)
         size += more
     if group:
-        yield group
+        yield _large_first(group)
+
+
+def _large_first(group: list[Source]) -> list[Source]:
+    """In order, but for small ones: a large one behind each would begin at a block of its own."""
+    return sorted(group, key=lambda one: one.entry.stored < BLOCK)

@@ -1,7 +1,7 @@
 """Reading: from memory where a value still is, else from its file, many requests at a time."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,7 +77,7 @@ class Fetch:
         return made[""] if self.entry.single else made
 
 
-def pin(tree: Tree, found: Found) -> tuple[Bytes, Slab] | None:
+def pin(found: Found) -> tuple[Bytes, Slab] | None:
     """A value's payload in memory, if it is there; under the store's lock. The slab stays until
     its `pins` are taken back.
     """
@@ -101,18 +101,22 @@ class Reader:
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Fill each one's `out`, or set its `error`."""
         jobs: list[Callable[[], None]] = []
-        by_file: dict[object, list[Fetch]] = {}
+        by_file: dict[tuple[object, int], list[Fetch]] = {}
+        asked: dict[tuple[object, int], int] = {}
         for one in fetches:
             if one.memory is not None:
                 self._from_memory(one)
             else:
                 holder = one.found.log if isinstance(one.found, InLog) else one.found.segment
-                by_file.setdefault(holder, []).append(one)
+                # A value asked for twice is read twice: ranges of one plan do not overlap.
+                place = (holder, one.entry.offset)
+                times = asked[place] = asked.get(place, 0) + bool(one.entry.stored)
+                by_file.setdefault((holder, times), []).append(one)
         for group in by_file.values():
             jobs += self._jobs(group)
         self._run(jobs)
-        again = [one for one in fetches if one.error is not None and one.alone]
-        for one in again:  # an unreadable block fails all values of its call: each by itself now
+        failed = [one for one in fetches if one.error is not None and one.alone]
+        for one in failed:  # an unreadable block fails all values of its call: each by itself now
             one.error, one.alone = None, False
             one.stored, one.copies = {}, []
             self._run(self._jobs([one]))
@@ -140,7 +144,9 @@ class Reader:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads, "kvpaged-reader")
-            futures = [self._pool.submit(job) for job in jobs]
+            rest = iter(jobs)  # shared: a call of the pool for each job costs as much as reading
+            workers = min(self._threads, len(jobs))
+            futures = [self._pool.submit(_work, rest) for _ in range(workers)]
         for future in futures:
             future.result()
 
@@ -239,6 +245,11 @@ class Reader:
 def outputs(entry: Entry, numbers: Sequence[int]) -> dict[int, Bytes]:
     """New memory for parts."""
     return {number: new_bytes(entry.forms[number].nbytes) for number in numbers}
+
+
+def _work(jobs: Iterator[Callable[[], None]]) -> None:
+    for job in jobs:
+        job()
 
 
 def _copy(data: Bytes, request: Request) -> int:

@@ -27,38 +27,36 @@ class Replayed(NamedTuple):
 def replay(log: Log, data: Bytes, now: int, *, growing: bool = False) -> Replayed:
     """Take in the groups of a log from `log.end` on: `rows`, `live`, `end`.
 
-    A value that is not whole is left out, and with it the rest of its group if that is atomic.
-    Before the largest `settled` of all groups that is damage: what the value replaced is gone as
-    well. From there on it is a write that was never acknowledged, and what it was to replace stays.
+    What is not whole before the largest `settled` of all groups is damage: such a value is left
+    out, with the rest of its group if that is atomic, and what it replaced is gone as well. From
+    there on it is a write that was never acknowledged: there the log ends, and what was to be
+    replaced stays.
 
     Args:
+        log: opened, at its `end`.
         data: uint8 [bytes], the file.
         now: milliseconds since 1970: when values count as last asked for.
-        growing: another process is writing it: what is not whole may become so, so it ends there.
+        growing: another process is writing it, so an unfinished write is nothing to speak of.
     """
     touched: dict[bytes, None] = {}
     lost: list[str] = []
     found = list(_groups(log, data))
     log.settled = max([log.settled, *(group.settled for _, group, _ in found)])
     for at, group, bad in found:
-        torn = bool(bad) or at != log.end
-        if growing and torn and at >= log.settled:
+        if (bad and at >= log.settled) or (at != log.end and log.end >= log.settled):
             break
         if at != log.end:
             lost.append(f"{log.where}: no whole group in bytes {log.end} to {at}")
         lost += bad.values()
-        _take(log, group, set(bad), touched, now, damage=at < log.settled)
+        _take(log, group, set(bad), touched, now)
         log.end = at + group.size
-    else:
-        rest = data[log.end :]
-        if len(rest) and bytes(rest[:4]) != INDEX_MAGIC and not growing:
-            lost.append(f"{log.where}: no whole group in the last {len(rest):,} bytes")
+    rest = data[log.end :]
+    if len(rest) and bytes(rest[:4]) != INDEX_MAGIC and not growing:
+        lost.append(f"{log.where}: the last {len(rest):,} bytes are no whole write")
     return Replayed(list(touched), lost)
 
 
-def _take(
-    log: Log, group: Group, bad: set[int], touched: dict[bytes, None], now: int, *, damage: bool
-) -> None:
+def _take(log: Log, group: Group, bad: set[int], touched: dict[bytes, None], now: int) -> None:
     log.entries += len(group.entries)
     if bad and group.atomic:
         bad = set(range(len(group.entries)))
@@ -67,7 +65,7 @@ def _take(
         counted, log.written = log.written, log.written + (entry.kind != DELETE)
         row = Row(entry, pack_entry(entry), counted)
         log.packed_bytes += len(row.packed)
-        if entry.kind == VOID or (number in bad and not damage):
+        if entry.kind == VOID:
             continue
         log.kill(entry.key)
         touched[entry.key] = None

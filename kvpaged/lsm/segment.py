@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kvpaged.errors import IntegrityError
 from kvpaged.lsm import filters
@@ -30,6 +32,7 @@ from kvpaged.lsm.layout import (
     Entry,
     checksum,
     damaged,
+    lone_tensor,
     pack_entry,
     part_offsets,
     unpack_entry,
@@ -54,6 +57,11 @@ class Row(NamedTuple):
     packed: bytes
     number: int
 
+    @property
+    def cost(self) -> int:
+        """Bytes that the value takes up in a segment: payload, its entry twice, columns, filter."""
+        return self.entry.room + 2 * len(self.packed) + 64
+
 
 def index_bytes(rows: Sequence[Row], written: int) -> bytes:
     """The index of values of distinct keys, sorted by key, of a file of `written` values."""
@@ -63,7 +71,7 @@ def index_bytes(rows: Sequence[Row], written: int) -> bytes:
         [prefix_of(row.entry.key) for row in rows],
         list(itertools.accumulate(len(row.packed) for row in rows)),
         [row.entry.sequence for row in rows],
-        [row.entry.room for row in rows],
+        [row.cost for row in rows],
         [row.entry.expires for row in rows],
         [row.number for row in rows],
     )
@@ -124,13 +132,12 @@ class Segment:
         count: values of its index.
         filter: its bloom filter's bytes.
         written: values of the file, those replaced by later ones of the same file included.
-        sequences, rooms, expires, numbers: uint64 [count], see `layout.COLUMNS`.
+        sequences, costs, expires, numbers: uint64 [count], see `layout.COLUMNS`.
         live: bool [count]: it may be found.
         live_values, live_bytes: how many, and what they take up.
         stamps: uint64 [count]: when it was last asked for, milliseconds since 1970.
         checked: bool [count]: its checksums were right when it was first read.
         expiring: some value of it may expire.
-        entry_bytes: of the entries in its index.
         repaired: its index was made anew from its groups, because it was damaged: what was wrong.
     """
 
@@ -188,8 +195,7 @@ class Segment:
         step = 8 * self.count
         self._prefixes = view[INDEX_BYTES : INDEX_BYTES + step].cast("Q")
         self._ends = view[INDEX_BYTES + step : INDEX_BYTES + 2 * step].cast("Q")
-        self.sequences, self.rooms, self.expires, self.numbers = columns[2:]
-        self.entry_bytes = header.heap
+        self.sequences, self.costs, self.expires, self.numbers = columns[2:]
         self.heap = view[at : at + header.heap]
         self.filter: Bytes = raw[at + header.heap :]
 
@@ -229,13 +235,13 @@ class Segment:
 
     def _count_live(self) -> None:
         self.live_values = int(np.count_nonzero(self.live))
-        self.live_bytes = int(self.rooms[self.live].sum(dtype=np.int64))
+        self.live_bytes = int(self.costs[self.live].sum(dtype=np.int64))
 
     def kill(self, row: int) -> None:
         """It may not be found any more."""
         self.live[row] = False
         self.live_values -= 1
-        self.live_bytes -= int(self.rooms[row])
+        self.live_bytes -= int(self.costs[row])
 
     def live_bits(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """What `take_live` takes."""
@@ -281,6 +287,18 @@ class Segment:
     def entry(self, row: int) -> Entry:
         """What the index says of a row."""
         return unpack_entry(self.heap, self._start(row), self.where)[0]
+
+    def lone(self, row: int) -> Tensor | None:
+        """A value that is one raw tensor, where it lies; its checksum was right before. `None` for
+        other values.
+        """
+        found = lone_tensor(self.heap, self._start(row))
+        if found is None or not found[0].nbytes:
+            return None
+        form, offset = found
+        size = form.nbytes // form.dtype.itemsize
+        flat = torch.frombuffer(self.data, dtype=form.dtype, count=size, offset=offset)
+        return flat if len(form.shape) == 1 else flat.view(form.shape)
 
     def payload(self, entry: Entry) -> Bytes:
         """A value's stored bytes, of the mapping; shorter where the file was cut."""

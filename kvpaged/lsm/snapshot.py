@@ -1,13 +1,13 @@
 """A store as it was at one moment, to be read while writes go on."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 
 from kvpaged.errors import UsageError
 from kvpaged.lsm.lookup import Lookup
 from kvpaged.lsm.reader import Reader
-from kvpaged.lsm.tree import Found, Tree
+from kvpaged.lsm.tree import Found
 from kvpaged.lsm.view import View
 
 
@@ -18,11 +18,8 @@ class Snapshot(Lookup):
     for them.
     """
 
-    def __init__(
-        self, cond: threading.Condition, reader: Reader, tree: Callable[[], Tree], view: View
-    ):
+    def __init__(self, cond: threading.Condition, reader: Reader, view: View):
         super().__init__(cond, reader)
-        self._tree = tree
         self._view: View | None = view
 
     def _open_view(self) -> View:
@@ -38,9 +35,6 @@ class Snapshot(Lookup):
 
     def _touch(self, found: Found) -> None:
         pass
-
-    def _current(self) -> Tree:
-        return self._tree()
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, Found]]:
         return self._open_view().scan(prefix)

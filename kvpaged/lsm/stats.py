@@ -184,7 +184,7 @@ def collect(
     logs = list(tree.logs())
     own: dict[str, Any] = {}
     if writer is not None and keeper is not None:
-        counts, merges = writer.counts, keeper.merger.counts
+        counts, merges = writer.counts, keeper.compactor.merger.counts
         own = {
             "puts": counts.puts, "deletes": counts.deletes, "put_bytes": counts.put_bytes,
             "tensor_bytes": counts.tensor_bytes, "dropped": counts.dropped,
@@ -194,7 +194,7 @@ def collect(
             "compactions": merges.tasks, "compacted_bytes": merges.written_bytes,
             "recoded": merges.recoded, "recoded_bytes": merges.recoded_bytes,
             "evicted": keeper.evicted, "evicted_bytes": keeper.evicted_bytes,
-            "expired": keeper.expired, "error": keeper.error,
+            "expired": keeper.expired + keeper.compactor.expired, "error": keeper.error,
         }  # fmt: skip
     return StoreStats(
         values=tree.live_values, live_bytes=tree.live_bytes, used_bytes=tree.used_bytes(),

@@ -26,7 +26,7 @@ from kvpaged.lsm.tree import Found, Tree
 from kvpaged.lsm.values import Tensors, coming_delete, coming_value
 from kvpaged.lsm.verify import Damage, verify_log, verify_manifests, verify_segment
 from kvpaged.lsm.view import View
-from kvpaged.lsm.writer import Writer
+from kvpaged.lsm.writer import WRITE_FROM, Begun, Writer
 
 LOCK = "LOCK"
 SLABS = 4
@@ -185,21 +185,31 @@ class TensorStore(Lookup):
         )  # fmt: skip
 
     def _put(self, coming: Iterable[Coming], present: bool | None) -> list[bool]:
-        """Put entries, as many at a time as half the memtable holds."""
+        """Put entries, some at a time; while those are written the next are made ready."""
         writer = self._writing()
-        done: list[bool] = []
+        begun: list[Begun] = []
         some: list[Coming] = []
-        size = 0
-        for one in coming:
-            if some and size + one.entry.room > self._together():
-                done += writer.put(some, present=present)
-                some, size = [], 0
-            some.append(one)
-            size += one.entry.room
-        return done + writer.put(some, present=present) if some else done
+        size, most, ahead = 0, self._together(), writer.ahead
+        try:
+            for one in coming:
+                if some and size + one.entry.room > most:
+                    begun.append(writer.begin(some, present=present, ahead=ahead))
+                    if not ahead:
+                        writer.finish(begun[-1])
+                    some, size = [], 0
+                some.append(one)
+                size += one.entry.room
+            if some:
+                begun.append(writer.begin(some, present=present))
+        except BaseException:
+            for one_begun in begun:
+                writer.finish(one_begun)
+            raise
+        return [put for one_begun in begun for put in writer.finish(one_begun)]
 
     def _together(self) -> int:
-        return min(self.options.memtable_bytes, self.options.file_bytes) // 2
+        most = min(self.options.memtable_bytes, self.options.file_bytes) // 2
+        return min(most, WRITE_FROM) if self._writing().ahead else most
 
     def _writing(self) -> Writer:
         self._check_open()
@@ -219,13 +229,10 @@ class TensorStore(Lookup):
             raise UsageError("the store is closed")
 
     def _find(self, key: bytes) -> Found | None:
-        return self._tree.find(key, self._clock())
+        return self._tree.find(key, self._clock)
 
     def _touch(self, found: Found) -> None:
         self._tree.touch(found, self._clock())
-
-    def _current(self) -> Tree:
-        return self._tree
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, Found]]:
         with self._cond:
@@ -251,9 +258,7 @@ class TensorStore(Lookup):
         """
         with self._cond:
             self._check_open()
-            return Snapshot(
-                self._cond, self._reader, self._current, View(self._tree, self._clock())
-            )
+            return Snapshot(self._cond, self._reader, View(self._tree, self._clock()))
 
     def refresh(self) -> None:
         """See what another process has written since (`read_only`; else there is nothing to do).
@@ -299,16 +304,18 @@ class TensorStore(Lookup):
             return files_of(self._tree)
 
     def verify(self) -> list[Damage]:
-        """Read every byte of every file, and say what is wrong. A writer flushes first."""
-        if self._keeper is not None:
-            self._keeper.flush()
+        """Read every byte of every file, and say what is wrong; what is not written yet is not
+        looked at, nor what compaction removes meanwhile.
+        """
         with self._cond:
             self._check_open()
             segments = list(self._tree.segments)
-            logs = [(log.number, log.end) for log in self._tree.logs() if not log.pending()]
+            logs = [(log.number, log.written_end()) for log in self._tree.logs()]
         found = list(verify_manifests(self._files))
         for number in segments:
-            found += verify_segment(self._files, number)
+            damage = list(verify_segment(self._files, number))
+            with self._cond:
+                found += damage if number in self._tree.segments else []
         for number, end in logs:
             found += verify_log(self._files, number, end)
         return found

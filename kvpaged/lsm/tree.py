@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from kvpaged.errors import IntegrityError, StorageError
@@ -109,21 +109,33 @@ class Tree:
             yield self.active
         yield from reversed(self.sealing)
 
-    def find(self, key: bytes, now: int | None = None) -> Found | None:
-        """Where a key lives; `now` (milliseconds since 1970) leaves out what has expired."""
+    def find(self, key: bytes, clock: Callable[[], int] | None = None) -> Found | None:
+        """Where a key lives; with a `clock` (milliseconds since 1970) not what has expired."""
         for log in self.logs():
             row = log.live.get(key)
             if row is not None:
-                if now is not None and 0 < row.entry.expires <= now:
+                expires = row.entry.expires
+                if expires and clock is not None and expires <= clock():
                     return None
                 return InLog(log, row)
         for segment in self.filters.owners(key):
             at = segment.find(key)
             if at is not None and segment.live[at]:
-                if now is not None and 0 < segment.expires[at] <= now:
+                expires = int(segment.expires[at]) if segment.expiring else 0
+                if expires and clock is not None and expires <= clock():
                     return None
                 return InSegment(segment, at)
         return None
+
+    def remembers(self, key: bytes) -> bool:
+        """Whether some file has a value of a key that does not live: one that was evicted, say, and
+        would live again after a crash, as the last manifest says.
+        """
+        return (
+            any(key in log.rows or key in log.ghosts for log in (*self.logs(), *self.empty))
+            or any(segment.find(key) is not None for segment in self.filters.owners(key))
+            or any(segment.find(key) is not None for segment in self.obsolete)
+        )
 
     def touch(self, found: Found, now: int) -> None:
         """It has been asked for."""
@@ -145,10 +157,10 @@ class Tree:
         """A value that lives does not any more."""
         self.live_values -= 1
         if isinstance(found, InSegment):
-            self.live_bytes -= int(found.segment.rooms[found.row])
+            self.live_bytes -= int(found.segment.costs[found.row])
             found.segment.kill(found.row)
         else:
-            self.live_bytes -= found.row.entry.room
+            self.live_bytes -= found.row.cost
             found.log.kill(found.row.entry.key)
 
     def commit(self, log: Log, row: Row, now: int) -> None:
@@ -157,7 +169,7 @@ class Tree:
         if row.entry.kind == VALUE:
             log.add_live(row, now)
             self.live_values += 1
-            self.live_bytes += row.entry.room
+            self.live_bytes += row.cost
 
     def take_id(self) -> int:
         """A new file's."""
@@ -293,9 +305,9 @@ class Tree:
                 if log.rows[key] is not row or row.entry.key != key:
                     raise IntegrityError(f"{log.where}: {key.hex()} lives and is not its row")
                 _once(seen, key, log.where)
-            rooms = sum(row.entry.room for row in log.live.values())
-            _equal(f"{log.where}: live bytes", log.live_bytes, rooms)
-            live_bytes += rooms
+            costs = sum(row.cost for row in log.live.values())
+            _equal(f"{log.where}: live bytes", log.live_bytes, costs)
+            live_bytes += costs
         for segment in self.segments.values():
             end, last = 0, b""
             for at in range(segment.count):
@@ -307,7 +319,7 @@ class Tree:
                     _once(seen, entry.key, segment.where)
                     if segment not in self.filters.owners(entry.key):
                         raise IntegrityError(f"{segment.where}: its filter hides {last.hex()}")
-            live = int(segment.rooms[segment.live].sum())
+            live = int(segment.costs[segment.live].sum())
             _equal(f"{segment.where}: live bytes", segment.live_bytes, live)
             _equal(f"{segment.where}: live values", segment.live_values, int(segment.live.sum()))
             live_bytes += live

@@ -164,6 +164,7 @@ def chosen(entry: Entry, names: Sequence[str] | None) -> list[int]:
     if names is None:
         return list(range(len(entry.forms)))
     known = {form.name: number for number, form in enumerate(entry.forms)}
+    names = list(dict.fromkeys(names))
     for name in names:
         if name not in known:
             raise ConfigError(
@@ -186,6 +187,8 @@ def decode_part(entry: Entry, number: int, stored: Bytes, out: Bytes) -> None:
 
 def lying(entry: Entry, payload: Bytes, numbers: Sequence[int]) -> dict[str, Tensor] | Tensor:
     """Tensors in the payload's own memory where it is raw, else decoded."""
+    if entry.single and entry.parts[0].codec == RAW:
+        return as_tensor(payload, entry.forms[0])
     offsets = list(part_offsets(entry.parts))
     made = {}
     for number in numbers:

@@ -16,12 +16,13 @@ Live = np.ndarray[Any, np.dtype[np.bool_]]
 class View:
     """What lived at one moment: later puts, deletions, evictions and compactions do not change it.
 
-    Made under the store's lock, read by any thread. It keeps files alive, also those that are
-    removed meanwhile, and their bytes count until it is gone.
+    Made and asked under the store's lock, scanned by any thread. It keeps files alive, also those
+    that are removed meanwhile, and their bytes count until it is gone.
     """
 
     def __init__(self, tree: Tree, now: int):
         self.now = now
+        self._tree = tree
         self._logs: list[tuple[Log, dict[bytes, Row]]] = [
             (log, dict(log.live)) for log in tree.logs()
         ]
@@ -35,12 +36,18 @@ class View:
             row = live.get(key)
             if row is not None:
                 return None if 0 < row.entry.expires <= self.now else InLog(log, row)
-        for segment, live_rows in self._segments.items():
+        for segment in self._maybe(key):
             at = segment.find(key)
-            if at is not None and live_rows[at]:
+            if at is not None and self._segments[segment][at]:
                 expired = 0 < int(segment.expires[at]) <= self.now
                 return None if expired else InSegment(segment, at)
         return None
+
+    def _maybe(self, key: bytes) -> Iterator[Segment]:
+        """Segments that may hold a key: the tree knows of those it still has."""
+        there = self._tree.segments
+        yield from (one for one in self._tree.filters.owners(key) if one in self._segments)
+        yield from (one for one in self._segments if there.get(one.number) is not one)
 
     def scan(self, prefix: bytes = b"") -> Iterator[tuple[bytes, Found]]:
         """Keys that begin so, ascending, and where each was."""

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvpaged.errors import ConfigError, StorageError, UsageError
 from kvpaged.lsm.filters import MOST_KEYS
@@ -55,6 +55,13 @@ class Batch:
     arrived: bool = False
     done: bool = False
     error: BaseException | None = None
+
+
+class Begun(NamedTuple):
+    """A call half done: its batch, if it has any, and which of its entries are put."""
+
+    batch: Batch | None
+    put: list[bool]
 
 
 @dataclass(slots=True)
@@ -103,29 +110,42 @@ class Writer:
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """The thread that writes what nobody waits for."""
-        if self.durability == "none" and self.options.background:
+        """The thread that writes what nobody waits for, or not yet."""
+        if self.durability != "power" and self.options.background:
             self.thread = threading.Thread(target=self._run, name="kvpaged-writer", daemon=True)
             self.thread.start()
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a thread writes while a call goes on: not where each write would be synced."""
+        return self.durability == "process" and self.thread is not None
 
     # -- putting -----------------------------------------------------------------------------------
 
     def put(
         self, coming: Sequence[Coming], *, atomic: bool = False, present: bool | None = None
     ) -> list[bool]:
-        """Put entries; which of them were put (`present`: only those whose key is there, or is
+        """Put entries; which of them had their way (`present`: only those whose key is there, or is
         not). Atomic ones are put together or, after a crash, not at all.
 
         Raises:
             StorageError: the disk refuses, or there was no room within `max_stall_s`; nothing of
                 this call is found then.
         """
+        return self.finish(self.begin(coming, atomic=atomic, present=present))
+
+    def begin(
+        self, coming: Sequence[Coming], *, atomic: bool = False, present: bool | None = None,
+        ahead: bool = False,
+    ) -> Begun:  # fmt: skip
+        """The first half of `put`: entries are in the memtable. `ahead`: the store's thread begins
+        to write them, while the caller gets the next ready.
+        """
         with self.cond:
             self._admit(_room(coming, atomic=atomic))
-            chosen = self._wanted(coming, present)
-            wanted = [coming[number] for number in chosen]
+            wanted, answers = self._wanted(coming, present)
             if not wanted:
-                return [False] * len(coming)
+                return Begun(None, answers)
             batch = self._place(wanted, atomic=atomic)
         filled = False
         try:
@@ -138,15 +158,23 @@ class Writer:
                 batch.arrived = True
                 if not filled:
                     batch.error = InterruptedError("its bytes were not copied to the end")
+                if ahead and batch.log is self.tree.active:
+                    batch.log.close_group()  # else it would wait for what comes next
+                    self.urgent = True
                 self._commit()
                 self.cond.notify_all()
-        self._wait(batch)
-        if batch.error is not None:
-            raise StorageError(
-                f"{batch.log.where} cannot be written: {batch.error}"
-            ) from batch.error
-        put = set(chosen)
-        return [number in put for number in range(len(coming))]
+        return Begun(batch, answers)
+
+    def finish(self, begun: Begun) -> list[bool]:
+        """The second half: they are as durable as was asked for; which of them were put."""
+        batch = begun.batch
+        if batch is not None:
+            self._wait(batch)
+            if batch.error is not None:
+                raise StorageError(
+                    f"{batch.log.where} cannot be written: {batch.error}"
+                ) from batch.error
+        return begun.put
 
     def _wait(self, batch: Batch) -> None:
         if self.durability == "none":
@@ -213,22 +241,25 @@ class Writer:
             return f"{len(tree.sealing)} full files wait for their index{why}"
         return None if self.keeper is None else self.keeper.obstacle(need)
 
-    def _wanted(self, coming: Sequence[Coming], present: bool | None) -> list[int]:
-        """Numbers of the entries to be put."""
-        chosen: list[int] = []
-        now = self.options.clock() if present is not None else 0
-        for number, one in enumerate(coming):
-            key = one.entry.key
-            if present is None or self._exists(key, now) == present:
-                sequence = self.tree.next_sequence + len(chosen)
-                self.future[key] = (sequence, one.entry.kind == VALUE)
-                chosen.append(number)
-        return chosen
+    def _wanted(
+        self, coming: Sequence[Coming], present: bool | None
+    ) -> tuple[list[Coming], list[bool]]:
+        """The entries to be put, and what to answer for each that came."""
+        wanted: list[Coming] = []
+        answers: list[bool] = []
+        for one in coming:
+            key, value = one.entry.key, one.entry.kind == VALUE
+            answers.append(present is None or self._exists(key) == present)
+            # A deletion is written down also where only a crash would bring a value back.
+            if answers[-1] or (not value and self.tree.remembers(key)):
+                self.future[key] = (self.tree.next_sequence + len(wanted), value)
+                wanted.append(one)
+        return wanted, answers
 
-    def _exists(self, key: bytes, now: int) -> bool:
+    def _exists(self, key: bytes) -> bool:
         if key in self.future:
             return self.future[key][1]
-        return self.tree.find(key, now) is not None
+        return self.tree.find(key, self.options.clock) is not None
 
     def _full(self, more: int, need: int) -> bool:
         log = self.tree.active
@@ -280,6 +311,8 @@ class Writer:
             for one in batch.placed:
                 if batch.error is None:
                     self.tree.commit(batch.log, one.row, now)
+                else:
+                    batch.log.ghosts.add(one.row.entry.key)
                 key, sequence = one.row.entry.key, one.row.entry.sequence
                 if self.future.get(key, (sequence, True))[0] <= sequence:
                     self.future.pop(key, None)
@@ -346,13 +379,16 @@ class Writer:
             self.thread.join()
         self.write_all()
 
+    def _due(self) -> bool:
+        return self.closed or self.urgent or self.tree.pending_bytes() >= WRITE_FROM
+
     def _run(self) -> None:
         while True:
             with self.cond:
-                self.cond.wait_for(
-                    lambda: self.closed or self.urgent or self.tree.pending_bytes() >= WRITE_FROM,
-                    LINGER_S,
-                )
+                if self.durability == "none":
+                    self.cond.wait_for(self._due, LINGER_S)
+                else:
+                    self.cond.wait_for(lambda: self.closed or self.urgent)
                 self.urgent = False
                 if self.closed:
                     return

@@ -4,6 +4,7 @@ import functools
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -19,6 +20,11 @@ from kvpaged.pages.frames import FrameBudget, FramePlan, plan_frames
 EXTENT_TOKENS = 256
 """Token slots a new run reserves room for, softly: long enough for one attention part, short enough
 to stay dense.
+"""
+
+LARGE_FROM = 8 << 20
+"""Bytes of a run of pages from which it is of large system pages (2 MiB on most): decoding 43 rows
+of 365 tokens, cold, took 0.8 of the time. The rounding is then less than a quarter of the budget.
 """
 
 
@@ -170,7 +176,8 @@ class PagePool:
         self, geometry: PageGeometry, per_frame: int, shared: torch.Tensor | None, checksums: bool
     ) -> PageClass:
         size = geometry.page_bytes * per_frame * self.plan.frames
-        storage = self._storage(size) if shared is None else shared
+        runs = 2 * geometry.layers * geometry.kv_heads  # of a layer's head, each in one piece
+        storage = self._storage(size, size // runs) if shared is None else shared
         system = self._maps[-1] if shared is None and self._maps else None
         allocator = PageAllocator(
             frames=self.frames,
@@ -182,13 +189,18 @@ class PagePool:
         )
         return PageClass(geometry, allocator, storage, self.plan, checksums=checksums)
 
-    def _storage(self, size: int) -> torch.Tensor:
-        """`size` zero bytes: committed on touch on a CPU, at once elsewhere."""
+    def _storage(self, size: int, run: int = 0) -> torch.Tensor:
+        """`size` zero bytes: committed on touch on a CPU, at once elsewhere; there in large system
+        pages where runs of `run` bytes, filled from their beginnings, have several.
+        """
         if self.device.type != "cpu":
             return torch.zeros(size, dtype=torch.uint8, device=self.device)
         # Private: the system takes back pages of a shared mapping only when all of it goes.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         system = mmap.mmap(-1, size, flags=flags)
+        if run >= LARGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a system that has none
+                system.madvise(mmap.MADV_HUGEPAGE)
         self._maps.append(system)
         return torch.frombuffer(system, dtype=torch.uint8)
 

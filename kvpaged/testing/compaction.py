@@ -61,9 +61,9 @@ class Simulator:
             self._kill(next(iter(self.values)))
             self.evicted += 1
         self.values[key] = Placed(size, parent)
-        self._active += size + ENTRY
+        self._active += size + 2 * ENTRY
         self.put_bytes += size
-        self.written_bytes += size + ENTRY
+        self.written_bytes += size + 2 * ENTRY
         if self._active >= self.segment_bytes:
             self._seal()
         while self._compact():
@@ -79,7 +79,7 @@ class Simulator:
         return sum(s.file_bytes for s in self.states) + self._active
 
     def _active_live(self) -> int:
-        return sum(one.size for one in self.values.values() if one.segment == 0)
+        return sum(one.size + 2 * ENTRY for one in self.values.values() if one.segment == 0)
 
     def _budget(self) -> Budget | None:
         if self.max_bytes is None:
@@ -91,7 +91,9 @@ class Simulator:
         old = self.values.pop(key, None)
         if old is not None and old.segment:
             self.states = [
-                s._replace(live_bytes=s.live_bytes - old.size, live_values=s.live_values - 1)
+                s._replace(
+                    live_bytes=s.live_bytes - old.size - 2 * ENTRY, live_values=s.live_values - 1
+                )
                 if s.id == old.segment
                 else s
                 for s in self.states
@@ -109,12 +111,11 @@ class Simulator:
         for key in keys:
             one = self.values[key]
             one.segment = self._ids
-            live += one.size
+            live += one.size + 2 * ENTRY
             linked += bool(one.parent)
             broken += bool(one.parent) and one.parent != before
             before = key
-        entries = ENTRY * len(keys)
-        return SegmentState(self._ids, level, file_bytes, live, len(keys), entries, linked, broken)
+        return SegmentState(self._ids, level, file_bytes, live, len(keys), linked, broken)
 
     def _compact(self) -> bool:
         room, short = 1 << 62, False

@@ -2,8 +2,8 @@
 
 It knows what was written and what was synced. `killed` gives what a process finds that starts after
 this one was killed; `powerless` what it finds after a loss of power: of the writes that were not
-synced some are there, some are not and some are torn; of names that were not synced, the first few
-changes are there (file systems keep their order).
+synced some are there, some are not and some are torn; of changes of names that were not synced some
+are there and some are not, in any order, which is worse than most file systems do.
 """
 
 import errno
@@ -136,6 +136,18 @@ class FaultyFile:
         """See `File.close`."""
 
 
+_Change = dict[str, _Inode | None]
+"""Names and what they stand for from then on, `None` for nothing."""
+
+
+def _apply(names: dict[str, _Inode], change: _Change) -> None:
+    for name, inode in change.items():
+        if inode is None:
+            names.pop(name, None)
+        else:
+            names[name] = inode
+
+
 class FaultyLock:
     """See `kvpaged.lsm.files.Lock`."""
 
@@ -168,7 +180,7 @@ class FaultyFiles:
         self.locked = False
         self._names: dict[str, _Inode] = {}
         self._synced_names: dict[str, _Inode] = {}
-        self._changes: list[dict[str, _Inode]] = []
+        self._changes: list[_Change] = []
         self._inodes: weakref.WeakSet[_Inode] = weakref.WeakSet()
         self._die_in: int | None = None
         self._refuse_in: tuple[int, int] | None = None
@@ -193,10 +205,10 @@ class FaultyFiles:
 
     def powerless(self) -> "FaultyFiles":
         """What is there after a loss of power."""
-        names = self._synced_names
-        if self._changes:
-            kept = self.rng.randrange(len(self._changes) + 1)
-            names = self._changes[kept - 1] if kept else names
+        names = dict(self._synced_names)
+        for change in self._changes:
+            if self.rng.random() < 0.5:
+                _apply(names, change)
         return self._next({name: inode.after_power_loss(self.rng) for name, inode in names.items()})
 
     def _next(self, names: dict[str, _Inode]) -> "FaultyFiles":
@@ -261,9 +273,9 @@ class FaultyFiles:
             self._call("create", name)
             if name in self._names:
                 raise FileExistsError(errno.EEXIST, "is there", name)
-            self._names[name] = _Inode()
-            self._inodes.add(self._names[name])
-            self._changes.append(dict(self._names))
+            inode = _Inode()
+            self._inodes.add(inode)
+            self._change({name: inode})
         if name not in self._names:
             raise FileNotFoundError(errno.ENOENT, "is not there", name)
         return FaultyFile(self, self._names[name], name)
@@ -277,16 +289,18 @@ class FaultyFiles:
     def rename(self, old: str, new: str) -> None:
         """See `Files.rename`."""
         self._call("rename", old)
-        self._names[new] = self._names.pop(old)
-        self._changes.append(dict(self._names))
+        self._change({old: None, new: self._names[old]})
 
     def remove(self, name: str) -> None:
         """See `Files.remove`."""
         self._call("remove", name)
         if name not in self._names:
             raise FileNotFoundError(errno.ENOENT, "is not there", name)
-        del self._names[name]
-        self._changes.append(dict(self._names))
+        self._change({name: None})
+
+    def _change(self, change: "_Change") -> None:
+        _apply(self._names, change)
+        self._changes.append(change)
 
     def sync(self) -> None:
         """See `Files.sync`."""

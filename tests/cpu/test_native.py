@@ -145,7 +145,9 @@ def test_attention_is_as_exact_as_stock_torch(dtype, group, dims, page_size, dat
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
-    assert error <= 2 * stock + 2 * torch.finfo(dtype).eps
+    # A row of one token is one sum in fp32: of n roundings about n^0.5 add up (Higham 2002, 4.2).
+    summing = max(lengths) ** 0.5 / 2 * torch.finfo(torch.float32).eps
+    assert error <= 2 * stock + 2 * torch.finfo(dtype).eps + summing
 
 
 @pytest.mark.parametrize(

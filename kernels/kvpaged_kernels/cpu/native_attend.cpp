@@ -24,8 +24,8 @@ struct Singles {
         const Step& step = call.step;
         const int64_t start = work() * me / all, stop = work() * (me + 1) / all;
         int64_t before = 0;
-        for (const int32_t row : plan.singles) {
-            if (before >= stop) break;
+        for (size_t i = 0; i < plan.singles.size() && before < stop; i++) {
+            const int32_t row = plan.singles[i];
             const int64_t first = first_page(plan, layer, row, step.lengths[row] - 1);
             const int64_t many = last_page(step, row) - first;
             if (before + many * layer.kv_heads <= start) {
@@ -35,22 +35,35 @@ struct Singles {
             for (int64_t head = 0; head < layer.kv_heads; head++, before += many) {
                 const int64_t from = std::max<int64_t>(start - before, 0);
                 const int64_t to = std::min(stop - before, many);
-                if (from < to) piece(row, head, first, many, from, to, before);
+                if (from < to) piece(row, head, first, many, from, to, before, after(i, head, first));
             }
         }
     }
 
-    // Pages [from, to) of the `many` that a row has from its page `first` on.
+    // The first key behind a head of the `i`-th single row, which sees its pages from `first` on.
+    const Number* after(size_t i, int64_t head, int64_t first) const {
+        const Layer& layer = call.layer;
+        const Step& step = call.step;
+        if (head + 1 < layer.kv_heads)
+            return layer.key(step.pages(plan.singles[i])[first], head + 1, 0);
+        if (i + 1 == plan.singles.size()) return nullptr;
+        const int32_t row = plan.singles[i + 1];
+        const int64_t page = first_page(plan, layer, row, step.lengths[row] - 1);
+        return page < last_page(step, row) ? layer.key(step.pages(row)[page], 0, 0) : nullptr;
+    }
+
+    // Pages [from, to) of the `many` that a row has from its page `first` on; `then`: the key that
+    // will be wanted next.
     void piece(
         int64_t row, int64_t head, int64_t first, int64_t many, int64_t from, int64_t to,
-        int64_t before) {
+        int64_t before, const Number* then) {
         const Layer& layer = call.layer;
         const int32_t* pages = call.step.pages(row);
         const int64_t length = call.step.lengths[row], token = call.step.cu_q[row];
         const int64_t seen = layer.first_seen(length - 1);
         if (to == many)
             call.write(token, head, pages[first + many - 1], (length - 1) % PAGE);
-        Floats wide[GROUP][K_ROOM];
+        Queries wide;
         widen_queries(call.query(token, head), call.step.q_head, wide);
         Part whole;
         Part& part = from ? heads[me] : to < many ? tails[me] : whole;
@@ -60,8 +73,13 @@ struct Singles {
             const int64_t end = length - page * PAGE < PAGE ? length - page * PAGE : PAGE;
             for (; slot < end; slot += SLICE) {
                 const int count = int(end - slot < SLICE ? end - slot : SLICE);
+                const Number* next = then;
+                if (slot + SLICE < end)
+                    next = layer.key(pages[page], head, slot + SLICE);
+                else if (page + 1 < first + to)
+                    next = layer.key(pages[page + 1], head, 0);
                 add(wide, layer.key(pages[page], head, slot), layer.value(pages[page], head, slot),
-                    count, layer, part);
+                    count, layer, next, part);
             }
         }
         if (!from) merge_trunks(plan, layer.kv_heads, row, head, 0, part);

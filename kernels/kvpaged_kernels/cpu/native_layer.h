@@ -100,8 +100,8 @@ static void finish(const Part& part, const float* sinks, Number* out) {
             factor = std::exp(part.most[g] - most);
             sum = sum * factor + std::exp(sinks[g] - most);
         }
-        float row[V_WIDTH];
-        for (int d = 0; d < V_ROOM; d++) store(row + d * VL, part.out[g][d] * (factor / sum));
-        for (int d = 0; d < V_DIM; d++) out[d] = of_float(row[d]);
+        for (int d = 0; d < V_VECTORS; d++) narrow(out + d * VL, part.out[g][d] * (factor / sum));
+        for (int d = 0; d < V_REST; d++)
+            out[V_VECTORS * VL + d] = of_float(part.out[g][V_VECTORS][d] * (factor / sum));
     }
 }

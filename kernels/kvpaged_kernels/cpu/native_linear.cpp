@@ -32,7 +32,8 @@ constexpr bool PAIRS = false;
 constexpr int STEP = PAIRS ? 2 : 1;
 constexpr int64_t AHEAD = 4096 / sizeof(Number);  // numbers between what is asked for and used
 constexpr int LINE = 64 / sizeof(Number);         // numbers that memory gives at once
-constexpr int64_t ROWS = 128;  // of x, that stay in a cache while a share of the weights passes
+constexpr int64_t STAY = 512 * 1024;  // bytes of x in a core's cache while weights pass
+constexpr int64_t FAR = 64;           // rows a thread from which threads have rows of their own
 
 struct Layer {
     const Number* weight;
@@ -96,15 +97,14 @@ static void tile(
     for (int m = 0; m < M; m++)
         for (int i = 0; i < G * N; i++) {
             const int64_t first = (block + i) * VL, left = layer.columns - first;
-            float row[VL];
-            store(row, sums[m][i / N][i % N]);
             Number* out = y + m * layer.columns + first;
-            if (layer.bias)
-                for (int j = 0; j < VL && j < left; j++) row[j] += to_float(layer.bias[first + j]);
-            if (left >= VL)
-                for (int j = 0; j < VL; j++) out[j] = of_float(row[j]);
-            else
-                for (int j = 0; j < left; j++) out[j] = of_float(row[j]);
+            Floats sum = sums[m][i / N][i % N];
+            if (left >= VL) {
+                if (layer.bias) sum += widen(layer.bias + first);
+                narrow(out, sum);
+            } else
+                for (int j = 0; j < left; j++)
+                    out[j] = of_float(sum[j] + (layer.bias ? to_float(layer.bias[first + j]) : 0));
         }
 }
 
@@ -138,6 +138,31 @@ static void any_rows(
     }
 }
 
+// Rows [start, stop) by groups [group, last).
+static void share(
+    const Number* x, const Layer& layer, Number* y, int64_t start, int64_t stop, int64_t group,
+    int64_t last) {
+    const int64_t blocks = (layer.columns + VL - 1) / VL, count = stop - start;
+    const int64_t together = groups_for(int(count < MT ? count : MT));
+    const int tiles = int((count + MT - 1) / MT);
+    while (group < last) {
+        const int64_t block = group * NT, whole = blocks / NT - group;
+        const int64_t some = last - group < whole ? last - group : whole;
+        const int64_t now = some < together ? 1 : together;
+        const int64_t many = blocks - block < now * NT ? blocks - block : now * NT;
+        const int64_t all_of = now * NT * layer.inner * VL;  // numbers
+        group += now;
+        for (int t = 0; t < tiles; t++) {
+            const int64_t row = start + count * t / tiles;
+            const int m = int(start + count * (t + 1) / tiles - row);
+            const int64_t ahead = tiles == 1 ? AHEAD : all_of + all_of * t / tiles;
+            any_rows(
+                m, x + row * layer.inner, layer, block, many, y + row * layer.columns, ahead,
+                tiles);
+        }
+    }
+}
+
 extern "C" {
 
 int columns_of_block() { return VL; }
@@ -148,31 +173,24 @@ int elements_of_step() { return STEP; }
 void linear(const Layer* layer, const Number* x, Number* y, int64_t count, int threads) {
     const int first_processor = processor();
     const int64_t blocks = (layer->columns + VL - 1) / VL, groups = (blocks + NT - 1) / NT;
+    const int64_t stay = STAY / (layer->inner * int64_t(sizeof(Number))) / MT * MT;
+    const int64_t most = stay < MT ? MT : stay;
 #pragma omp parallel num_threads(threads) if (groups > 1)
     {
         spread(first_processor);
         const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        const int64_t first = groups * me / all, last = groups * (me + 1) / all;
-        for (int64_t part = 0; part < count; part += ROWS) {
-            const int64_t stop = part + ROWS < count ? part + ROWS : count;
-            const int64_t together = groups_for(int(stop - part < 6 ? stop - part : 6));
-            for (int64_t group = first; group < last;) {
-                const int64_t block = group * NT, whole = blocks / NT - group;
-                const int64_t some = last - group < whole ? last - group : whole;
-                const int64_t now = some < together ? 1 : together;
-                const int64_t many = blocks - block < now * NT ? blocks - block : now * NT;
-                group += now;
-                const int tiles = int((stop - part + MT - 1) / MT);
-                const int64_t all_of = now * NT * layer->inner * VL;  // numbers
-                for (int t = 0; t < tiles; t++) {
-                    const int64_t row = part + (stop - part) * t / tiles;
-                    const int m = int(part + (stop - part) * (t + 1) / tiles - row);
-                    const int64_t ahead = tiles == 1 ? AHEAD : all_of + all_of * t / tiles;
-                    any_rows(
-                        m, x + row * layer->inner, *layer, block, many, y + row * layer->columns,
-                        ahead, tiles);
-                }
-            }
+        // Few rows: weights pass once in all, a share each. Many: threads have rows of their own.
+        const bool apart = count >= FAR * all;
+        const int64_t top = apart ? count * me / all : 0;
+        const int64_t bottom = apart ? count * (me + 1) / all : count;
+        const int64_t parts = (bottom - top + most - 1) / most;
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t start = top + (bottom - top) * part / parts;
+            const int64_t stop = top + (bottom - top) * (part + 1) / parts;
+            if (apart)
+                share(x, *layer, y, start, stop, 0, groups);
+            else
+                share(x, *layer, y, start, stop, groups * me / all, groups * (me + 1) / all);
         }
     }
 }

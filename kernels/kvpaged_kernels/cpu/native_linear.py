@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kvpaged_kernels.cpu.large_pages import LargePages
 from kvpaged_kernels.cpu.native import load, native_threads
 
 
@@ -76,14 +77,15 @@ class NativeLinear:
         Raises:
             ValueError: another width or dtype.
         """
-        *outer, inner = x.shape
-        if inner != self.inner or x.dtype != self._dtype:
+        shape = x.shape
+        if shape[-1] != self.inner or x.dtype != self._dtype:
             raise ValueError(
-                f"a layer of {self.inner} inputs of {self._dtype} got {tuple(x.shape)} of {x.dtype}"
+                f"a layer of {self.inner} inputs of {self._dtype} got {tuple(shape)} of {x.dtype}"
             )
-        x = x.contiguous()
-        out = x.new_empty((*outer, self.columns))
-        count = x.numel() // inner
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = x.new_empty((*shape[:-1], self.columns))
+        count = x.numel() // self.inner
         self._run(self._address, x.data_ptr(), out.data_ptr(), count, native_threads())
         return out
 
@@ -93,12 +95,16 @@ def pack(weight: Tensor, bias: Tensor | None) -> NativeLinear:
     return pack_together([(weight, bias)])[0]
 
 
-def pack_together(layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[NativeLinear]:
+def pack_together(
+    layers: Sequence[tuple[Tensor, Tensor | None]], pages: LargePages | None = None
+) -> list[NativeLinear]:
     """Of layers of one input: each by itself, and last, if there are several, all in one product,
-    which shares their memory. `fits_together` says whether that can be.
+    which shares their memory. `fits_together` says whether that can be. `pages`: where they go.
     """
     inner = layers[0][0].shape[1]
     packed = torch.cat([_packed(weight) for weight, _ in layers])
+    if pages is not None:
+        packed = pages.copy(packed)
     biases = [bias for _, bias in layers if bias is not None]
     bias = torch.cat(biases) if biases else None
     made, start = [], 0

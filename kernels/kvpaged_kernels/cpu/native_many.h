@@ -2,115 +2,13 @@
 // e^(scores - most), out = out e^(old most - most) + weights V. The softmax goes along with the
 // blocks (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
 //
-// A line is one head of one token. K is turned, so that a vector holds a dimension of VL tokens; V
-// is copied. Both stay in a cache while all lines meet them, MT lines and NV vectors at a time, whose
-// sums stay in registers.
+// A line is one head of one token. K is turned, so that a vector holds a step of VL tokens; V lies
+// as it did, a step of tokens a vector. Both stay in a cache while all lines meet them, MT lines and
+// NV vectors at a time, whose sums stay in registers (native_block.h).
 
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-
-#include "native_layer.h"
-
-#ifdef __AVX512F__
-constexpr int NV = 4;
-#else
-constexpr int NV = 2;
-#endif
-constexpr int MT = 6;
-constexpr int BLOCK = 64;                                    // tokens
-constexpr int TOKENS = GROUP < 96 ? 96 / GROUP : 1;          // queries at a time
-constexpr int LINES = TOKENS * GROUP, WIDE = NV * VL;
-
-struct Room {
-    alignas(64) float q[LINES * K_WIDTH];
-    alignas(64) float k[BLOCK * K_WIDTH];  // [BLOCK / WIDE][K_WIDTH][WIDE]
-    alignas(64) float v[BLOCK * V_WIDTH];  // [BLOCK][V_WIDTH]
-    alignas(64) float scores[LINES * BLOCK];
-    alignas(64) float out[LINES * V_WIDTH];
-    float most[LINES], sum[LINES], factor[LINES];
-};
-
-struct Freed {
-    void operator()(Room* room) const { std::free(room); }
-};
-
-// Each thread's own, kept.
-static Room& room_of_thread() {
-    static thread_local std::unique_ptr<Room, Freed> room;
-    if (!room) room.reset(static_cast<Room*>(std::aligned_alloc(64, (sizeof(Room) + 63) / 64 * 64)));
-    return *room;
-}
-
-// Numbers of `count` tokens from position `first` on, as floats: K turned, V as it is.
-static void gather(
-    const Layer& layer, const int32_t* pages, int64_t head, int64_t first, int count, Room& room) {
-    const Number* keys[BLOCK];
-    for (int t = 0; t < count; t++) {
-        const int64_t entry = pages[(first + t) / PAGE], slot = (first + t) % PAGE;
-        keys[t] = layer.key(entry, head, slot);
-        const Number* value = layer.value(entry, head, slot);
-        float* to = room.v + t * V_WIDTH;
-        for (int d = 0; d < V_VECTORS; d++) store(to + d * VL, widen(value + d * VL));
-        if (V_REST) store(to + V_VECTORS * VL, rest_of(value + V_VECTORS * VL, V_REST));
-    }
-    for (int t = 0; t < count; t += VL) {
-        float* to = room.k + t / WIDE * WIDE * K_WIDTH + t % WIDE;
-        for (int d = 0; d < K_ROOM; d++) {
-            Floats square[VL];
-            for (int i = 0; i < VL; i++) {
-                const Number* key = keys[t + i < count ? t + i : count - 1] + d * VL;
-                square[i] = d < K_VECTORS ? widen(key) : rest_of(key, K_REST);
-            }
-            transpose(square);
-            for (int i = 0; i < VL; i++) store(to + (d * VL + i) * WIDE, square[i]);
-        }
-    }
-}
-
-template <int M>
-static void score_lines(const float* q, const float* k, float* scores) {
-    Floats sums[M][NV] = {};
-    for (int d = 0; d < K_DIM; d++, k += WIDE) {
-        Floats columns[NV];
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) {
-            columns[n] = load(k + n * VL);
-            keep(columns[n]);
-        }
-#pragma GCC unroll 6
-        for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-            for (int n = 0; n < NV; n++) sums[m][n] += q[m * K_WIDTH + d] * columns[n];
-    }
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < NV; n++) store(scores + m * BLOCK + n * VL, sums[m][n]);
-}
-
-template <int M, int N>
-static void add_lines(
-    const float* weights, const float* v, int count, const float* factor, float* out) {
-    Floats sums[M][N];
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) sums[m][n] = load(out + m * V_WIDTH + n * VL) * factor[m];
-    for (int t = 0; t < count; t++, v += V_WIDTH) {
-        Floats columns[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) {
-            columns[n] = load(v + n * VL);
-            keep(columns[n]);
-        }
-#pragma GCC unroll 6
-        for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-            for (int n = 0; n < N; n++) sums[m][n] += weights[m * BLOCK + t] * columns[n];
-    }
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) store(out + m * V_WIDTH + n * VL, sums[m][n]);
-}
+#include "native_block.h"
 
 // `M` lines from `line` on over a block: their scores, or what its values add.
 template <int M>
@@ -118,10 +16,11 @@ struct Lines {
     static void score(Room& room, int line, int count) {
         for (int t = 0; t < count; t += WIDE)
             score_lines<M>(
-                room.q + line * K_WIDTH, room.k + t * K_WIDTH, room.scores + line * BLOCK + t);
+                room.q + line * K_UNITS, room.k + t * K_UNITS, room.scores + line * BLOCK + t);
     }
     static void add(Room& room, int line, int count) {
-        const float *weights = room.scores + line * BLOCK, *factor = room.factor + line;
+        const Unit* weights = room.weights_of(line);
+        const float* factor = room.factor + line;
         float* out = room.out + line * V_WIDTH;
         int d = 0;
         for (; d + NV <= V_ROOM; d += NV)
@@ -157,6 +56,8 @@ static void add_any(Room& room, int m, int line, int count) {
 static inline void weigh(const Layer& layer, Room& room, int line, int low, int high, int count) {
     float* scores = room.scores + line * BLOCK;
     const int end = (count + VL - 1) / VL * VL;
+    if (STEP == 2)  // queries are as they were given
+        for (int t = 0; t < end; t += VL) store(scores + t, load(scores + t) * layer.scale);
     if (layer.softcap)
         for (int t = 0; t < end; t += VL) store(scores + t, capped(load(scores + t), layer.softcap));
     for (int t = 0; t < low; t++) scores[t] = -INFINITY;
@@ -166,24 +67,21 @@ static inline void weigh(const Layer& layer, Room& room, int line, int low, int 
         const Floats x = load(scores + t);
         most = x > most ? x : most;
     }
-    float top = room.most[line];
-    for (int i = 0; i < VL; i++) top = most[i] > top ? most[i] : top;
+    const float here = greatest(most), top = here > room.most[line] ? here : room.most[line];
     if (top == -INFINITY) {  // nothing is seen yet
         room.factor[line] = 1;
-        memset(scores, 0, end * sizeof(float));
+        memset(room.weights_of(line), 0, end / STEP * sizeof(Unit));
         return;
     }
     Floats sum = {};
     for (int t = 0; t < end; t += VL) {
         const Floats weight = exp_of(load(scores + t) - top);
-        store(scores + t, weight);
+        store_weights(room.weights_of(line), t, weight);
         sum += weight;
     }
-    float total = 0;
-    for (int i = 0; i < VL; i++) total += sum[i];
     const float factor = top == room.most[line] ? 1 : std::exp(room.most[line] - top);
     room.factor[line] = factor;
-    room.sum[line] = room.sum[line] * factor + total;
+    room.sum[line] = room.sum[line] * factor + total_of(sum);
     room.most[line] = top;
 }
 
@@ -221,9 +119,7 @@ static void begin_lines(const Call& call, int64_t token, int64_t head, int i, Ro
     const Number* q = call.query(token, head);
     for (int g = 0; g < GROUP; g++, q += call.step.q_head) {
         const int line = i * GROUP + g;
-        float* to = room.q + line * K_WIDTH;
-        for (int d = 0; d < K_VECTORS; d++) store(to + d * VL, widen(q + d * VL) * call.layer.scale);
-        if (K_REST) store(to + K_VECTORS * VL, rest_of(q + K_VECTORS * VL, K_REST) * call.layer.scale);
+        set_query(room.q + line * K_UNITS, q, call.layer.scale);
         room.most[line] = -INFINITY;
         room.sum[line] = 0;
         memset(room.out + line * V_WIDTH, 0, V_WIDTH * sizeof(float));

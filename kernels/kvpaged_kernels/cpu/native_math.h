@@ -30,6 +30,26 @@ static inline Floats sums_of(Floats* v) {
     return v[0];
 }
 
+// The sum of a vector's numbers, and the greatest.
+static inline float total_of(Floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float sum = 0;
+    for (int i = 0; i < VL; i++) sum += v[i];
+    return sum;
+#endif
+}
+static inline float greatest(Floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < VL; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
 // VL vectors as rows of a square, turned over its diagonal: even and odd columns are parted, as
 // often as it takes for a vector to hold one column.
 static inline void transpose(Floats* v) {

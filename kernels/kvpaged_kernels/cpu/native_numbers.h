@@ -38,6 +38,7 @@ typedef float Number;
 static inline float to_float(Number x) { return x; }
 static inline Number of_float(float x) { return x; }
 static inline Floats widen(const Number* p) { return load(p); }
+static inline void narrow(Number* p, Floats v) { store(p, v); }
 #elif defined(BFLOAT16)
 typedef uint16_t Number;
 typedef uint16_t Numbers __attribute__((vector_size(VL * 2)));
@@ -58,6 +59,14 @@ static inline Floats widen(const Number* p) {
     memcpy(&v, p, sizeof v);
     return (Floats)(__builtin_convertvector(v, Ints) << 16);
 }
+static inline void narrow(Number* p, Floats v) {
+#ifdef __AVX512BF16__
+    const __m256bh numbers = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &numbers, sizeof numbers);
+#else
+    for (int i = 0; i < VL; i++) p[i] = of_float(v[i]);
+#endif
+}
 #elif defined(HALF) && defined(__F16C__)
 typedef uint16_t Number;
 static inline float to_float(Number x) { return _cvtsh_ss(x); }
@@ -67,6 +76,13 @@ static inline Floats widen(const Number* p) {
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #else
     return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+static inline void narrow(Number* p, Floats v) {
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
+#else
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0));
 #endif
 }
 #else

@@ -44,7 +44,8 @@ def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     # ROCm builds of torch lack the opt-in limit; there the ordinary one is the limit.
     shared = getattr(properties, "shared_memory_per_block_optin", 0)
-    amd = str(getattr(properties, "gcnArchName", "")).split(":")[0]
+    # CUDA builds have the name too, and put the device's model there.
+    amd = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
     return Device(
         arch=amd or f"sm_{properties.major}{properties.minor}",
         multiprocessors=properties.multi_processor_count,

@@ -1,0 +1,66 @@
+"""Sines and cosines of a graph are computed once, whoever uses them."""
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from kvpaged.integrations.angles import KeepAngles
+
+COMPUTED = torch.ops.kvpaged.computed.default
+
+
+def traced(function, *given):
+    graph = make_fx(function, tracing_mode="fake")(*given)
+    KeepAngles()(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def count(graph):
+    return sum(node.target is COMPUTED for node in graph.graph.nodes)
+
+
+def rotary(positions, frequencies, layers):
+    """As models write it: angles once, used by every layer."""
+    angles = positions[:, None].float() * frequencies
+    cos, sin = (x.to(torch.bfloat16).unsqueeze(0) for x in (angles.cos() * 0.5, angles.sin() * 0.5))
+    return [x * cos + x.flip(-1) * sin for x in layers]
+
+
+def test_what_several_layers_use_goes_through_the_operator_once():
+    positions, frequencies = torch.arange(5), torch.rand(8)
+    layers = [torch.randn(3, 5, 8).bfloat16() for _ in range(4)]
+    graph = traced(rotary, positions, frequencies, layers)
+    assert count(graph) == 2
+    for node in graph.graph.nodes:
+        if node.target is COMPUTED:
+            assert len(node.users) == 4
+            source = node.args[0]
+            assert (
+                source.meta["val"].dtype == torch.bfloat16
+            )  # after the scaling, in the last dtype
+            assert list(source.users) == [node]
+            assert node.meta["val"].shape == source.meta["val"].shape
+    expected = rotary(positions, frequencies, layers)
+    got = graph(positions, frequencies, layers)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_what_one_node_uses_stays_where_it_is():
+    def function(x, y):
+        return x.cos() * y + x.sin()
+
+    assert count(traced(function, torch.randn(4), torch.randn(4))) == 0
+
+
+def test_a_product_with_a_tensor_is_not_taken_for_a_factor():
+    def function(x, y):
+        z = x.cos() * y
+        return z + 1, z - 1
+
+    assert count(traced(function, torch.randn(4), torch.randn(4))) == 0
+
+
+def test_a_changed_pass_is_another_graph():
+    assert KeepAngles().uuid() == KeepAngles().uuid()
+    assert KeepAngles().uuid()

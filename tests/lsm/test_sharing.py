@@ -1,0 +1,165 @@
+"""Threads and processes that share a store, and what it holds on to."""
+
+import gc
+import os
+import threading
+import tracemalloc
+
+import pytest
+
+from kvpaged.errors import StorageError, UsageError
+from kvpaged.lsm.files import OpenFiles
+from kvpaged.lsm.store import TensorStore
+from kvpaged.testing.faulty_files import FaultyFiles
+from tests.lsm.small import KIB, number_of, open_store, options, value
+
+
+def test_one_process_writes_and_the_error_names_it(tmp_path):
+    named = rf"process {os.getpid()} on"
+    with TensorStore(tmp_path), pytest.raises(StorageError, match=named):
+        TensorStore(tmp_path)
+    TensorStore(tmp_path).close()
+
+
+def test_readers_see_what_a_writer_has_written():
+    files = FaultyFiles()
+    with pytest.raises(StorageError, match="no store"):
+        open_store(files, read_only=True)
+    with open_store(files) as store:
+        store.put_many({b"%d" % n: value(n, 3000) for n in range(30)})
+        with open_store(files, read_only=True) as reader:
+            assert number_of(reader.get(b"7")) == 7
+            seen = reader.view(b"0")
+            store.put(b"7", value(70))
+            store.delete(b"8")
+            assert number_of(reader.get(b"7")) == 7
+            for settle in (lambda: None, store.flush, store.compact):
+                settle()
+                reader.refresh()
+                reader.check_integrity()
+                assert number_of(reader.get(b"7")) == 70
+                assert reader.get(b"8") is None
+                assert len(reader) == 29
+                assert reader.verify() == []
+            assert number_of(seen) == 0
+            for put in (reader.put, reader.add, reader.replace):
+                with pytest.raises(UsageError, match="reading"):
+                    put(b"a", value(1))
+            for care in (reader.flush, reader.compact, reader.batch):
+                with pytest.raises(UsageError, match="reading"):
+                    care()
+
+
+def test_threads_put_and_get_at_the_same_time(tmp_path):
+    changes = {"background": True, "max_bytes": 8 << 20, "segment_bytes": 512 * KIB}
+    errors: list[BaseException] = []
+    with TensorStore(tmp_path, options=options(**changes, read_threads=4)) as store:
+
+        def work(worker: int) -> None:
+            try:
+                for turn in range(60):
+                    key, number = b"%d-%d" % (worker, turn % 7), 1000 * worker + turn
+                    store.put(key, value(number, 3000))
+                    assert number_of(store.get(key)) == number
+                    other = b"%d-%d" % ((worker + 1) % 4, turn % 7)
+                    number_of(store.get(other))
+                    if turn % 20 == 7:
+                        assert store.delete(key)
+                        assert store.get(key) is None
+                        for _ in store.items(b"%d" % worker):
+                            pass
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        store.check_integrity()
+        kept = {key: number_of(found) for key, found in store.items()}
+        assert len(kept) == 28
+        store.flush()
+        assert store.verify() == []
+    with TensorStore(tmp_path, options=options(**changes)) as store:
+        store.check_integrity()
+        assert {key: number_of(found) for key, found in store.items()} == kept
+
+
+def test_readers_follow_a_writer_at_work(tmp_path):
+    given = {"background": True, "codec": "raw", "segment_bytes": 256 * KIB}
+    writer = TensorStore(tmp_path, options=options(**given))
+    writer.put_many({b"%d" % n: value(0, 3000) for n in range(8)})
+    done = threading.Event()
+
+    def work() -> None:
+        for turn in range(1, 250):
+            writer.put(b"%d" % (turn % 8), value(turn, 3000))
+            if turn % 60 == 0:
+                writer.compact()
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    last = [0] * 8
+    with TensorStore(tmp_path, read_only=True, options=options()) as reader:
+        while True:
+            finished = done.is_set()
+            reader.refresh()
+            reader.check_integrity()
+            seen = [number_of(found) for found in reader.get_many([b"%d" % n for n in range(8)])]
+            assert all(now is not None and now >= was for now, was in zip(seen, last, strict=True))
+            last = [now or 0 for now in seen]
+            if finished:
+                break
+        assert last == [number_of(writer.get(b"%d" % n)) for n in range(8)]
+    thread.join()
+    writer.close()
+
+
+def test_memory_per_value_is_bounded(tmp_path):
+    count = 4096
+    with TensorStore(tmp_path, options=options(segment_bytes=256 << 20)) as store:
+        store.put_many({b"key %d" % n: value(n, 8) for n in range(count)})
+    with TensorStore(tmp_path, options=options()) as store:
+        store.get(b"key 7")
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        with TensorStore(tmp_path, read_only=True, options=options()) as second:
+            assert len(second) == count
+            gc.collect()
+            used = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+    assert used / count < 200 + 2**21 / count  # the filters' rows, for up to thousands of segments
+
+
+def test_files_are_opened_as_they_are_needed():
+    opened = OpenFiles(FaultyFiles(), most=2)
+    files = opened._files
+    for name in "abc":
+        files.open(name, create=True)
+    first = opened.get("a")
+    assert opened.get("a") is first
+    opened.get("b")
+    opened.get("c")
+    assert opened.get("a") is not first
+    opened.drop("a")
+    with pytest.raises(FileNotFoundError):
+        opened.get("d")
+
+
+def test_a_snapshots_files_count_until_it_is_closed():
+    with open_store(FaultyFiles()) as store:
+        store.put_many({b"%d" % n: value(n, 3000) for n in range(30)})
+        store.flush()
+        before = store.stats().used_bytes
+        snapshot = store.snapshot()
+        store.delete_many([b"%d" % n for n in range(30)])
+        store.compact()
+        assert store.stats().used_bytes > before - 64 * KIB
+        assert number_of(snapshot.get(b"29")) == 29
+        snapshot.close()
+        gc.collect()
+        assert store.stats().used_bytes < 64 * KIB
