@@ -6,9 +6,9 @@ The model is SmolLM2-135M in bf16. A value of the store is a layer, its parts ar
 tensors: so a layer comes by its key, and one tensor of every layer by the part's name. They come
 as views (the file's own bytes: no memory is taken), read into tensors that are there already, or
 decoded into them, and are the same bit for bit. The store looks at each byte, for its checksum,
-before it hands it out; safetensors has no checksums and does not. Files are in the page cache when
-they are timed. These weights were published in 4 bits, which `lossless` profits from. Without
-`--path` nothing is left behind.
+before it hands it out; safetensors has no checksums and does not. Each loads in one thread, from
+files that are in the page cache. These weights were published in 4 bits, which `lossless` profits
+from. Without `--path` nothing is left behind.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from kvpaged.testing import models
 Weights = Mapping[str, Tensor]  # a tensor by its name in the model
 Values = dict[bytes, dict[str, Tensor]]  # a layer by its key: its tensors by their names in it
 Way = Callable[[], Weights]
-OPTIONS = StoreOptions(direct=False)  # read again and again: the page cache is to have them
+OPTIONS = StoreOptions(direct=False, read_threads=1)
+"""What is read again and again is to be in the page cache; peers have one thread each."""
 PART = "self_attn.q_proj.weight"
 """What is asked for where one tensor of every layer is."""
 
@@ -165,6 +166,7 @@ if __name__ == "__main__":
     parser.add_argument("--path", type=Path, help="where to keep the files")
     parser.add_argument("--rounds", type=int, default=7, help="of loading")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.path or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
