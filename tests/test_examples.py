@@ -45,6 +45,32 @@ EXPECTED = {
             r"deleted: True then: gone",
         ],
     ),
+    "weights_cache.py": (
+        ["--rounds", "2"],
+        [
+            r"safetensors +269,\d+,\d+ bytes, 272 tensors in 31 values",
+            r"raw +269,\d+,\d+ bytes, 1\.000 times",
+            r"lossless +1[78]\d,\d+,\d+ bytes, 1\.[45]\d+ times",
+            r"1420 tensors compared, 0 of them differ",  # 5 ways to load all, 2 to load one a layer
+            r"safetensors, mapped +[\d.]+ ms\n +raw, viewed +[\d.]+ ms +[\d.]+ times",
+            r"raw, read +[\d.]+ ms +[\d.]+ times",
+            r"lossless, read +[\d.]+ ms +[\d.]+ times",
+            r"raw, one part a layer +[\d.]+ ms +[\d.]+ times",
+            r"the same logits: True; Paris",
+        ],
+    ),
+    "embeddings.py": (
+        ["--documents", "24"],
+        [
+            r"24 documents: 0 found, 24 computed",
+            r"opened again: 0 computed, in 0\.\d+ of the time",
+            r"48 tensors compared, 0 differ",
+            r"See: manual/\w+, manual/\w+",
+            r"asked again: found; 3600 s later: computed",
+            r"24 documents: [1-9]\d* evicted, 1\d are there",
+            r"asked for all the time is there: True",
+        ],
+    ),
     "hf_generate.py": ([], [r"Paris", r"\d+ pages, [\d,]+ bytes of K and V"]),
 }
 
@@ -74,6 +100,14 @@ def test_an_example_runs_and_prints_what_it_promises(name):
     arguments, patterns = EXPECTED[name]
     out = run(name, arguments)
     assert re.search(".*".join(patterns), out, re.DOTALL), out
+
+
+def test_embeddings_are_found_by_the_next_run_and_only_what_is_new_is_computed(tmp_path):
+    folder = str(tmp_path / "documents")
+    few = ["--documents", "3", "--ask", "What is a small anonymous function?"]
+    assert "3 documents: 0 found, 3 computed" in run("embeddings.py", [folder, *few])
+    out = run("embeddings.py", [folder, *few, "--documents", "5"])
+    assert "5 documents: 3 found, 2 computed" in out
 
 
 @pytest.mark.notebook
