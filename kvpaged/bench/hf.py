@@ -1,5 +1,6 @@
 """Hugging Face's loops as benchmarks drive them: when tokens come, and its continuous batching."""
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,14 @@ def continuous_manager(
         eos_token_id=-1,
         pad_token_id=model.generation_config.pad_token_id,
     )
+    names = inspect.signature(ContinuousBatchingConfig).parameters
+    size = {"page_size" if "page_size" in names else "block_size": PAGE_SIZE}  # until 5.17
     settings = ContinuousBatchingConfig(
-        page_size=PAGE_SIZE,
         num_blocks=blocks,
         max_batch_tokens=max(2048, requests),
         max_requests_per_batch=requests,
         allow_block_sharing=sharing,
+        **size,
     )
     manager: AbstractContextManager[Any] = model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=settings, warmup=False
