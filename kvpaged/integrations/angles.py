@@ -60,8 +60,13 @@ def _scales(user: fx.Node, node: fx.Node) -> bool:
     if user.target is not _aten.mul.Tensor:
         return False
     others: list[Any] = [x for x in user.args if x is not node]
-    sizes = [x.meta["val"].ndim if isinstance(x, fx.Node) else 0 for x in others]
-    return sizes == [0]
+    return len(others) == 1 and _is_number(others[0])
+
+
+def _is_number(x: Any) -> bool:
+    """Whether an argument has one value: a constant, a size, a tensor without dimensions."""
+    value = x.meta.get("val") if isinstance(x, fx.Node) else x
+    return value.ndim == 0 if isinstance(value, Tensor) else value is not None
 
 
 def _keep(graph: fx.Graph, node: fx.Node) -> None:

@@ -142,19 +142,17 @@ class PackedLinears:
         return [_Native(product, layers) for product, layers in zip(packed, of, strict=True)]
 
     def refresh(self) -> int:
-        """Pack anew what has changed since; returns how many layers that were.
+        """Pack anew if anything has changed since; returns how many layers have.
 
-        Fused optimizers write without torch counting it, so some values are compared too.
+        Fused optimizers write without torch counting it, so some values are compared too. All are
+        packed anew, since one that stays would hold on to the memory of those beside it.
         """
-        changed = 0
-        self._pages = LargePages()  # what is replaced goes with the chunk it lies in
-        for i, bunch in enumerate(self._bunches):
-            same = [_facts(module) for module in bunch.modules] == bunch.facts
-            if same and all(map(torch.equal, bunch.values, joined(bunch.samples))):
-                continue
-            _products.update(zip(bunch.numbers, self._products(bunch.modules), strict=True))
-            self._bunches[i] = _noted(bunch.modules, bunch.numbers)
-            changed += len(bunch.modules)
+        changed = sum(len(bunch.modules) for bunch in self._bunches if _has_changed(bunch))
+        if changed:
+            self._pages = LargePages()
+            for i, bunch in enumerate(self._bunches):
+                _products.update(zip(bunch.numbers, self._products(bunch.modules), strict=True))
+                self._bunches[i] = _noted(bunch.modules, bunch.numbers)
         return changed
 
     def release(self) -> None:
@@ -246,6 +244,11 @@ def _has_kernel(dtype: torch.dtype) -> bool:
 
 def _tensors(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return module.weight.detach(), None if module.bias is None else module.bias.detach()
+
+
+def _has_changed(bunch: _Bunch) -> bool:
+    same = [_facts(module) for module in bunch.modules] == bunch.facts
+    return not same or not all(map(torch.equal, bunch.values, joined(bunch.samples)))
 
 
 def _noted(modules: list[nn.Linear], numbers: tuple[int, ...]) -> _Bunch:

@@ -24,8 +24,17 @@ to stay dense.
 
 LARGE_FROM = 8 << 20
 """Bytes of a run of pages from which it is of large system pages (2 MiB on most): decoding 43 rows
-of 365 tokens, cold, took 0.8 of the time. The rounding is then less than a quarter of the budget.
+of 365 tokens, cold, took 0.8 of the time.
 """
+
+
+def wants_large_pages(run: int, classes: int) -> bool:
+    """Whether a class's storage is to be of large system pages, its runs being of `run` bytes.
+
+    Not where several classes take turns at frames: each has room for the whole budget, of which a
+    frame is a small part of every run, and large pages would commit what lies around it, too.
+    """
+    return classes == 1 and run >= LARGE_FROM
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -177,7 +186,8 @@ class PagePool:
     ) -> PageClass:
         size = geometry.page_bytes * per_frame * self.plan.frames
         runs = 2 * geometry.layers * geometry.kv_heads  # of a layer's head, each in one piece
-        storage = self._storage(size, size // runs) if shared is None else shared
+        large = wants_large_pages(size // runs, len(self.plan.pages_per_frame))
+        storage = self._storage(size, large=large) if shared is None else shared
         system = self._maps[-1] if shared is None and self._maps else None
         allocator = PageAllocator(
             frames=self.frames,
@@ -189,16 +199,22 @@ class PagePool:
         )
         return PageClass(geometry, allocator, storage, self.plan, checksums=checksums)
 
-    def _storage(self, size: int, run: int = 0) -> torch.Tensor:
-        """`size` zero bytes: committed on touch on a CPU, at once elsewhere; there in large system
-        pages where runs of `run` bytes, filled from their beginnings, have several.
+    def _storage(self, size: int, *, large: bool = False) -> torch.Tensor:
+        """`size` zero bytes: committed on touch on a CPU (in large system pages if so asked), at
+        once elsewhere.
         """
         if self.device.type != "cpu":
             return torch.zeros(size, dtype=torch.uint8, device=self.device)
         # Private: the system takes back pages of a shared mapping only when all of it goes.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        system = mmap.mmap(-1, size, flags=flags)
-        if run >= LARGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            system = mmap.mmap(-1, size, flags=flags)
+        except OSError as error:
+            raise ConfigError(
+                f"the system has no {format_bytes(size)} of address space for a pool of "
+                f"{format_bytes(self.memory)}: {error}"
+            ) from error
+        if large and hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a system that has none
                 system.madvise(mmap.MADV_HUGEPAGE)
         self._maps.append(system)

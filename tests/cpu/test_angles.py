@@ -4,6 +4,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvpaged.integrations.angles import KeepAngles
+from kvpaged.integrations.beside import Repeated
+from kvpaged.integrations.compiling import _Passes
+from kvpaged.integrations.linears import together
+from kvpaged.integrations.products import JoinProducts
 
 COMPUTED = torch.ops.kvpaged.computed.default
 
@@ -61,6 +65,29 @@ def test_a_product_with_a_tensor_is_not_taken_for_a_factor():
     assert count(traced(function, torch.randn(4), torch.randn(4))) == 0
 
 
-def test_a_changed_pass_is_another_graph():
-    assert KeepAngles().uuid() == KeepAngles().uuid()
-    assert KeepAngles().uuid()
+def test_a_factor_may_be_a_size_of_the_graph():
+    def function(x, y):
+        z = x.cos() * x.shape[0]
+        w = x.sin() * (1.0 / x.shape[0])
+        return z + y, z - y, w + y, w - y
+
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    graph = make_fx(function, tracing_mode="symbolic")(x, y)
+    KeepAngles()(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    assert count(graph) == 2
+    for got, expected in zip(graph(x, y), function(x, y), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_graphs_on_disk_depend_on_every_pass(monkeypatch):
+    before = _Passes().uuid()
+    assert before == _Passes().uuid()
+    for each in (Repeated, JoinProducts, KeepAngles):
+        with monkeypatch.context() as change:
+            change.setattr(each, "uuid", lambda self: b"another")
+            assert _Passes().uuid() != before
+    with monkeypatch.context() as change:
+        change.setitem(together, (1, 2), (3, 4))  # which products are joined is in the graph
+        assert _Passes().uuid() != before

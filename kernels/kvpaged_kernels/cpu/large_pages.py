@@ -29,16 +29,23 @@ class LargePages:
         flat = tensor.reshape(-1)
         size = -(-flat.nbytes // LINE) * LINE
         if self._used + size > len(self._chunk):
-            self._chunk, self._used = _memory(max(CHUNK, size)), 0
+            self._chunk, self._used = _memory(max(CHUNK, size), size), 0
         room = self._chunk[self._used : self._used + flat.nbytes].view(flat.dtype)
         self._used += size
         return room.copy_(flat)
 
 
-def _memory(size: int) -> Tensor:
-    """Zeros from the beginning of a large page on, of whole ones."""
+def _memory(size: int, least: int) -> Tensor:
+    """Zeros from the beginning of a large page on, of whole ones; `least` ordinary bytes where the
+    system has no room for so many.
+    """
     size = -(-size // LARGE) * LARGE
-    system = mmap.mmap(-1, size + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        system = mmap.mmap(-1, size + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # a limit of address space
+        whole = torch.zeros(least + LINE, dtype=torch.uint8)
+        start = -whole.data_ptr() % LINE
+        return whole[start : start + least]
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a system that has none
             system.madvise(mmap.MADV_HUGEPAGE)
