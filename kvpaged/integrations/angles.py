@@ -22,9 +22,18 @@ _SAME = (
 
 _library = torch.library.Library("kvpaged", "FRAGMENT")
 _library.define("computed(Tensor x) -> Tensor")
+
+
+def _computed(x: Tensor) -> Tensor:
+    """A copy in row-major order: angles are often made transposed, and what layers make of them
+    would lie so, too.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 for _device in ("CPU", "CUDA"):
-    _library.impl("computed", lambda x: x.clone(), _device)
-torch.library.register_fake("kvpaged::computed", lambda x: x.clone(), lib=_library)
+    _library.impl("computed", _computed, _device)
+torch.library.register_fake("kvpaged::computed", _computed, lib=_library)
 
 _operator = torch.ops.kvpaged.computed.default
 
@@ -76,6 +85,6 @@ def _keep(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_after(node):
         kept = graph.call_function(_operator, (node,))
     value: Tensor = node.meta["val"]
-    kept.meta["val"] = value.clone()
+    kept.meta["val"] = _computed(value)
     for user in users:
         user.replace_input_with(node, kept)

@@ -81,6 +81,21 @@ def test_a_factor_may_be_a_size_of_the_graph():
         torch.testing.assert_close(got, expected)
 
 
+def test_transposed_angles_are_kept_in_row_major_order():
+    def function(frequencies, positions, x):
+        cos = (frequencies[:, None] * positions[None, :]).transpose(0, 1).cos()
+        return [x * cos, x + cos]
+
+    given = torch.rand(8), torch.arange(5.0), torch.randn(5, 8)
+    graph = traced(function, *given)
+    (kept,) = (node for node in graph.graph.nodes if node.target is COMPUTED)
+    assert kept.args[0].meta["val"].stride() == (1, 5)
+    assert kept.meta["val"].is_contiguous()
+    assert COMPUTED(torch.rand(8, 5).t()).is_contiguous()
+    for got, expected in zip(graph(*given), function(*given), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_graphs_on_disk_depend_on_every_pass(monkeypatch):
     before = _Passes().uuid()
     assert before == _Passes().uuid()
