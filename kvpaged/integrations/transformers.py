@@ -10,7 +10,7 @@ from kvpaged.errors import UsageError
 from kvpaged.integrations.attention import Preparation, prepare
 from kvpaged.integrations.graphs import CudaCapture, can_capture
 from kvpaged.integrations.identity import ModelIdentity
-from kvpaged.integrations.packed import PackedModel
+from kvpaged.integrations.packed_model import PackedModel
 from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
 from kvpaged.integrations.session import SessionCache
 from kvpaged.keys import Salt

@@ -10,7 +10,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpaged import Generator, PagedKVCache
-from kvpaged.integrations import compiling, packed
+from kvpaged.integrations import compiling, packed_model
 from kvpaged.integrations.beside import LinearsBeside, Repeated
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
@@ -167,7 +167,7 @@ def test_the_generator_has_the_tokens_of_the_model(monkeypatch, bias):
         ].tolist()
         for p in prompts
     ]
-    monkeypatch.setattr(packed, "_pack", lambda model, **_: LinearsBeside(model))
+    monkeypatch.setattr(packed_model, "_pack", lambda model, **_: LinearsBeside(model))
     graphs = []
     passes = compiling._Passes.__call__
 
