@@ -155,7 +155,19 @@ class Lookup:
         damaged: OnDamage = "raise",
     ) -> list[Value]:  # fmt: skip
         """`view` of each."""
-        return [self.view(key, parts, damaged=damaged) for key in keys]
+        with self._cond:
+            self._check_open()
+            found = [self._find(_checked(key)) for key in keys]
+            sealed = [one for one in found if isinstance(one, InSegment)]
+            for one in sealed:
+                self._touch(one)
+            self._reader.counts.hits += len(sealed)
+            self._reader.counts.viewed += len(sealed)
+        return [
+            self._viewed(one, parts, damaged) if isinstance(one, InSegment)
+            else self.get(key, parts, damaged=damaged)
+            for key, one in zip(keys, found, strict=True)
+        ]  # fmt: skip
 
     def scan(self, prefix: bytes = b"") -> Iterator[bytes]:
         """The keys that begin so, ascending, as they were when this was called."""
