@@ -342,7 +342,8 @@ class TensorStore(Lookup):
                 self._keeper.close()
         finally:
             self._reader.close()
-            self._tree.opened.clear()
+            with self._cond:
+                self._tree.close()
             if self._lock is not None:
                 self._lock.close()
 

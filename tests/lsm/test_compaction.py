@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpaged.errors import StorageError
+from kvpaged.errors import ConfigError, StorageError
 from kvpaged.lsm.compaction import (
     FAN,
     LEVELS,
@@ -17,11 +17,14 @@ from kvpaged.lsm.compaction import (
     SegmentState,
     Task,
     apply,
+    budget,
     output_bytes,
     plan,
     plan_all,
 )
 from kvpaged.lsm.eviction import Candidates, lru
+from kvpaged.lsm.layout import BLOCK
+from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.order import Link, locality
 from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.compaction import Simulator
@@ -321,6 +324,72 @@ def test_what_is_too_large_for_a_bound_is_refused_at_once():
         with pytest.raises(StorageError, match="come at once"):
             store.put(b"b", value(2, 300_000))
         assert number_of(store.get(b"a")) == 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("durability", ["none", "process"])
+@pytest.mark.parametrize(
+    ("cap", "size", "keys"),
+    [(500_000, 64 * KIB, 40), (10 * MIB, 6 * MIB, 40), (10 * MIB, 6 * MIB, 1)],
+)
+def test_what_came_once_comes_again(cap, size, keys, durability, background):
+    files = FaultyFiles()
+    changes = {"background": background, "durability": durability, "segment_bytes": None}
+    with open_store(files, max_bytes=cap, **changes) as store:
+        for turn in range(12):
+            key = b"%d" % (turn % keys)
+            store.put(key, value(turn, size // 4))
+            assert number_of(store.get(key)) == turn
+        assert files.peak <= cap
+        assert store.stats().refused == 0
+        store.check_integrity()
+
+
+def test_any_put_that_fits_the_bound_alone_comes_at_any_time():
+    for seed in range(12):
+        rng, files = random.Random(seed), FaultyFiles(seed)
+        cap = int(500_000 * 2 ** (3 * rng.random()))
+        with open_store(files, max_bytes=cap, segment_bytes=None) as store:
+            most = budget(cap, store.options.file_bytes, 0).live - 12 * BLOCK
+            for turn in range(40):
+                size = rng.choice([most, rng.randrange(1, most), rng.randrange(1, most // 8)])
+                key = b"%d" % rng.randrange(1, 12)
+                store.put(key, torch.full((size,), turn, dtype=torch.uint8))
+                found: Any = store.get(key)
+                assert found.numel() == size
+                assert bool((found == turn).all())
+                store.check_integrity()
+            with pytest.raises(StorageError, match="come at once"):
+                store.put(b"more", torch.zeros(most + 12 * BLOCK, dtype=torch.uint8))
+            assert files.peak <= cap
+
+
+@pytest.mark.parametrize(
+    ("cap", "share"),
+    [(500_000, 0.21), (MIB, 0.46), (16 * MIB, 0.73), (1 << 30, 0.75), (1 << 34, 0.84)],
+)
+def test_as_much_of_a_bound_is_for_values_as_is_said(cap, share):
+    full = StoreOptions(max_bytes=cap).file_bytes
+    assert share < budget(cap, full, 0).live / cap < share + 0.02
+
+
+def test_a_bound_that_leaves_nothing_for_values_is_refused():
+    for changes in ({"max_bytes": 300_000}, {"max_bytes": MIB, "segment_bytes": 400 * KIB}):
+        with pytest.raises(ConfigError, match="for values"):
+            StoreOptions(**changes)
+
+
+def test_files_of_a_closed_store_take_no_bytes_of_the_next():
+    files = FaultyFiles()
+    first = open_store(files, max_bytes=MIB)
+    first.put(b"a", value(1, 60_000))
+    first.flush()
+    first.close()
+    with open_store(files, max_bytes=MIB) as store:
+        store.put(b"a", value(2, 60_000))
+        store.compact()
+        assert files.used() <= store.stats().used_bytes
+    assert first.read_only is False  # it is still referred to
 
 
 def test_what_was_not_asked_for_is_recoded():
