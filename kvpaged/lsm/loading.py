@@ -23,6 +23,7 @@ def load(files: Files, pool: SlabPool, now: int, *, writable: bool) -> Tree:
 
     Raises:
         IntegrityError: there are manifests and none is whole.
+        OSError: writable, and a file that is there cannot be opened.
         FileNotFoundError: not writable, and a writer removed a file meanwhile: try again.
     """
     tree = Tree(files, pool, writable=writable)
@@ -91,6 +92,8 @@ def _open_segment(tree: Tree, record: SegmentRecord, known: dict[int, Segment]) 
         tree.damage.append(f"{tree.files}: {file_name(record.id)} is not there")
         return None
     except (OSError, IntegrityError) as error:
+        if tree.writable and isinstance(error, OSError):
+            raise  # too many open files, say: a manifest without it would be saved, it removed
         tree.damage.append(f"{file_name(record.id)} is lost: {error}")
         return None
     segment.level = record.level

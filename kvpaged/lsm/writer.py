@@ -276,13 +276,15 @@ class Writer:
                 raise ConfigError(f"{len(coming):,} entries at once; {MOST_KEYS:,} are the most")
             if self._full(len(coming), _room(coming, atomic=atomic)):
                 self.tree.start_log()
-        except (ConfigError, StorageError):
-            for one in coming:
-                self.future.pop(one.entry.key, None)
+            log = self.tree.active
+            assert log is not None
+            batch = Batch(log, log.place(coming, self.tree.next_sequence, atomic=atomic))
+        except BaseException:
+            self.future = {
+                one.row.entry.key: (one.row.entry.sequence, one.row.entry.kind == VALUE)
+                for batch in self.queue for one in batch.placed
+            }  # fmt: skip
             raise
-        log = self.tree.active
-        assert log is not None
-        batch = Batch(log, log.place(coming, self.tree.next_sequence, atomic=atomic))
         self.tree.next_sequence += len(coming)
         self.queue.append(batch)
         values = [one.entry for one in coming if one.entry.kind == VALUE]
