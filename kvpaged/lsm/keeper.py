@@ -153,20 +153,33 @@ class Keeper:
         return False
 
     def _pace(self, size: int) -> None:
+        """Called while a task runs: files are sealed meanwhile, or puts would wait for its end."""
         rate = self.options.compact_bytes_per_s
-        if self.closing and self.thread is threading.current_thread():
-            raise Stopped
-        if rate is not None:
+        until = time.monotonic() + (0 if rate is None else size / rate)
+        while True:
+            if self.closing and self.thread is threading.current_thread():
+                raise Stopped
+            if time.monotonic() >= self._again and self._seal():
+                self._save()
+                continue
+            left = until - time.monotonic()
+            if rate is None or left <= 0:
+                return
             with self.cond:
-                self.cond.wait_for(lambda: self.closing or self.short, size / rate)
+                if not self.cond.wait_for(self._hurried, left) or self.closing or self.short:
+                    return
+
+    def _hurried(self) -> bool:
+        if self.closing or self.short:
+            return True
+        return time.monotonic() >= self._again and self._sealable() is not None
 
     # -- sealing -----------------------------------------------------------------------------------
 
     def _seal(self) -> bool:
         with self.cond:
-            busy = {id(batch.log) for batch in self.writer.queue}
-            log = self.tree.sealing[0] if self.tree.sealing else None
-            if log is None or log.pending() or id(log) in busy:
+            log = self._sealable()
+            if log is None:
                 return False
         try:
             segment = self._index(log)
@@ -182,6 +195,13 @@ class Keeper:
             self.dirty = True
             self.cond.notify_all()
         return True
+
+    def _sealable(self) -> Log | None:
+        if not self.tree.sealing:
+            return None
+        log = self.tree.sealing[0]
+        busy = log.pending() or any(batch.log is log for batch in self.writer.queue)
+        return None if busy else log
 
     def _index(self, log: Log) -> Segment | None:
         rows = sorted(log.rows.values(), key=lambda row: row.entry.key)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpaged.errors import ConfigError, StorageError
+from kvpaged.lsm.batch import Put
 from kvpaged.lsm.compaction import (
     FAN,
     LEVELS,
@@ -318,6 +319,31 @@ def test_compaction_keeps_to_its_pace(monkeypatch):
         assert sum(waits) == pytest.approx(store.stats().live_bytes / 100_000, rel=0.1)
 
 
+def test_files_are_sealed_while_everything_is_rewritten(monkeypatch):
+    store = open_store(FaultyFiles(), segment_bytes=32 * KIB, memtable_bytes=64 * KIB)
+    with store:
+        store.put_many({b"%d" % n: value(n, 5000) for n in range(10)})
+        assert store._keeper is not None
+        merger, sealed = store._keeper.compactor.merger, []
+        pace = merger.pace
+
+        def puts_between(size: int) -> None:
+            """A task is under way, and no thread but this one may seal anything."""
+            monkeypatch.setattr(merger, "pace", pace)
+            for n in range(20):
+                store._writer.put([store._coming(Put(b"new %d" % n, value(n, 5000)))])  # type: ignore[union-attr]
+                pace(size)
+                sealed.append(len(store._tree.sealing))
+
+        monkeypatch.setattr(merger, "pace", puts_between)
+        monkeypatch.setattr(store._keeper, "help", lambda: False)  # as in other threads
+        store.compact()
+        assert len(sealed) == 20
+        assert max(sealed) <= 1
+        assert [number_of(store.get(b"new %d" % n)) for n in range(20)] == list(range(20))
+        store.check_integrity()
+
+
 def test_what_is_too_large_for_a_bound_is_refused_at_once():
     with open_store(FaultyFiles(), max_bytes=MIB) as store:
         store.put(b"a", value(1))
@@ -374,9 +400,9 @@ def test_as_much_of_a_bound_is_for_values_as_is_said(cap, share):
 
 
 def test_a_bound_that_leaves_nothing_for_values_is_refused():
-    for changes in ({"max_bytes": 300_000}, {"max_bytes": MIB, "segment_bytes": 400 * KIB}):
+    for cap, full in ((300_000, None), (MIB, 400 * KIB), (MIB, 4 * MIB)):
         with pytest.raises(ConfigError, match="for values"):
-            StoreOptions(**changes)
+            StoreOptions(max_bytes=cap, segment_bytes=full)
 
 
 def test_files_of_a_closed_store_take_no_bytes_of_the_next():
