@@ -297,7 +297,6 @@ class Keeper:
         Raises:
             StorageError: the disk refuses.
         """
-        self.writer.write_all()
         with self.working:
             self._again = 0.0
             with self.cond:
@@ -307,11 +306,15 @@ class Keeper:
             self._drain()
 
     def _drain(self) -> None:
-        self.writer.write_all()
-        while self._seal():
-            pass
+        """Seal what is to be sealed by now; puts that go on meanwhile are not waited for."""
+        with self.cond:
+            logs = list(self.tree.sealing)
+        for log in logs:
+            while log.pending():
+                self.writer.write_some()
+            self._seal()
         self._save()
-        if self.tree.sealing or self.dirty:
+        if self.dirty or not set(logs).isdisjoint(self.tree.sealing):
             raise StorageError(f"{self.tree.files}: not all is on disk: {self.error}")
 
     def compact(self) -> int:

@@ -219,8 +219,7 @@ class Writer:
         release = self.cond.release
         release()
         try:
-            with self.writing:
-                wrote = self._write_some()
+            wrote = self.write_some()
             if wrote or self.options.background or self.keeper is None:
                 return wrote
             return self.keeper.help()
@@ -365,12 +364,15 @@ class Writer:
             if row.entry.offset >= start:
                 del log.rows[key]
 
+    def write_some(self) -> bool:
+        """Write the oldest that is unwritten; whether there was any."""
+        with self.writing:
+            return self._write_some()
+
     def write_all(self) -> None:
         """Return when nothing is unwritten."""
-        while True:
-            with self.writing:
-                if not self._write_some():
-                    return
+        while self.write_some():
+            pass
 
     def close(self) -> None:
         """Nothing can be put any more; what was put is written."""
@@ -394,8 +396,7 @@ class Writer:
                 self.urgent = False
                 if self.closed:
                     return
-            with self.writing:
-                self._write_some()
+            self.write_some()
 
 
 def _room(coming: Sequence[Coming], *, atomic: bool) -> int:

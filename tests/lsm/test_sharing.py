@@ -84,6 +84,27 @@ def test_a_forked_process_does_not_keep_a_store_locked(tmp_path):
         os.waitpid(child, 0)
 
 
+def test_a_flush_does_not_wait_for_puts_that_come_meanwhile(monkeypatch):
+    with open_store(FaultyFiles(), durability="none") as store:
+        keeper = store._keeper
+        assert keeper is not None
+        save, turns = keeper._save, []
+
+        def put_more() -> bool:
+            """What another thread may do: fill a file, which then waits to be sealed."""
+            if not turns:
+                turns.append(1)
+                store.put_many({b"%d" % n: value(n, 9000) for n in range(8)})
+            return save()
+
+        store.put(b"a", value(1))
+        monkeypatch.setattr(keeper, "_save", put_more)
+        store.flush()
+        assert store._tree.sealing
+        assert b"a" in open_store(store._files.killed())  # type: ignore[attr-defined]
+        assert len(store) == 9
+
+
 def test_a_store_that_was_dropped_is_not_locked(tmp_path):
     store = TensorStore(tmp_path, options=options())
     store.put(b"a", value(1))
