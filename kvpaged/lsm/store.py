@@ -27,7 +27,8 @@ from kvpaged.lsm.tree import Found, Tree
 from kvpaged.lsm.values import Tensors, coming_delete, coming_value
 from kvpaged.lsm.verify import Damage, verify_log, verify_manifests, verify_segment
 from kvpaged.lsm.view import View
-from kvpaged.lsm.writer import WRITE_FROM, Begun, Writer
+from kvpaged.lsm.writer import WRITE_FROM, Writer
+from kvpaged.lsm.writes import Begun
 
 LOCK = "LOCK"
 SLABS = 4

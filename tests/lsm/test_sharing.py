@@ -84,11 +84,38 @@ def test_a_forked_process_does_not_keep_a_store_locked(tmp_path):
         os.waitpid(child, 0)
 
 
+def test_a_reader_that_cannot_look_again_stays_as_it_was(monkeypatch):
+    files = FaultyFiles()
+    with open_store(files) as store:
+        store.put_many({b"a": value(1), b"b": value(2)})
+        store.flush()
+        with open_store(files, read_only=True) as reader:
+            store.put(b"a", value(3))
+            store.flush()
+            store.put(b"b", value(4))
+            opened, last = files.open, sorted(set(files.list()) - {"MANIFEST", "MANIFEST.copy"})[-1]
+
+            def refuse(name: str, **given: bool) -> object:
+                if name == last:
+                    raise OSError(errno.EMFILE, "too many open files", name)
+                return opened(name, **given)
+
+            monkeypatch.setattr(files, "open", refuse)
+            with pytest.raises(StorageError, match="too many"):
+                reader.refresh()
+            reader.check_integrity()
+            assert [number_of(reader.get(key)) for key in (b"a", b"b")] == [1, 2]
+            monkeypatch.undo()
+            reader.refresh()
+            assert [number_of(reader.get(key)) for key in (b"a", b"b")] == [3, 4]
+
+
 def test_a_flush_does_not_wait_for_puts_that_come_meanwhile(monkeypatch):
     with open_store(FaultyFiles(), durability="none") as store:
         keeper = store._keeper
         assert keeper is not None
-        save, turns = keeper._save, []
+        save = keeper._save
+        turns: list[int] = []
 
         def put_more() -> bool:
             """What another thread may do: fill a file, which then waits to be sealed."""
