@@ -32,8 +32,7 @@ class WriteBatch:
     """Collects puts and deletions; `commit`, or the end of a `with` block without an exception,
     makes them happen together. Not thread-safe.
 
-    Tensors are encoded as they come: what happens to them afterwards changes nothing, unless they
-    are stored raw and changed before the commit.
+    Tensors are encoded as they come, or copied: what happens to them afterwards changes nothing.
     """
 
     def __init__(

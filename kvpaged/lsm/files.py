@@ -9,8 +9,10 @@ import fcntl
 import os
 import socket
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -174,30 +176,57 @@ class LocalLock:
     """An advisory lock of a whole file; the file says who holds it."""
 
     def __init__(self, path: Path):
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = -1
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip()
-            os.close(self._fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+            os.close(fd)
+            if not isinstance(error, BlockingIOError):
+                raise
             raise StorageError(
                 f"{path.parent} is open for writing already, by {holder or 'an unnamed process'}"
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._fd = fd
+        _held.add(self)
+        with suppress(OSError):  # a full disk: it is held all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def close(self) -> None:
-        """See `Lock.close`."""
+        """See `Lock.close`. Processes forked meanwhile do not hold it either."""
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self.forget()
+
+    def forget(self) -> None:
+        """It is another process's: close the descriptor only."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        """A store that was dropped holds nothing."""
+        self.close()
+
+
+_held: "weakref.WeakSet[LocalLock]" = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    for lock in list(_held):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_locks)  # else a child would hold it when this one ends
 
 
 class LocalFiles:
     """A directory on this machine; `make` makes it where there is none."""
 
     def __init__(self, path: str | os.PathLike[str], *, make: bool = True):
-        self.path = Path(path).expanduser()
+        self.path = Path(path).expanduser().absolute()  # wherever the process goes
         if make:
             self.path.mkdir(parents=True, exist_ok=True)
 

@@ -40,7 +40,7 @@ class Keeper:
         self.tree, self.cond, self.writer = tree, cond, writer
         self.options, self.policy = options, policy
         self.working = threading.RLock()
-        self.short = self.closing = self.dirty = False
+        self.short = self.closing = self.dirty = self.asked = False
         self.waiting = 0  # bytes that the last put could not have
         self.evicted = self.evicted_bytes = self.expired = 0
         self.manifest_bytes = self.sealed_bytes = 0
@@ -51,21 +51,24 @@ class Keeper:
 
     # -- room --------------------------------------------------------------------------------------
 
-    def budget(self) -> Budget | None:
-        """Bytes there may be, and may live; `None` for any number."""
-        if self.options.max_bytes is None:
+    def budget(self, need: int = 0) -> Budget | None:
+        """Bytes there may be, and may live, when a put of `need` bytes has come; `None` for any
+        number.
+        """
+        most, full = self.options.max_bytes, self.options.file_bytes
+        if most is None:
             return None
-        largest = self.compactor.largest
-        if largest > self.options.max_bytes // 4:  # of another bound: to be dropped, not rewritten
-            largest = 0
-        return budget(self.options.max_bytes, self.options.file_bytes, largest)
+        share = budget(most, full, self.compactor.largest)
+        if self.compactor.largest > most // 4 or need > share.live:
+            return budget(most, full, 0)  # a file that large is to be dropped, not rewritten
+        return share
 
     def obstacle(self, need: int) -> str | None:
         """See `writer.Keeper.obstacle`."""
-        budget = self.budget()
+        budget = self.budget(need)
         if budget is None:
             return None
-        if need > budget.live:
+        if need > budget.live:  # with no other value and no other file
             raise StorageError(
                 f"{self.tree.files}: {need:,} bytes come at once; of {self.options.max_bytes:,} "
                 f"there can be {max(budget.live, 0):,} for values"
@@ -76,6 +79,7 @@ class Keeper:
         used = self.tree.used_bytes()
         self.short = used + need > budget.puts - self.options.file_bytes
         self.waiting = need if used + need > budget.puts else 0
+        self.asked = self.waiting > 0
         if not self.waiting:
             return None
         why = f"; {self.error}" if self.error else ""
@@ -133,11 +137,15 @@ class Keeper:
                 with self.cond:
                     if self.closing:
                         return
-                    self.cond.wait_for(lambda: self.closing or self.tree.sealing, IDLE_S)
+                    self.cond.wait_for(self._called, IDLE_S)
+                    self.asked = False
                     if time.monotonic() < self._again and not self.closing:
                         self.cond.wait(IDLE_S)
             if self.closing:
                 return
+
+    def _called(self) -> bool:
+        return self.closing or self.asked or bool(self.tree.sealing)
 
     def _refused(self, what: str, error: OSError) -> bool:
         self.error = f"{what}: {error}"
@@ -145,20 +153,33 @@ class Keeper:
         return False
 
     def _pace(self, size: int) -> None:
+        """Called while a task runs: files are sealed meanwhile, or puts would wait for its end."""
         rate = self.options.compact_bytes_per_s
-        if self.closing and self.thread is threading.current_thread():
-            raise Stopped
-        if rate is not None:
+        until = time.monotonic() + (0 if rate is None else size / rate)
+        while True:
+            if self.closing and self.thread is threading.current_thread():
+                raise Stopped
+            if time.monotonic() >= self._again and self._seal():
+                self._save()
+                continue
+            left = until - time.monotonic()
+            if rate is None or left <= 0:
+                return
             with self.cond:
-                self.cond.wait_for(lambda: self.closing or self.short, size / rate)
+                if not self.cond.wait_for(self._hurried, left) or self.closing or self.short:
+                    return
+
+    def _hurried(self) -> bool:
+        if self.closing or self.short:
+            return True
+        return time.monotonic() >= self._again and self._sealable() is not None
 
     # -- sealing -----------------------------------------------------------------------------------
 
     def _seal(self) -> bool:
         with self.cond:
-            busy = {id(batch.log) for batch in self.writer.queue}
-            log = self.tree.sealing[0] if self.tree.sealing else None
-            if log is None or log.pending() or id(log) in busy:
+            log = self._sealable()
+            if log is None:
                 return False
         try:
             segment = self._index(log)
@@ -174,6 +195,13 @@ class Keeper:
             self.dirty = True
             self.cond.notify_all()
         return True
+
+    def _sealable(self) -> Log | None:
+        if not self.tree.sealing:
+            return None
+        log = self.tree.sealing[0]
+        busy = log.pending() or any(batch.log is log for batch in self.writer.queue)
+        return None if busy else log
 
     def _index(self, log: Log) -> Segment | None:
         rows = sorted(log.rows.values(), key=lambda row: row.entry.key)
@@ -243,16 +271,23 @@ class Keeper:
             return self._refused("compaction", error)
         if not did and done is None:
             with self.cond:
-                did = self._must_shed() and self.compactor.shed()
+                did = self._make_room()
         self.dirty |= did
         return did and (self._save() or True)
 
-    def _must_shed(self) -> bool:
-        """A put waits, nothing can be compacted, and it is not for bytes that are in use."""
-        budget = self.budget()
+    def _make_room(self) -> bool:
+        """Where a put waits, nothing can be compacted, and it is not for bytes that are in use:
+        seal the active file, for what is dead in it, and then drop what lives in a segment.
+        """
+        budget = self.budget(self.waiting)
         if budget is None or not self.waiting or self.tree.sealing:
             return False
-        return self.tree.segment_bytes + self.waiting > budget.puts
+        if self.tree.used_bytes() - self.tree.read_bytes() + self.waiting <= budget.puts:
+            return False
+        if self.tree.active is not None and self.tree.active.entries:
+            self.tree.retire_active()
+            return True
+        return self.compactor.shed()
 
     # -- on request --------------------------------------------------------------------------------
 
@@ -262,7 +297,6 @@ class Keeper:
         Raises:
             StorageError: the disk refuses.
         """
-        self.writer.write_all()
         with self.working:
             self._again = 0.0
             with self.cond:
@@ -272,11 +306,15 @@ class Keeper:
             self._drain()
 
     def _drain(self) -> None:
-        self.writer.write_all()
-        while self._seal():
-            pass
+        """Seal what is to be sealed by now; puts that go on meanwhile are not waited for."""
+        with self.cond:
+            logs = list(self.tree.sealing)
+        for log in logs:
+            while log.pending():
+                self.writer.write_some()
+            self._seal()
         self._save()
-        if self.tree.sealing or self.dirty:
+        if self.dirty or not set(logs).isdisjoint(self.tree.sealing):
             raise StorageError(f"{self.tree.files}: not all is on disk: {self.error}")
 
     def compact(self) -> int:

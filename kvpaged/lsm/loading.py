@@ -23,6 +23,7 @@ def load(files: Files, pool: SlabPool, now: int, *, writable: bool) -> Tree:
 
     Raises:
         IntegrityError: there are manifests and none is whole.
+        OSError: writable, and a file that is there cannot be opened.
         FileNotFoundError: not writable, and a writer removed a file meanwhile: try again.
     """
     tree = Tree(files, pool, writable=writable)
@@ -56,14 +57,17 @@ def _take(
     tree.damage += damage
     tree.generation, tree.next_id = saved.generation, saved.next_id
     tree.next_sequence = saved.next_sequence
-    opened = [_open_segment(tree, record, known) for record in saved.segments]
-    tree.add_segments([segment for segment in opened if segment is not None])
+    opened = [(record, _open_segment(tree, record, known)) for record in saved.segments]
     logs = [
         Log(tree.files, number, tree.pool, write=tree.writable) for number in _present(tree, saved)
     ]
     # A log's bytes are all written before those of a newer one: looked at newest first, none of
     # them is taken to be older than what it was replaced by.
     datas = [log.file.map() for log in reversed(logs)]
+    # Everything is open, so segments that a reader's older tree has as well may change now.
+    tree.add_segments(
+        [segment for record, segment in opened if segment and _revive(tree, record, segment, known)]
+    )
     for log, data in zip(logs, reversed(datas), strict=True):
         _replay(tree, log, data, now)
 
@@ -83,16 +87,25 @@ def _grew(tree: Tree, saved: Manifest) -> bool:
 
 def _open_segment(tree: Tree, record: SegmentRecord, known: dict[int, Segment]) -> Segment | None:
     try:
-        segment = known.get(record.id) or Segment(tree.files, record.id)
-        lost = segment.take_live(record.live)
+        return known.get(record.id) or Segment(tree.files, record.id)
     except FileNotFoundError:
         if not tree.writable:
             raise
         tree.damage.append(f"{tree.files}: {file_name(record.id)} is not there")
-        return None
     except (OSError, IntegrityError) as error:
+        if tree.writable and isinstance(error, OSError):
+            raise  # too many open files, say: a manifest without it would be saved, it removed
         tree.damage.append(f"{file_name(record.id)} is lost: {error}")
-        return None
+    return None
+
+
+def _revive(tree: Tree, record: SegmentRecord, segment: Segment, known: dict[int, Segment]) -> bool:
+    """What of a segment lives; whether that can be said."""
+    try:
+        lost = segment.take_live(record.live)
+    except IntegrityError as error:
+        tree.damage.append(f"{file_name(record.id)} is lost: {error}")
+        return False
     segment.level = record.level
     if record.id not in known:
         segment.stamps[:] = record.touched
@@ -100,7 +113,7 @@ def _open_segment(tree: Tree, record: SegmentRecord, known: dict[int, Segment]) 
         tree.damage.append(segment.repaired)
     if lost:
         tree.damage.append(f"{segment.where}: {lost} values are lost")
-    return segment
+    return True
 
 
 def _replay(tree: Tree, log: Log, data: Bytes, now: int) -> None:

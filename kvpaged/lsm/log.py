@@ -166,10 +166,15 @@ class Log:
             header = up(GROUP_BYTES + sum(len(one.packed) for one in coming), BLOCK)
             size = header + sum(up(one.entry.room, BLOCK) for one in coming)
             self._begin(header, size, atomic=atomic)
-        placed = [
-            self._place(one, one.entry.sequence if sequence is None else sequence + number)
-            for number, one in enumerate(coming)
-        ]
+        placed: list[Placed] = []
+        try:
+            for number, one in enumerate(coming):
+                order = one.entry.sequence if sequence is None else sequence + number
+                placed.append(self._place(one, order))
+        except BaseException:  # no memory: what was placed will not be waited for
+            self.arrived(placed, whole=False)
+            self.close_group()
+            raise
         if atomic or together:
             self.close_group()
         return placed

@@ -1,6 +1,5 @@
 """The reading face of a store, which its snapshots have as well."""
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from kvpaged.errors import ConfigError, KVPagedError
 from kvpaged.lsm.files import Bytes
 from kvpaged.lsm.layout import Entry
+from kvpaged.lsm.lock import StoreLock
 from kvpaged.lsm.reader import Fetch, Reader, outputs, pin
 from kvpaged.lsm.segment import check_payload
 from kvpaged.lsm.stats import ValueInfo, info_of
@@ -31,7 +31,7 @@ ITEMS = 32
 class Lookup:
     """Finds and reads values. Any thread may call."""
 
-    def __init__(self, cond: threading.Condition, reader: Reader):
+    def __init__(self, cond: StoreLock, reader: Reader):
         self._cond, self._reader = cond, reader
 
     # What a store and a snapshot do differently; `_find` and `_touch` run under the store's lock.
@@ -155,7 +155,19 @@ class Lookup:
         damaged: OnDamage = "raise",
     ) -> list[Value]:  # fmt: skip
         """`view` of each."""
-        return [self.view(key, parts, damaged=damaged) for key in keys]
+        with self._cond:
+            self._check_open()
+            found = [self._find(_checked(key)) for key in keys]
+            sealed = [one for one in found if isinstance(one, InSegment)]
+            for one in sealed:
+                self._touch(one)
+            self._reader.counts.hits += len(sealed)
+            self._reader.counts.viewed += len(sealed)
+        return [
+            self._viewed(one, parts, damaged) if isinstance(one, InSegment)
+            else self.get(key, parts, damaged=damaged)
+            for key, one in zip(keys, found, strict=True)
+        ]  # fmt: skip
 
     def scan(self, prefix: bytes = b"") -> Iterator[bytes]:
         """The keys that begin so, ascending, as they were when this was called."""
@@ -192,11 +204,21 @@ class Lookup:
         """
         for _, found in self._scan(prefix):
             entry = found.entry
-            payload = self._reader.payload(found, entry)
+            payload = self._payload(found, entry)
             check_payload(entry, payload, found.where)
             yield entry, payload
 
     # -- how ---------------------------------------------------------------------------------------
+
+    def _payload(self, found: Found, entry: Entry) -> Bytes:
+        with self._cond:
+            one = self._pin(found)
+        if one.slab is None or one.memory is None:
+            return self._reader.payload(found, entry)
+        payload = one.memory.copy()  # not written yet, perhaps
+        with self._cond:
+            one.slab.pins -= 1
+        return payload
 
     def _pinned(self, keys: Sequence[bytes]) -> list[Fetch | None]:
         held: list[Fetch | None] = []

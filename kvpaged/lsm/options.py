@@ -7,11 +7,13 @@ from typing import Literal
 
 from kvpaged.codecs import codec
 from kvpaged.errors import ConfigError
+from kvpaged.lsm.compaction import budget
 from kvpaged.lsm.layout import BLOCK
 
 Durability = Literal["none", "process", "power"]
 DURABILITIES: tuple[Durability, ...] = ("none", "process", "power")
-LEAST_BYTES = 64 * BLOCK
+LEAST_LIVE = 16 * BLOCK
+"""Bytes that a bound must leave for values: the smallest put asks for eleven blocks."""
 SEGMENT_BYTES = 256 << 20
 SEGMENTS = 16
 """A bounded store has at least so many segments, so that rewriting one needs little room."""
@@ -27,8 +29,10 @@ class StoreOptions:
     """What a store is opened with. None of it is stored: the next opening may have others.
 
     Attributes:
-        max_bytes: bytes of all its files together, never exceeded; `None`: as many as come. About
-            an eighth is kept free of values for compaction (`docs/format.md`).
+        max_bytes: bytes of all its files together, never exceeded; `None`: as many as come. Values
+            can be three quarters of it, and more from 4 GiB (85 % of 16 GiB) on; less below
+            16 MiB, half of 1 MiB and a fifth of 500,000: the rest is kept free for compaction
+            (`compaction.budget`, `docs/format.md`). A call that comes with more is refused.
         codec: how tensors are coded that are put: `"raw"`, `"zstd"`, `"lossless"`, or one that was
             registered. What gains less than 3 % is stored raw.
         durability: when a put returns: `"none"` (in memory; written within 50 ms), `"process"`
@@ -70,11 +74,18 @@ class StoreOptions:
         for name in (self.codec, self.cold_codec):
             if name is not None:
                 codec(name)
-        if self.max_bytes is not None and self.max_bytes < LEAST_BYTES:
-            raise ConfigError(f"max_bytes is at least {LEAST_BYTES:,}, not {self.max_bytes:,}")
         for name in ("memtable_bytes", "file_bytes", "read_threads", "max_stall_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_bytes is not None:
+            live = 0
+            if 0 < self.file_bytes <= self.max_bytes:
+                live = budget(self.max_bytes, self.file_bytes, 0).live
+            if live < LEAST_LIVE:
+                raise ConfigError(
+                    f"max_bytes of {self.max_bytes:,}, with files of {self.file_bytes:,}, leaves "
+                    f"{max(0, live):,} for values; {LEAST_LIVE:,} are the least"
+                )
         if self.compact_bytes_per_s is not None and self.compact_bytes_per_s <= 0:
             raise ConfigError(f"compact_bytes_per_s: {self.compact_bytes_per_s} is not positive")
 

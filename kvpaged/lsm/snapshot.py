@@ -1,10 +1,10 @@
 """A store as it was at one moment, to be read while writes go on."""
 
-import threading
 from collections.abc import Iterator
 from types import TracebackType
 
 from kvpaged.errors import UsageError
+from kvpaged.lsm.lock import StoreLock
 from kvpaged.lsm.lookup import Lookup
 from kvpaged.lsm.reader import Reader
 from kvpaged.lsm.tree import Found
@@ -18,7 +18,7 @@ class Snapshot(Lookup):
     for them.
     """
 
-    def __init__(self, cond: threading.Condition, reader: Reader, view: View):
+    def __init__(self, cond: StoreLock, reader: Reader, view: View):
         super().__init__(cond, reader)
         self._view: View | None = view
 

@@ -1,9 +1,9 @@
 """`TensorStore`: an embedded store of tensors on disk."""
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace as changed
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvpaged.lsm.eviction import Policy, lru
 from kvpaged.lsm.files import Files, LocalFiles, Lock
 from kvpaged.lsm.keeper import Keeper
 from kvpaged.lsm.loading import follow, load
+from kvpaged.lsm.lock import StoreLock
 from kvpaged.lsm.log import Coming, SlabPool
 from kvpaged.lsm.lookup import Lookup
 from kvpaged.lsm.options import Durability, StoreOptions
@@ -26,11 +27,14 @@ from kvpaged.lsm.tree import Found, Tree
 from kvpaged.lsm.values import Tensors, coming_delete, coming_value
 from kvpaged.lsm.verify import Damage, verify_log, verify_manifests, verify_segment
 from kvpaged.lsm.view import View
-from kvpaged.lsm.writer import WRITE_FROM, Begun, Writer
+from kvpaged.lsm.writer import WRITE_FROM, Writer
+from kvpaged.lsm.writes import Begun
 
 LOCK = "LOCK"
 SLABS = 4
 """Pieces of memory that the memtable is made of."""
+MOST_TTL = 1e10
+"""Seconds: three centuries. `None` is for ever."""
 OPENINGS = 20
 """How often a reader starts again because the writer removed a file meanwhile."""
 
@@ -91,7 +95,7 @@ class TensorStore(Lookup):
             if isinstance(error, StorageError):
                 raise
             raise StorageError(f"{path} cannot be opened: {error}") from error
-        cond = threading.Condition()
+        cond = StoreLock()
         reader = Reader(
             lambda: self._tree, threads=self.options.read_threads, direct=self.options.direct
         )
@@ -152,15 +156,15 @@ class TensorStore(Lookup):
 
     def put_many(self, puts: Puts) -> None:
         """`put` of each, written together. If one is refused, those before it may have been put."""
-        self._put(map(self._coming, _each(puts)), None)
+        self._put(self._each(puts), None)
 
     def add_many(self, puts: Puts) -> list[bool]:
         """`add` of each."""
-        return self._put(map(self._coming, _each(puts)), False)
+        return self._put(self._each(puts), False)
 
     def replace_many(self, puts: Puts) -> list[bool]:
         """`replace` of each."""
-        return self._put(map(self._coming, _each(puts)), True)
+        return self._put(self._each(puts), True)
 
     def delete_many(self, keys: Iterable[bytes]) -> list[bool]:
         """`delete` of each."""
@@ -173,16 +177,26 @@ class TensorStore(Lookup):
     def batch(self) -> WriteBatch:
         """Puts and deletions that happen together, or not at all, after a crash as well."""
         writer = self._writing()
-        return WriteBatch(self._coming, lambda coming: writer.put(coming, atomic=True))
+        return WriteBatch(
+            partial(self._coming, own=True), lambda coming: writer.put(coming, atomic=True)
+        )
 
-    def _coming(self, put: Put) -> Coming:
-        if put.ttl is not None and put.ttl <= 0:
-            raise ConfigError(f"ttl must be positive, got {put.ttl:g}")
+    def _coming(self, put: Put, *, own: bool = False) -> Coming:
+        if put.ttl is not None and not 0 < put.ttl <= MOST_TTL:
+            raise ConfigError(f"ttl is above 0, {MOST_TTL:g} s at most, not {put.ttl:g}")
         expires = 0 if put.ttl is None else self._clock() + max(1, int(put.ttl * 1000))
         return coming_value(
             put.key, put.value, self._codec, metadata=put.metadata, parent=put.parent,
-            expires=expires,
+            expires=expires, own=own,
         )  # fmt: skip
+
+    def _each(self, puts: Puts) -> Iterator[Coming]:
+        """Each made ready. One that is made only now, by a generator, may be of a tensor that is
+        filled anew for the next: its bytes are copied.
+        """
+        if isinstance(puts, Mapping):
+            puts = [Put(key, value) for key, value in puts.items()]
+        return map(partial(self._coming, own=not isinstance(puts, Sequence)), puts)
 
     def _put(self, coming: Iterable[Coming], present: bool | None) -> list[bool]:
         """Put entries, some at a time; while those are written the next are made ready."""
@@ -327,12 +341,15 @@ class TensorStore(Lookup):
             self._tree.check_integrity()
 
     def close(self) -> None:
-        """Seal all that was put, and let the lock go. What was viewed stays valid.
+        """Seal all that was put, and let the lock go. What was viewed stays valid. In a forked
+        process nothing happens, and nothing else may be called.
 
         Raises:
             StorageError: the disk refuses; the store is closed all the same, and what was put is as
                 safe as its durability says.
         """
+        if self._cond.forked:  # nothing of it is this process's
+            return
         with self._cond:
             if self._closed:
                 return
@@ -342,7 +359,8 @@ class TensorStore(Lookup):
                 self._keeper.close()
         finally:
             self._reader.close()
-            self._tree.opened.clear()
+            with self._cond:
+                self._tree.close()
             if self._lock is not None:
                 self._lock.close()
 
@@ -354,9 +372,3 @@ class TensorStore(Lookup):
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         self.close()
-
-
-def _each(puts: Puts) -> Iterator[Put]:
-    if isinstance(puts, Mapping):
-        return (Put(key, value) for key, value in puts.items())
-    return iter(puts)

@@ -268,15 +268,20 @@ class Tree:
             segment.number, segment.file_bytes, segment.level, touched, segment.live_bits()
         )
 
+    def close(self) -> None:
+        """Let all files go that no reader, view or snapshot holds: they may be removed by whoever
+        opens the store next, and their bytes should come free then.
+        """
+        self.opened.clear()
+        self.segments, self.filters = {}, Filters[Segment]()
+        self.obsolete, self.sealing, self.empty, self.active = [], [], [], None
+
     # -- bytes -------------------------------------------------------------------------------------
 
     def used_bytes(self) -> int:
         """Of all files, logs as they will be sealed, what compaction is about to write, manifests,
         and files that are removed but still read by this process.
         """
-        self.gone = [
-            (holders, size) for holders, size in self.gone if any(h() is not None for h in holders)
-        ]
         logs = list(self.logs())
         coming = len(logs) + RESERVED
         records = sum(manifests.record_bytes(log.written) for log in logs)
@@ -286,9 +291,16 @@ class Tree:
             + sum(log.file_bytes for log in self.empty)
             + self.planned
             + sum(self.strays.values())
-            + sum(size for _, size in self.gone)
+            + self.read_bytes()
             + manifests.files_bytes(self.record_bytes + records, coming)
         )
+
+    def read_bytes(self) -> int:
+        """Of files that are removed but still read by this process."""
+        self.gone = [
+            (holders, size) for holders, size in self.gone if any(h() is not None for h in holders)
+        ]
+        return sum(size for _, size in self.gone)
 
     def pending_bytes(self) -> int:
         """Not written yet."""

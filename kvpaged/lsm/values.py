@@ -32,6 +32,7 @@ Tensors: TypeAlias = Tensor | Mapping[str, Tensor]
 """A value: a tensor, or named ones."""
 
 RAW = 0
+MOST_NAME = 65_535
 
 
 def check_key(key: bytes, what: str = "key") -> None:
@@ -44,10 +45,15 @@ def check_key(key: bytes, what: str = "key") -> None:
 
 def tensor_bytes(tensor: Tensor) -> Bytes:
     """A tensor's elements in row-major order, uint8 [bytes]; the tensor's own where they lie so."""
-    if tensor.is_sparse or tensor.layout != torch.strided or tensor.is_quantized:
-        raise ConfigError(f"only strided tensors are stored, not {tensor.layout}")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy()
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return len(name.encode()) <= MOST_NAME
+    except UnicodeEncodeError:
+        return False
 
 
 def forms_of(value: Tensors) -> tuple[tuple[Form, ...], list[Tensor], bool]:
@@ -64,6 +70,11 @@ def forms_of(value: Tensors) -> tuple[tuple[Form, ...], list[Tensor], bool]:
     for name, tensor in named.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ConfigError(f"{name!r} is {type(tensor).__name__}, not a tensor by name")
+        if not _is_text(name):
+            raise ConfigError(f"a name is text of up to {MOST_NAME:,} bytes, not {name[:32]!r}")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            what = "nested" if tensor.is_nested else "meta" if tensor.is_meta else tensor.layout
+            raise ConfigError(f"only strided tensors with data are stored, not {what} ones")
         if tensor.dtype not in DTYPE_IDS:
             raise ConfigError(f"{name or 'the tensor'} is {tensor.dtype}, which is not stored")
         forms.append(
@@ -80,9 +91,10 @@ def coming_value(
     metadata: Mapping[str, Any] | None = None,
     parent: bytes = b"",
     expires: int = 0,
+    own: bool = False,
 ) -> Coming:
     """A value made ready to be placed: encoded part by part, each as it is where that gains
-    nothing.
+    nothing; `own`: copied then, so the tensors may change before it is placed.
     """
     check_key(key)
     if parent:
@@ -95,10 +107,21 @@ def coming_value(
             coded = codec.encode(piece, form.dtype)
             if coded is not None:
                 piece, used = coded, codec.id
+        if own and used == RAW and piece.ctypes.data == tensor.data_ptr():
+            piece = piece.copy()
         parts.append(Part(len(piece), checksum(piece), used))
         pieces.append(piece)
-    raw = json.dumps(metadata, separators=(",", ":")).encode() if metadata else b""
+    raw = _metadata_bytes(key, metadata) if metadata else b""
     return coming(VALUE, key, parent, raw, forms, tuple(parts), single, expires, pieces)
+
+
+def _metadata_bytes(key: bytes, metadata: Mapping[str, Any]) -> bytes:
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(f"metadata is a dict, not {type(metadata).__name__}")
+    try:
+        return json.dumps(dict(metadata), separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"metadata of {key[:32].hex()} is not JSON: {error}") from error
 
 
 def coming(

@@ -15,16 +15,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from kvpaged.errors import ConfigError, StorageError, UsageError
 from kvpaged.lsm.filters import MOST_KEYS
 from kvpaged.lsm.layout import BLOCK, VALUE, up
-from kvpaged.lsm.log import Coming, Log, OpenGroup, Placed
+from kvpaged.lsm.log import Coming, Log, OpenGroup
 from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.tree import Tree
 from kvpaged.lsm.values import fill
+from kvpaged.lsm.writes import Batch, Begun, WriteCounts
 
 LINGER_S = 0.05
 WRITE_FROM = 4 << 20
@@ -44,48 +44,6 @@ class Keeper(Protocol):
 
     def help(self) -> bool:
         """Do a piece of work that makes room, in the calling thread; whether there was any."""
-
-
-@dataclass(eq=False, slots=True)
-class Batch:
-    """What one call put, from its place until it is committed."""
-
-    log: Log
-    placed: list[Placed]
-    arrived: bool = False
-    done: bool = False
-    error: BaseException | None = None
-
-
-class Begun(NamedTuple):
-    """A call half done: its batch, if it has any, and which of its entries are put."""
-
-    batch: Batch | None
-    put: list[bool]
-
-
-@dataclass(slots=True)
-class WriteCounts:
-    """What has been written.
-
-    Attributes:
-        puts, deletes: entries that came.
-        put_bytes: of payloads that came, as they are stored.
-        tensor_bytes: of the tensors they were.
-        log_bytes, writes: to logs, and calls.
-        stalls, refused: puts that had to wait, and those that waited in vain.
-        dropped: values that were found already and could not be written (durability `none`).
-    """
-
-    puts: int = 0
-    deletes: int = 0
-    put_bytes: int = 0
-    tensor_bytes: int = 0
-    log_bytes: int = 0
-    writes: int = 0
-    stalls: int = 0
-    refused: int = 0
-    dropped: int = 0
 
 
 class Writer:
@@ -219,8 +177,7 @@ class Writer:
         release = self.cond.release
         release()
         try:
-            with self.writing:
-                wrote = self._write_some()
+            wrote = self.write_some()
             if wrote or self.options.background or self.keeper is None:
                 return wrote
             return self.keeper.help()
@@ -276,13 +233,15 @@ class Writer:
                 raise ConfigError(f"{len(coming):,} entries at once; {MOST_KEYS:,} are the most")
             if self._full(len(coming), _room(coming, atomic=atomic)):
                 self.tree.start_log()
-        except (ConfigError, StorageError):
-            for one in coming:
-                self.future.pop(one.entry.key, None)
+            log = self.tree.active
+            assert log is not None
+            batch = Batch(log, log.place(coming, self.tree.next_sequence, atomic=atomic))
+        except BaseException:
+            self.future = {
+                one.row.entry.key: (one.row.entry.sequence, one.row.entry.kind == VALUE)
+                for batch in self.queue for one in batch.placed
+            }  # fmt: skip
             raise
-        log = self.tree.active
-        assert log is not None
-        batch = Batch(log, log.place(coming, self.tree.next_sequence, atomic=atomic))
         self.tree.next_sequence += len(coming)
         self.queue.append(batch)
         values = [one.entry for one in coming if one.entry.kind == VALUE]
@@ -363,12 +322,15 @@ class Writer:
             if row.entry.offset >= start:
                 del log.rows[key]
 
+    def write_some(self) -> bool:
+        """Write the oldest that is unwritten; whether there was any."""
+        with self.writing:
+            return self._write_some()
+
     def write_all(self) -> None:
         """Return when nothing is unwritten."""
-        while True:
-            with self.writing:
-                if not self._write_some():
-                    return
+        while self.write_some():
+            pass
 
     def close(self) -> None:
         """Nothing can be put any more; what was put is written."""
@@ -392,8 +354,7 @@ class Writer:
                 self.urgent = False
                 if self.closed:
                     return
-            with self.writing:
-                self._write_some()
+            self.write_some()
 
 
 def _room(coming: Sequence[Coming], *, atomic: bool) -> int:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpaged.errors import StorageError
+from kvpaged.errors import ConfigError, StorageError
+from kvpaged.lsm.batch import Put
 from kvpaged.lsm.compaction import (
     FAN,
     LEVELS,
@@ -17,11 +18,14 @@ from kvpaged.lsm.compaction import (
     SegmentState,
     Task,
     apply,
+    budget,
     output_bytes,
     plan,
     plan_all,
 )
 from kvpaged.lsm.eviction import Candidates, lru
+from kvpaged.lsm.layout import BLOCK
+from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.order import Link, locality
 from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.compaction import Simulator
@@ -315,12 +319,103 @@ def test_compaction_keeps_to_its_pace(monkeypatch):
         assert sum(waits) == pytest.approx(store.stats().live_bytes / 100_000, rel=0.1)
 
 
+def test_files_are_sealed_while_everything_is_rewritten(monkeypatch):
+    store = open_store(FaultyFiles(), segment_bytes=32 * KIB, memtable_bytes=64 * KIB)
+    with store:
+        store.put_many({b"%d" % n: value(n, 5000) for n in range(10)})
+        assert store._keeper is not None
+        merger, sealed = store._keeper.compactor.merger, []
+        pace = merger.pace
+
+        def puts_between(size: int) -> None:
+            """A task is under way, and no thread but this one may seal anything."""
+            monkeypatch.setattr(merger, "pace", pace)
+            for n in range(20):
+                store._writer.put([store._coming(Put(b"new %d" % n, value(n, 5000)))])  # type: ignore[union-attr]
+                pace(size)
+                sealed.append(len(store._tree.sealing))
+
+        monkeypatch.setattr(merger, "pace", puts_between)
+        monkeypatch.setattr(store._keeper, "help", lambda: False)  # as in other threads
+        store.compact()
+        assert len(sealed) == 20
+        assert max(sealed) <= 1
+        assert [number_of(store.get(b"new %d" % n)) for n in range(20)] == list(range(20))
+        store.check_integrity()
+
+
 def test_what_is_too_large_for_a_bound_is_refused_at_once():
     with open_store(FaultyFiles(), max_bytes=MIB) as store:
         store.put(b"a", value(1))
         with pytest.raises(StorageError, match="come at once"):
             store.put(b"b", value(2, 300_000))
         assert number_of(store.get(b"a")) == 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("durability", ["none", "process"])
+@pytest.mark.parametrize(
+    ("cap", "size", "keys"),
+    [(500_000, 64 * KIB, 40), (10 * MIB, 6 * MIB, 40), (10 * MIB, 6 * MIB, 1)],
+)
+def test_what_came_once_comes_again(cap, size, keys, durability, background):
+    files = FaultyFiles()
+    changes = {"background": background, "durability": durability, "segment_bytes": None}
+    with open_store(files, max_bytes=cap, **changes) as store:
+        for turn in range(12):
+            key = b"%d" % (turn % keys)
+            store.put(key, value(turn, size // 4))
+            assert number_of(store.get(key)) == turn
+        assert files.peak <= cap
+        assert store.stats().refused == 0
+        store.check_integrity()
+
+
+def test_any_put_that_fits_the_bound_alone_comes_at_any_time():
+    for seed in range(12):
+        rng, files = random.Random(seed), FaultyFiles(seed)
+        cap = int(500_000 * 2 ** (3 * rng.random()))
+        with open_store(files, max_bytes=cap, segment_bytes=None) as store:
+            most = budget(cap, store.options.file_bytes, 0).live - 12 * BLOCK
+            for turn in range(40):
+                size = rng.choice([most, rng.randrange(1, most), rng.randrange(1, most // 8)])
+                key = b"%d" % rng.randrange(1, 12)
+                store.put(key, torch.full((size,), turn, dtype=torch.uint8))
+                found: Any = store.get(key)
+                assert found.numel() == size
+                assert bool((found == turn).all())
+                store.check_integrity()
+            with pytest.raises(StorageError, match="come at once"):
+                store.put(b"more", torch.zeros(most + 12 * BLOCK, dtype=torch.uint8))
+            assert files.peak <= cap
+
+
+@pytest.mark.parametrize(
+    ("cap", "share"),
+    [(500_000, 0.21), (MIB, 0.46), (16 * MIB, 0.73), (1 << 30, 0.75), (1 << 34, 0.84)],
+)
+def test_as_much_of_a_bound_is_for_values_as_is_said(cap, share):
+    full = StoreOptions(max_bytes=cap).file_bytes
+    assert share < budget(cap, full, 0).live / cap < share + 0.02
+
+
+def test_a_bound_that_leaves_nothing_for_values_is_refused():
+    for cap, full in ((300_000, None), (MIB, 400 * KIB), (MIB, 4 * MIB)):
+        with pytest.raises(ConfigError, match="for values"):
+            StoreOptions(max_bytes=cap, segment_bytes=full)
+
+
+def test_files_of_a_closed_store_take_no_bytes_of_the_next():
+    files = FaultyFiles()
+    first = open_store(files, max_bytes=MIB)
+    first.put(b"a", value(1, 60_000))
+    first.flush()
+    first.close()
+    with open_store(files, max_bytes=MIB) as store:
+        store.put(b"a", value(2, 60_000))
+        store.compact()
+        assert files.used() <= store.stats().used_bytes
+    assert first.read_only is False  # it is still referred to
 
 
 def test_what_was_not_asked_for_is_recoded():

@@ -8,6 +8,7 @@ import torch
 
 from kvpaged.errors import IntegrityError, StorageError
 from kvpaged.lsm import manifest
+from kvpaged.lsm.batch import Put
 from kvpaged.lsm.layout import BLOCK, checksum
 from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.faulty_files import FaultyFiles
@@ -314,3 +315,42 @@ def test_a_store_opens_for_reading_on_a_full_disk():
         assert number_of(store.get(b"a")) == 1
         assert "manifest" in (store.stats().error or "")
         store.put(b"new", torch.zeros(3))
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_given_up():
+    files = filled()
+    files.failing = "read"
+    with pytest.raises(StorageError, match="cannot be opened"):
+        open_store(files)
+    with open_store(files, read_only=True) as reader:
+        assert any("lost" in what for what in reader.stats().damage)
+    files.failing = None
+    for _ in range(2):
+        files.locked = False
+        with open_store(files) as store:
+            assert what_is_there(store) == ({*VALUES, b"two"}, set())
+            assert store.stats().damage == ()
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_put_without_memory_is_nothing_and_puts_go_on(atomic, monkeypatch):
+    with open_store(FaultyFiles(), segment_bytes=8 << 20, memtable_bytes=64 * KIB) as store:
+        store.put(b"before", value(0))
+        pool, calls = store._tree.pool, []
+        take = pool.take
+
+        def refuse(size: int) -> object:
+            calls.append(size)
+            if len(calls) == 2 - atomic:
+                raise MemoryError
+            return take(size)
+
+        monkeypatch.setattr(pool, "take", refuse)
+        coming = [store._coming(Put(b"%d" % n, value(n, 9000))) for n in range(4)]
+        with pytest.raises(MemoryError):
+            store._writing().put(coming, atomic=atomic)
+        assert list(store.scan()) == [b"before"]
+        assert store.add_many({b"%d" % n: value(n + 10, 9000) for n in range(4)}) == [True] * 4
+        store.check_integrity()
+        assert store.verify() == []
+        assert number_of(store.get(b"3")) == 13

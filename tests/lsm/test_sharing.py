@@ -1,14 +1,16 @@
 """Threads and processes that share a store, and what it holds on to."""
 
+import errno
 import gc
 import os
 import threading
 import tracemalloc
+from collections.abc import Callable
 
 import pytest
 
 from kvpaged.errors import StorageError, UsageError
-from kvpaged.lsm.files import OpenFiles
+from kvpaged.lsm.files import LocalLock, OpenFiles
 from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.faulty_files import FaultyFiles
 from tests.lsm.small import KIB, number_of, open_store, options, value
@@ -19,6 +21,149 @@ def test_one_process_writes_and_the_error_names_it(tmp_path):
     with TensorStore(tmp_path), pytest.raises(StorageError, match=named):
         TensorStore(tmp_path)
     TensorStore(tmp_path).close()
+
+
+def in_a_fork(act: Callable[[], object]) -> str:
+    """What a forked process says of a call: the error, or what came."""
+    end, start = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            said = repr(act())
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(start, said.encode())
+        os._exit(0)
+    os.close(start)
+    os.waitpid(child, 0)
+    said = os.read(end, 4096).decode()
+    os.close(end)
+    return said
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork")
+def test_a_forked_process_is_told_to_open_a_store_of_its_own(tmp_path):
+    with TensorStore(tmp_path, codec="raw") as store, store.snapshot() as snapshot:
+        store.put(b"a", value(1, 5000))
+        for act in (
+            lambda: store.put(b"a", value(2)), lambda: store.get(b"a"), store.flush, store.stats,
+            lambda: snapshot.get(b"a"), lambda: list(store.items()), store.compact,
+        ):  # fmt: skip
+            said = in_a_fork(act)
+            assert said.startswith("UsageError")
+            assert f"process {os.getpid()} opened" in said
+        before = sorted(path.name for path in tmp_path.iterdir())
+        assert in_a_fork(store.close) == "None"
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        store.put(b"b", value(3))
+        with pytest.raises(StorageError, match="open for writing"):
+            TensorStore(tmp_path)
+
+        def read_anew() -> int | None:
+            with TensorStore(tmp_path, read_only=True) as own:
+                return number_of(own.get(b"b"))
+
+        assert in_a_fork(read_anew) == "3"
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork")
+def test_a_forked_process_does_not_keep_a_store_locked(tmp_path):
+    store = TensorStore(tmp_path)
+    end, start = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(start)
+        os.read(end, 1)
+        os._exit(0)
+    try:
+        store.close()
+        TensorStore(tmp_path).close()
+    finally:
+        os.close(start)
+        os.close(end)
+        os.waitpid(child, 0)
+
+
+def test_a_reader_that_cannot_look_again_stays_as_it_was(monkeypatch):
+    files = FaultyFiles()
+    with open_store(files) as store:
+        store.put_many({b"a": value(1), b"b": value(2)})
+        store.flush()
+        with open_store(files, read_only=True) as reader:
+            store.put(b"a", value(3))
+            store.flush()
+            store.put(b"b", value(4))
+            opened, last = files.open, sorted(set(files.list()) - {"MANIFEST", "MANIFEST.copy"})[-1]
+
+            def refuse(name: str, **given: bool) -> object:
+                if name == last:
+                    raise OSError(errno.EMFILE, "too many open files", name)
+                return opened(name, **given)
+
+            monkeypatch.setattr(files, "open", refuse)
+            with pytest.raises(StorageError, match="too many"):
+                reader.refresh()
+            reader.check_integrity()
+            assert [number_of(reader.get(key)) for key in (b"a", b"b")] == [1, 2]
+            monkeypatch.undo()
+            reader.refresh()
+            assert [number_of(reader.get(key)) for key in (b"a", b"b")] == [3, 4]
+
+
+def test_a_flush_does_not_wait_for_puts_that_come_meanwhile(monkeypatch):
+    with open_store(FaultyFiles(), durability="none") as store:
+        keeper = store._keeper
+        assert keeper is not None
+        save = keeper._save
+        turns: list[int] = []
+
+        def put_more() -> bool:
+            """What another thread may do: fill a file, which then waits to be sealed."""
+            if not turns:
+                turns.append(1)
+                store.put_many({b"%d" % n: value(n, 9000) for n in range(8)})
+            return save()
+
+        store.put(b"a", value(1))
+        monkeypatch.setattr(keeper, "_save", put_more)
+        store.flush()
+        assert store._tree.sealing
+        assert b"a" in open_store(store._files.killed())  # type: ignore[attr-defined]
+        assert len(store) == 9
+
+
+def test_a_store_that_was_dropped_is_not_locked(tmp_path):
+    store = TensorStore(tmp_path, options=options())
+    store.put(b"a", value(1))
+    del store
+    gc.collect()
+    with TensorStore(tmp_path) as again:
+        assert number_of(again.get(b"a")) == 1
+
+
+def test_a_lock_that_cannot_be_named_holds_and_is_let_go(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    lock = LocalLock(tmp_path / "LOCK")
+    with pytest.raises(StorageError, match="an unnamed process"):
+        LocalLock(tmp_path / "LOCK")
+    lock.close()
+    LocalLock(tmp_path / "LOCK").close()
+
+
+def test_a_store_stays_where_it_is_wherever_the_process_goes(tmp_path, monkeypatch):
+    for place in (tmp_path / "here", tmp_path / "there" / "store"):
+        place.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with TensorStore("store", options=options()) as store:
+        monkeypatch.chdir(tmp_path / "there")
+        store.put_many({b"%d" % n: value(n, 20_000) for n in range(5)})
+        store.flush()
+    assert list((tmp_path / "there" / "store").iterdir()) == []
+    with TensorStore(tmp_path / "here" / "store") as store:
+        assert len(store) == 5
 
 
 def test_readers_see_what_a_writer_has_written():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvpaged.errors import ConfigError, IntegrityError, UsageError
+from kvpaged.lsm.archive import export_values, import_values
 from kvpaged.lsm.batch import Put
 from kvpaged.lsm.layout import DTYPES
 from kvpaged.lsm.options import StoreOptions
@@ -306,3 +307,52 @@ def test_a_value_asked_for_twice_comes_twice():
             assert [len(found[n]) for n in (3, 5)] == [0, 0]
             assert list(store.get(b"a", ["y", "y"])) == ["y"]
             store.flush()
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless"])
+def test_a_tensor_filled_anew_for_each_value_gives_each_value(tmp_path, codec):
+    buffer = torch.empty(5000, dtype=torch.int32)
+    with TensorStore(tmp_path, codec=codec, options=options(codec=codec)) as store:
+
+        def puts(first: int) -> Iterator[Put]:
+            for n in range(first, first + 4):
+                buffer.copy_(value(n, 5000))
+                yield Put(b"%d" % n, buffer)
+
+        store.put_many(puts(0))
+        assert store.add_many(puts(4)) == [True] * 4
+        with store.batch() as batch:
+            for put in puts(8):
+                batch.put(put.key, put.value)
+            buffer.zero_()
+        store.flush()
+        assert [number_of(store.get(b"%d" % n)) for n in range(12)] == list(range(12))
+        assert store.verify() == []
+
+
+@pytest.mark.parametrize("durability", ["none", "process"])
+def test_values_that_are_not_written_yet_are_exported(tmp_path, durability):
+    with open_store(FaultyFiles(), durability=durability) as store:
+        store.put(b"a", value(1, 5000))
+        store.put(b"b", {"x": value(2), "y": value(3, 3)})
+        assert export_values(store, tmp_path / "values") == 2
+    with open_store(FaultyFiles()) as store:
+        assert import_values(store, tmp_path / "values") == 2
+        assert number_of(store.get(b"a")) == 1
+        assert number_of(store.get(b"b")["y"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ttl": float("inf")}, "ttl"), ({"ttl": float("nan")}, "ttl"), ({"ttl": 1e15}, "ttl"),
+        ({"metadata": [1]}, "metadata"), ({"metadata": {"a": object()}}, "not JSON"),
+        ({"value": {"x" * 70_000: value(1)}}, "name"), ({"value": {"\ud800": value(1)}}, "name"),
+        ({"value": torch.empty(3, device="meta")}, "meta"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_down_is_refused_by_name(given, named):
+    with open_store(FaultyFiles()) as store:
+        with pytest.raises(ConfigError, match=named):
+            store.put(b"a", **{"value": value(1), **given})
+        assert b"a" not in store
