@@ -72,11 +72,15 @@ struct Part {
     Floats out[GROUP][V_ROOM];
 };
 
+// What is taken from scores that are at most `most`. Of scores that are all -inf, or NaN where they
+// aren't (no comparison finds those), nothing: -inf less itself would be NaN.
+static inline float base_of(float most) { return most == -INFINITY ? 0 : most; }
+
 static void merge(Part& into, const Part& part) {
     for (int g = 0; g < GROUP; g++) {
         const float most = into.most[g] > part.most[g] ? into.most[g] : part.most[g];
-        if (most == -INFINITY) continue;  // neither has seen anything
-        const float a = std::exp(into.most[g] - most), b = std::exp(part.most[g] - most);
+        const float base = base_of(most);
+        const float a = std::exp(into.most[g] - base), b = std::exp(part.most[g] - base);
         into.most[g] = most;
         into.sum[g] = into.sum[g] * a + part.sum[g] * b;
         for (int d = 0; d < V_ROOM; d++) into.out[g][d] = into.out[g][d] * a + part.out[g][d] * b;

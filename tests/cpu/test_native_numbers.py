@@ -1,0 +1,104 @@
+"""Numbers that native code must not lose: NaN, scores under large caps, sums of many products."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from kvpaged_kernels.cpu.native_attend import NativeLayer
+from kvpaged_kernels.reference.attention import paged_prefill
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="native code needs g++")
+
+PAGE, KV_HEADS, GROUP, DIM = 16, 2, 3, 32
+# Of those, the last has lowest bits that an exponent could be made of.
+NANS = torch.tensor([0x7FC00000, -0x400000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+
+
+def nan_of(bits, dtype):
+    return NANS[bits] if dtype == torch.float32 else NANS[bits].to(dtype)
+
+
+def attend(dtype, counts, lengths, *, shared=0, softcap=None, window=None, scale=1.0, spoil=None):
+    """What native code gives and what the oracle gives in fp64, for rows of pages in order.
+
+    `shared`: pages that all rows begin with. `spoil`: changes keys, `[entries, heads, slots,
+    width]`, before.
+    """
+    width = -(-max(lengths) // PAGE)
+    table = torch.arange(len(counts) * width, dtype=torch.int32).view(len(counts), width)
+    table[1:, :shared] = table[0, :shared]
+    pages = [torch.randn(table.numel(), KV_HEADS, PAGE, DIM).to(dtype) for _ in "kv"]
+    if spoil is not None:
+        spoil(pages[0])
+    q = torch.randn(sum(counts), KV_HEADS * GROUP, DIM).to(dtype)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    cu_q = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    new = []  # as they are in the pages: writing them changes nothing
+    for x in pages:
+        places = [(r, n - c + i) for r, (c, n) in enumerate(zip(counts, lengths, strict=True))
+                  for i in range(c)]  # fmt: skip
+        new.append(torch.stack([x[table[r, p // PAGE], :, p % PAGE] for r, p in places]))
+    layer = NativeLayer(
+        *pages, KV_HEADS * GROUP, scale=scale, window=window, softcap=softcap
+    )  # fmt: skip
+    got = layer(layer.plan(q, *new, table, lens, cu_q), q, *new)
+    exact = paged_prefill(
+        q.double(), pages[0].double(), pages[1].double(), table, cu_q, lens, max_q=max(counts),
+        max_len=max(lengths), scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+    return got, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(len(NANS)))
+@pytest.mark.parametrize(
+    ("counts", "lengths", "shared"),
+    [
+        ([1], [300], 0),
+        ([5], [305], 0),  # whole blocks of 64, seen by all
+        ([100], [100], 0),  # a block that some see
+        ([100], [200], 0),
+        ([1, 1, 2], [300, 290, 301], 16),  # a trunk
+    ],
+)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_key_of_nan_is_seen_by_whoever_sees_it(dtype, bits, counts, lengths, shared, softcap):
+    torch.manual_seed(0)
+    for position in (3, 63, 64, 98):
+
+        def spoil(keys, at=position):
+            keys[at // PAGE, :, at % PAGE, 7] = nan_of(bits, dtype)
+
+        got, exact = attend(dtype, counts, lengths, shared=shared, softcap=softcap, spoil=spoil)
+        assert exact.isnan().any()
+        assert torch.equal(got.isnan(), exact.isnan())
+
+
+@pytest.mark.parametrize(("counts", "lengths"), [([1], [300]), ([70], [300])])
+def test_a_key_of_nan_outside_a_window_is_not_seen(counts, lengths):
+    torch.manual_seed(0)
+
+    def spoil(keys):
+        keys[:5] = NANS[2]
+        keys[5, :, :8] = NANS[0]
+
+    got, exact = attend(torch.float32, counts, lengths, window=100, spoil=spoil)
+    assert torch.equal(got.isnan(), exact.isnan())
+    assert not got[-40:].isnan().any()
+
+
+@pytest.mark.parametrize(("counts", "lengths"), [([1], [300]), ([5], [305]), ([100], [200])])
+def test_keys_of_infinite_scores_have_no_weight(counts, lengths):
+    torch.manual_seed(0)
+
+    def spoil(keys):  # whole blocks of scores of -inf, of q > 0 alone
+        keys[:8] = 0
+        keys[:8, :, :, 0] = -torch.inf
+
+    got, exact = attend(torch.float32, counts, lengths, spoil=spoil)
+    assert torch.equal(got.isnan(), exact.isnan())
+    assert not got.isnan().all()
+    seen = ~got.isnan()
+    assert torch.allclose(got[seen].double(), exact[seen], atol=1e-5)
