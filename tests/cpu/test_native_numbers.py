@@ -2,11 +2,15 @@
 
 import itertools
 import shutil
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kvpaged_kernels.cpu.native_attend import NativeLayer
+from kvpaged_kernels.cpu.plan import plan_spans
+from kvpaged_kernels.cpu.prefill import paged_prefill as stock_prefill
 from kvpaged_kernels.reference.attention import paged_prefill
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="native code needs g++")
@@ -21,7 +25,7 @@ def nan_of(bits, dtype):
 
 
 def attend(dtype, counts, lengths, *, shared=0, softcap=None, window=None, scale=1.0, spoil=None):
-    """What native code gives and what the oracle gives in fp64, for rows of pages in order.
+    """What native code gives, the oracle in fp64, and stock torch, for rows of pages in order.
 
     `shared`: pages that all rows begin with. `spoil`: changes keys, `[entries, heads, slots,
     width]`, before.
@@ -40,15 +44,18 @@ def attend(dtype, counts, lengths, *, shared=0, softcap=None, window=None, scale
         places = [(r, n - c + i) for r, (c, n) in enumerate(zip(counts, lengths, strict=True))
                   for i in range(c)]  # fmt: skip
         new.append(torch.stack([x[table[r, p // PAGE], :, p % PAGE] for r, p in places]))
-    layer = NativeLayer(
-        *pages, KV_HEADS * GROUP, scale=scale, window=window, softcap=softcap
-    )  # fmt: skip
+    layer = NativeLayer(*pages, KV_HEADS * GROUP, scale=scale, window=window, softcap=softcap)
     got = layer(layer.plan(q, *new, table, lens, cu_q), q, *new)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     exact = paged_prefill(
-        q.double(), pages[0].double(), pages[1].double(), table, cu_q, lens, max_q=max(counts),
-        max_len=max(lengths), scale=scale, window=window, softcap=softcap,
+        q.double(), pages[0].double(), pages[1].double(), table, cu_q, lens, **options,
+        max_q=max(counts), max_len=max(lengths),
     )  # fmt: skip
-    return got, exact
+    plan = plan_spans(
+        table.numpy(), np.array(lengths), cu_q.numpy().astype(np.int64), joined=False,
+        page_size=PAGE, step=1, window=window,
+    )  # fmt: skip
+    return got, exact, stock_prefill(q, *pages, plan, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,7 +78,7 @@ def test_a_key_of_nan_is_seen_by_whoever_sees_it(dtype, bits, counts, lengths, s
         def spoil(keys, at=position):
             keys[at // PAGE, :, at % PAGE, 7] = nan_of(bits, dtype)
 
-        got, exact = attend(dtype, counts, lengths, shared=shared, softcap=softcap, spoil=spoil)
+        got, exact, _ = attend(dtype, counts, lengths, shared=shared, softcap=softcap, spoil=spoil)
         assert exact.isnan().any()
         assert torch.equal(got.isnan(), exact.isnan())
 
@@ -84,7 +91,7 @@ def test_a_key_of_nan_outside_a_window_is_not_seen(counts, lengths):
         keys[:5] = NANS[2]
         keys[5, :, :8] = NANS[0]
 
-    got, exact = attend(torch.float32, counts, lengths, window=100, spoil=spoil)
+    got, exact, _ = attend(torch.float32, counts, lengths, window=100, spoil=spoil)
     assert torch.equal(got.isnan(), exact.isnan())
     assert not got[-40:].isnan().any()
 
@@ -97,8 +104,20 @@ def test_keys_of_infinite_scores_have_no_weight(counts, lengths):
         keys[:8] = 0
         keys[:8, :, :, 0] = -torch.inf
 
-    got, exact = attend(torch.float32, counts, lengths, spoil=spoil)
+    got, exact, _ = attend(torch.float32, counts, lengths, spoil=spoil)
     assert torch.equal(got.isnan(), exact.isnan())
     assert not got.isnan().all()
     seen = ~got.isnan()
     assert torch.allclose(got[seen].double(), exact[seen], atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [[1], [40], [1, 1, 3]])
+@pytest.mark.parametrize("cap", [5.0, 30.0, 50.0, 1000.0, 1e5])
+def test_scores_under_a_cap_are_as_exact_as_torchs(cap, counts):
+    torch.manual_seed(0)
+    for scale in (0.2, 2.0, cap / 30):  # scores up to the cap's sixth to 30 times the cap
+        got, exact, other = attend(
+            torch.float32, counts, [301] * len(counts), softcap=cap, scale=scale
+        )
+        errors = [float((x - exact).abs().max() / exact.abs().max()) for x in (got, other)]
+        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps, (scale, errors)

@@ -84,9 +84,16 @@ static inline Floats exp_of(Floats given) {
     return given == given ? (Floats)((Ints)p + ((Ints)shifted << 23)) : given;
 }
 
-// softcap * tanh(x / softcap)
+// softcap * tanh(x / softcap). Below 0.625 of the cap tanh is a polynomial (Cephes): e^x there would
+// lose as many digits as x is below the cap.
 static inline Floats capped(Floats x, float softcap) {
-    return softcap - 2 * softcap / (exp_of(x * (2 / softcap)) + 1.0f);
+    const Floats part = x * (1 / softcap), square = part * part;
+    Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const Floats far = softcap - 2 * softcap / (exp_of(part + part) + 1.0f);
+    return square < 0.390625f ? p * square * x + x : far;
 }
 
 static inline Floats rest_of(const Number* p, int count) {
