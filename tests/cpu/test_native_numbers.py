@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvpaged_kernels.cpu.native_attend import NativeLayer
+from kvpaged_kernels.cpu.native_linear import pack
 from kvpaged_kernels.cpu.plan import plan_spans
 from kvpaged_kernels.cpu.prefill import paged_prefill as stock_prefill
 from kvpaged_kernels.reference.attention import paged_prefill
@@ -121,3 +122,15 @@ def test_scores_under_a_cap_are_as_exact_as_torchs(cap, counts):
         )
         errors = [float((x - exact).abs().max() / exact.abs().max()) for x in (got, other)]
         assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps, (scale, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inner", [256, 258, 576, 1536, 9000])
+def test_sums_of_many_products_are_as_exact_as_torchs(inner, dtype):
+    for seed, (columns, rows) in enumerate([(200, 1), (64, 7), (33, 2), (16, 64)] * 2):
+        torch.manual_seed(seed)
+        weight, x = torch.randn(columns, inner).to(dtype), torch.randn(rows, inner).to(dtype)
+        exact = x.double() @ weight.double().T
+        ways = pack(weight, None)(x), torch.nn.functional.linear(x, weight)
+        errors = [float((y.double() - exact).abs().max() / exact.abs().max()) for y in ways]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps, (columns, rows, errors)
