@@ -7,8 +7,8 @@
 
 #pragma once
 
-#include <cstdlib>
 #include <memory>
+#include <vector>
 
 #include "native_layer.h"
 
@@ -58,15 +58,14 @@ struct Room {
     }
 };
 
-struct Freed {
-    void operator()(Room* room) const { std::free(room); }
-};
+// Rooms of a team, kept by the thread that calls it. Made before the team starts: what is thrown in
+// one of its threads ends the process.
+typedef std::vector<std::unique_ptr<Room>> Rooms;
 
-// Each thread's own, kept.
-static Room& room_of_thread() {
-    static thread_local std::unique_ptr<Room, Freed> room;
-    if (!room) room.reset(static_cast<Room*>(std::aligned_alloc(64, (sizeof(Room) + 63) / 64 * 64)));
-    return *room;
+static const Rooms& rooms_for(size_t threads) {
+    static thread_local Rooms rooms;
+    while (rooms.size() < threads) rooms.emplace_back(new Room);
+    return rooms;
 }
 
 static inline Floats load_units(const Unit* p) {

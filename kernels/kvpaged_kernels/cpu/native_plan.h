@@ -52,6 +52,7 @@ struct Plan {
     std::vector<Part> parts;
     std::vector<Task> trunk_tasks, tasks;
     int64_t single_pages;  // of all single rows, one head
+    int64_t wanted;        // bytes, at the least
 };
 
 struct Planner {
@@ -164,6 +165,7 @@ static void make_plan(const Layer& layer, Plan& plan) {
                         {int32_t(i), int32_t(head), int32_t(first),
                          int32_t(std::min<int64_t>(TOKENS, trunk.tokens - first)), int32_t(part)});
     }
+    plan.wanted = parts * int64_t(sizeof(Part));
     plan.parts.resize(parts);
     plan.single_pages = 0;
     for (const int32_t row : plan.singles)
