@@ -316,6 +316,13 @@ def test_what_the_compiler_says_is_told(tmp_path, monkeypatch):
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
+def test_sources_have_100_columns():
+    sources = [x for x in Path(native.__file__).parent.iterdir() if x.suffix in (".h", ".cpp")]
+    lines = [(x.name, line) for x in sources for line in x.read_text().splitlines()]
+    assert lines
+    assert not [line for line in lines if len(line[1]) > 100]
+
+
 def test_one_thread_holds_what_names_no_number_and_native_code_goes_on(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -34,29 +34,35 @@ def attend(dtype, counts, lengths, *, shared=0, softcap=None, window=None, scale
     width = -(-max(lengths) // PAGE)
     table = torch.arange(len(counts) * width, dtype=torch.int32).view(len(counts), width)
     table[1:, :shared] = table[0, :shared]
-    pages = [torch.randn(table.numel(), KV_HEADS, PAGE, DIM).to(dtype) for _ in "kv"]
+    k_pages, v_pages = (torch.randn(table.numel(), KV_HEADS, PAGE, DIM).to(dtype) for _ in range(2))
     if spoil is not None:
-        spoil(pages[0])
+        spoil(k_pages)
     q = torch.randn(sum(counts), KV_HEADS * GROUP, DIM).to(dtype)
     lens = torch.tensor(lengths, dtype=torch.int32)
     cu_q = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
-    new = []  # as they are in the pages: writing them changes nothing
-    for x in pages:
-        places = [(r, n - c + i) for r, (c, n) in enumerate(zip(counts, lengths, strict=True))
-                  for i in range(c)]  # fmt: skip
-        new.append(torch.stack([x[table[r, p // PAGE], :, p % PAGE] for r, p in places]))
-    layer = NativeLayer(*pages, KV_HEADS * GROUP, scale=scale, window=window, softcap=softcap)
-    got = layer(layer.plan(q, *new, table, lens, cu_q), q, *new)
+    places = [
+        (row, n - c + i)
+        for row, (c, n) in enumerate(zip(counts, lengths, strict=True))
+        for i in range(c)
+    ]
+    k, v = (  # as they are in the pages: writing them changes nothing
+        torch.stack([x[table[row, p // PAGE], :, p % PAGE] for row, p in places])
+        for x in (k_pages, v_pages)
+    )
+    layer = NativeLayer(
+        k_pages, v_pages, KV_HEADS * GROUP, scale=scale, window=window, softcap=softcap
+    )
+    got = layer(layer.plan(q, k, v, table, lens, cu_q), q, k, v)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     exact = paged_prefill(
-        q.double(), pages[0].double(), pages[1].double(), table, cu_q, lens, **options,
+        q.double(), k_pages.double(), v_pages.double(), table, cu_q, lens, **options,
         max_q=max(counts), max_len=max(lengths),
     )  # fmt: skip
     plan = plan_spans(
         table.numpy(), np.array(lengths), cu_q.numpy().astype(np.int64), joined=False,
         page_size=PAGE, step=1, window=window,
     )  # fmt: skip
-    return got, exact, stock_prefill(q, *pages, plan, **options)
+    return got, exact, stock_prefill(q, k_pages, v_pages, plan, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

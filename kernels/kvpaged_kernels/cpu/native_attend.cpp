@@ -1,5 +1,5 @@
-// A step's new K and V into their slots, and attention of its queries over their rows' pages: rows of
-// any lengths and of any numbers of new tokens, pages anywhere.
+// A step's new K and V into their slots, and attention of its queries over their rows' pages: rows
+// of any lengths and of any numbers of new tokens, pages anywhere.
 
 #include <atomic>
 #include <new>
@@ -9,8 +9,8 @@
 #include "native_plan.h"
 #include "native_threads.h"
 
-// A thread's share of the rows of one new token. All rows' pages, a KV head after the other, are one
-// line of work, cut wherever that falls; where it cuts a row's head, the first piece waits in
+// A thread's share of the rows of one new token. All rows' pages, a KV head after the other, are
+// one line of work, cut wherever that falls; where it cuts a row's head, the first piece waits in
 // `tails`, the others in `heads`, by thread.
 struct Singles {
     const Call& call;
@@ -37,7 +37,8 @@ struct Singles {
             for (int64_t head = 0; head < layer.kv_heads; head++, before += many) {
                 const int64_t from = std::max<int64_t>(start - before, 0);
                 const int64_t to = std::min(stop - before, many);
-                if (from < to) piece(row, head, first, many, from, to, before, after(i, head, first));
+                if (from < to)
+                    piece(row, head, first, many, from, to, before, after(i, head, first));
             }
         }
     }
@@ -195,8 +196,8 @@ Plan* plan_step(
 
 void drop_plan(Plan* plan) { delete plan; }
 
-// See `Call`. The plan is of this step, and of layers with as many KV heads and this window. Returns
-// 0, or how many bytes of memory there weren't: nothing has been done.
+// See `Call`. The plan is of this step, and of layers with as many KV heads and this window.
+// Returns 0, or how many bytes of memory there weren't: nothing has been done.
 int64_t attend(
     const Layer* layer, Plan* plan, const Number* q, const Number* k, const Number* v,
     const float* sinks, Number* out) {

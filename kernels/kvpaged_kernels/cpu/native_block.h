@@ -1,9 +1,9 @@
 // A block of keys and values, and what multiplies it: MT lines and NV vectors at a time.
 //
-// Sums go in steps: of one number, or, where the processor multiplies pairs of bf16 (two at the cost
-// of one in fp32), of two: of K's dimensions in scores, of tokens in what V adds. A unit is what a
-// step takes of a line: a float, or a pair. In pairs, queries are as they were given and weights are
-// rounded to bf16, as a model's own passes round them; sums are fp32 in both.
+// Sums go in steps: of one number, or, where the processor multiplies pairs of bf16 (two at the
+// cost of one in fp32), of two: of K's dimensions in scores, of tokens in what V adds. A unit is
+// what a step takes of a line: a float, or a pair. In pairs, queries are as they were given and
+// weights are rounded to bf16, as a model's own passes round them; sums are fp32 in both.
 
 #pragma once
 
@@ -75,7 +75,7 @@ static inline Floats load_units(const Unit* p) {
 }
 
 #if defined(BFLOAT16) && defined(__AVX512BF16__) && K_DIM % 2 == 0
-// VL units of a key from step `step` on.
+// A key's units [vector * VL, (vector + 1) * VL), zeros behind its last.
 static inline Floats units_of(const Number* p, int vector) {
     Unit room[VL] = {};
     memcpy(room, p + vector * VL * 2, (vector < K_FULL ? VL : K_OVER) * sizeof(Unit));

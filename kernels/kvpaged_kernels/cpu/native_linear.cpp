@@ -13,8 +13,9 @@
 #include "native_numbers.h"
 #include "native_threads.h"
 
-// Groups of NT blocks. M rows of x times the blocks of `groups_for(M)` groups are sums in registers,
-// of which as many must be under way as the multipliers take cycles for one: 8 to 12 with AVX2.
+// Groups of NT blocks. M rows of x times the blocks of `groups_for(M)` groups are sums in
+// registers, of which as many must be under way as the multipliers take cycles for one: 8 to 12
+// with AVX2.
 #ifdef __AVX512F__
 constexpr int NT = 4, MT = 6;
 constexpr int groups_for(int) { return 1; }
@@ -44,8 +45,8 @@ struct Layer {
     int64_t columns, inner;
 };
 
-// Where a tile reads: weights, of groups that are `group` numbers apart, and what memory is asked for
-// once in `tiles` steps, after `wait` of them.
+// Where a tile reads: weights, of groups that are `group` numbers apart, and what memory is asked
+// for once in `tiles` steps, after `wait` of them.
 struct Reader {
     const Number *w, *next;
     int64_t group;

@@ -3,8 +3,8 @@
 // blocks (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
 //
 // A line is one head of one token. K is turned, so that a vector holds a step of VL tokens; V lies
-// as it did, a step of tokens a vector. Both stay in a cache while all lines meet them, MT lines and
-// NV vectors at a time, whose sums stay in registers (native_block.h).
+// as it did, a step of tokens a vector. Both stay in a cache while all lines meet them, MT lines
+// and NV vectors at a time, whose sums stay in registers (native_block.h).
 
 #pragma once
 
@@ -64,7 +64,8 @@ static inline void weigh(const Layer& layer, Room& room, int line, int low, int 
     if (STEP == 2)  // queries are as they were given
         for (int t = 0; t < end; t += VL) store(scores + t, load(scores + t) * layer.scale);
     if (layer.softcap)
-        for (int t = 0; t < end; t += VL) store(scores + t, capped(load(scores + t), layer.softcap));
+        for (int t = 0; t < end; t += VL)
+            store(scores + t, capped(load(scores + t), layer.softcap));
     for (int t = 0; t < low; t++) scores[t] = -INFINITY;
     for (int t = high; t < end; t++) scores[t] = -INFINITY;
     Floats most = load(scores);

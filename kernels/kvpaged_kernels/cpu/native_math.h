@@ -84,8 +84,8 @@ static inline Floats exp_of(Floats given) {
     return given == given ? (Floats)((Ints)p + ((Ints)shifted << 23)) : given;
 }
 
-// softcap * tanh(x / softcap). Below 0.625 of the cap tanh is a polynomial (Cephes): e^x there would
-// lose as many digits as x is below the cap.
+// softcap * tanh(x / softcap). Below 0.625 of the cap tanh is a polynomial (Cephes): e^x there
+// would lose as many digits as x is below the cap.
 static inline Floats capped(Floats x, float softcap) {
     const Floats part = x * (1 / softcap), square = part * part;
     Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
