@@ -209,7 +209,7 @@ def test_attention_refuses_what_does_not_fit():
         layer.plan(q[:2], k, k, table, lengths, cu_q)
     with pytest.raises(ValueError, match="new tokens of rows"):
         layer.plan(q, k, k, table.long(), lengths, cu_q)
-    with pytest.raises(ValueError, match="new tokens of rows"):
+    with pytest.raises(ValueError, match="cu_q ends with 6, for 3 new"):
         layer.plan(q, k, k, table, lengths, cu_q * 2)
 
 
@@ -314,6 +314,13 @@ def test_what_the_compiler_says_is_told(tmp_path, monkeypatch):
     with pytest.raises(native.NativeError, match="float64"):
         native.load("native_linear", torch.float64)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_sources_have_100_columns():
+    sources = [x for x in Path(native.__file__).parent.iterdir() if x.suffix in (".h", ".cpp")]
+    lines = [(x.name, line) for x in sources for line in x.read_text().splitlines()]
+    assert lines
+    assert not [line for line in lines if len(line[1]) > 100]
 
 
 def test_one_thread_holds_what_names_no_number_and_native_code_goes_on(monkeypatch):

@@ -1,14 +1,16 @@
-// A step's new K and V into their slots, and attention of its queries over their rows' pages: rows of
-// any lengths and of any numbers of new tokens, pages anywhere.
+// A step's new K and V into their slots, and attention of its queries over their rows' pages: rows
+// of any lengths and of any numbers of new tokens, pages anywhere.
 
 #include <atomic>
+#include <new>
 
+#include "native_check.h"
 #include "native_few.h"
 #include "native_plan.h"
 #include "native_threads.h"
 
-// A thread's share of the rows of one new token. All rows' pages, a KV head after the other, are one
-// line of work, cut wherever that falls; where it cuts a row's head, the first piece waits in
+// A thread's share of the rows of one new token. All rows' pages, a KV head after the other, are
+// one line of work, cut wherever that falls; where it cuts a row's head, the first piece waits in
 // `tails`, the others in `heads`, by thread.
 struct Singles {
     const Call& call;
@@ -35,7 +37,8 @@ struct Singles {
             for (int64_t head = 0; head < layer.kv_heads; head++, before += many) {
                 const int64_t from = std::max<int64_t>(start - before, 0);
                 const int64_t to = std::min(stop - before, many);
-                if (from < to) piece(row, head, first, many, from, to, before, after(i, head, first));
+                if (from < to)
+                    piece(row, head, first, many, from, to, before, after(i, head, first));
             }
         }
     }
@@ -147,44 +150,69 @@ static void run_several(const Call& call, const Plan& plan, const Task& task, Ro
     }
 }
 
-extern "C" {
-
-Plan* plan_step(const Layer* layer, const Step* step, int threads) {
-    Plan* plan = new Plan;
-    plan->step = *step;
-    plan->threads = threads;
-    make_plan(*layer, *plan);
-    return plan;
-}
-
-void drop_plan(Plan* plan) { delete plan; }
-
-int64_t trunks_of(const Plan* plan) { return int64_t(plan->trunks.size()); }
-
-// See `Call`. The plan is of this step, and of layers with as many KV heads and this window.
-void attend(
-    const Layer* layer, Plan* plan, const Number* q, const Number* k, const Number* v,
-    const float* sinks, Number* out) {
-    const Call call{*layer, plan->step, q, k, v, sinks, out};
-    const int threads = plan->small ? 1 : plan->threads;
-    const int first_processor = processor();
-    std::vector<Part> heads(threads), tails(threads);
+static void run(const Call& call, Plan& plan, std::vector<Part>& heads, std::vector<Part>& tails,
+                const Rooms* rooms) {
+    const int threads = int(heads.size()), first_processor = processor();
     std::atomic<size_t> trunk{0}, task{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         spread(first_processor);
-        Singles singles{call, *plan, heads, tails, omp_get_thread_num(), omp_get_num_threads()};
-        if (!plan->several.empty() || !plan->trunks.empty()) {
-            write_several(call, *plan, singles.me, singles.all);
-            for (size_t i; (i = trunk++) < plan->trunk_tasks.size();)
-                run_trunk(call, *plan, plan->trunk_tasks[i], room_of_thread());
+        Singles singles{call, plan, heads, tails, omp_get_thread_num(), omp_get_num_threads()};
+        if (rooms) {
+            write_several(call, plan, singles.me, singles.all);
+            for (size_t i; (i = trunk++) < plan.trunk_tasks.size();)
+                run_trunk(call, plan, plan.trunk_tasks[i], *(*rooms)[singles.me]);
 #pragma omp barrier
         }
         singles.run();
-        for (size_t i; (i = task++) < plan->tasks.size();)
-            run_several(call, *plan, plan->tasks[i], room_of_thread());
+        for (size_t i; (i = task++) < plan.tasks.size();)
+            run_several(call, plan, plan.tasks[i], *(*rooms)[singles.me]);
 #pragma omp barrier
         singles.end();
     }
+}
+
+extern "C" {
+
+// Of a step of `tokens` new tokens and a table of `width` pages. Null: `told` says why.
+Plan* plan_step(
+    const Layer* layer, const Step* step, int64_t tokens, int64_t width, int threads, Told* told) {
+    *told = check_step(*layer, *step, tokens, width);
+    if (told->what) return nullptr;
+    std::unique_ptr<Plan> plan(new (std::nothrow) Plan);
+    try {
+        if (!plan) throw std::bad_alloc();
+        plan->step = *step;
+        plan->threads = threads;
+        plan->wanted = sizeof(Plan);
+        make_plan(*layer, *plan);
+    } catch (const std::exception&) {  // also a vector longer than any can be
+        told->what = MEMORY, told->a = plan ? plan->wanted : int64_t(sizeof(Plan));
+        return nullptr;
+    }
+    told->trunks = int64_t(plan->trunks.size());
+    return plan.release();
+}
+
+void drop_plan(Plan* plan) { delete plan; }
+
+// See `Call`. The plan is of this step, and of layers with as many KV heads and this window.
+// Returns 0, or how many bytes of memory there weren't: nothing has been done.
+int64_t attend(
+    const Layer* layer, Plan* plan, const Number* q, const Number* k, const Number* v,
+    const float* sinks, Number* out) {
+    const int threads = plan->small ? 1 : plan->threads;
+    const bool blocks = !plan->several.empty() || !plan->trunks.empty();
+    std::vector<Part> heads, tails;
+    const Rooms* rooms = nullptr;
+    try {
+        heads.resize(threads);
+        tails.resize(threads);
+        if (blocks) rooms = &rooms_for(threads);
+    } catch (const std::bad_alloc&) {
+        return threads * int64_t(2 * sizeof(Part) + (blocks ? sizeof(Room) : 0));
+    }
+    run({*layer, plan->step, q, k, v, sinks, out}, *plan, heads, tails, rooms);
+    return 0;
 }
 }

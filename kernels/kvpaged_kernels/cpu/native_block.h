@@ -1,14 +1,14 @@
 // A block of keys and values, and what multiplies it: MT lines and NV vectors at a time.
 //
-// Sums go in steps: of one number, or, where the processor multiplies pairs of bf16 (two at the cost
-// of one in fp32), of two: of K's dimensions in scores, of tokens in what V adds. A unit is what a
-// step takes of a line: a float, or a pair. In pairs, queries are as they were given and weights are
-// rounded to bf16, as a model's own passes round them; sums are fp32 in both.
+// Sums go in steps: of one number, or, where the processor multiplies pairs of bf16 (two at the
+// cost of one in fp32), of two: of K's dimensions in scores, of tokens in what V adds. A unit is
+// what a step takes of a line: a float, or a pair. In pairs, queries are as they were given and
+// weights are rounded to bf16, as a model's own passes round them; sums are fp32 in both.
 
 #pragma once
 
-#include <cstdlib>
 #include <memory>
+#include <vector>
 
 #include "native_layer.h"
 
@@ -58,15 +58,14 @@ struct Room {
     }
 };
 
-struct Freed {
-    void operator()(Room* room) const { std::free(room); }
-};
+// Rooms of a team, kept by the thread that calls it. Made before the team starts: what is thrown in
+// one of its threads ends the process.
+typedef std::vector<std::unique_ptr<Room>> Rooms;
 
-// Each thread's own, kept.
-static Room& room_of_thread() {
-    static thread_local std::unique_ptr<Room, Freed> room;
-    if (!room) room.reset(static_cast<Room*>(std::aligned_alloc(64, (sizeof(Room) + 63) / 64 * 64)));
-    return *room;
+static const Rooms& rooms_for(size_t threads) {
+    static thread_local Rooms rooms;
+    while (rooms.size() < threads) rooms.emplace_back(new Room);
+    return rooms;
 }
 
 static inline Floats load_units(const Unit* p) {
@@ -76,7 +75,7 @@ static inline Floats load_units(const Unit* p) {
 }
 
 #if defined(BFLOAT16) && defined(__AVX512BF16__) && K_DIM % 2 == 0
-// VL units of a key from step `step` on.
+// A key's units [vector * VL, (vector + 1) * VL), zeros behind its last.
 static inline Floats units_of(const Number* p, int vector) {
     Unit room[VL] = {};
     memcpy(room, p + vector * VL * 2, (vector < K_FULL ? VL : K_OVER) * sizeof(Unit));

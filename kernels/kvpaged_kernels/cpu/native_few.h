@@ -7,7 +7,8 @@
 
 constexpr int SLICE = PAGE < 64 ? PAGE : 64;        // tokens scored at a time
 constexpr int SCORES = (SLICE + VL - 1) / VL * VL;  // and room for them
-constexpr int HEADS = GROUP % 4 == 0 ? 4 : GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1;  // at a time
+// Query heads at a time.
+constexpr int HEADS = GROUP % 4 == 0 ? 4 : GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1;
 
 #if defined(BFLOAT16) && defined(__AVX512BF16__) && K_DIM % 32 == 0 && V_DIM % 32 == 0
 constexpr bool PAIRS = true;  // two numbers of bf16 are multiplied at the cost of one
@@ -46,8 +47,8 @@ static inline void add_products(
     }
 }
 
-// Scores of `count` tokens from `k` on, into scores[GROUP][SCORES], those behind them -inf. Memory is
-// asked for the values meanwhile.
+// Scores of `count` tokens from `k` on, into scores[GROUP][SCORES], those behind them -inf. Memory
+// is asked for the values meanwhile.
 static inline void score(
     const Queries& q, const Number* k, const Number* v, int count, const Layer& layer,
     float (*scores)[SCORES]) {

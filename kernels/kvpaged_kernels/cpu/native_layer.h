@@ -15,7 +15,7 @@ constexpr int K_WIDTH = K_ROOM * VL, V_WIDTH = V_ROOM * VL;  // numbers, with wh
 struct Layer {
     Number *k, *v;
     int64_t k_entry, k_head, k_slot, v_entry, v_head, v_slot;  // strides, in numbers
-    int64_t kv_heads;
+    int64_t kv_heads, entries;
     int64_t window;  // tokens a query sees; 0: all
     float scale, softcap;  // 0: none
 
@@ -37,7 +37,7 @@ struct Step {
     int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides of what is new
 
     const int32_t* pages(int64_t row) const { return table + row * table_row; }
-    int64_t tokens(int64_t row) const { return cu_q[row + 1] - cu_q[row]; }
+    int64_t tokens(int64_t row) const { return int64_t(cu_q[row + 1]) - cu_q[row]; }
 };
 
 // What a call of a layer is given. q: [tokens, heads, K_DIM], k, v: [tokens, kv_heads, ...] by the
@@ -72,11 +72,15 @@ struct Part {
     Floats out[GROUP][V_ROOM];
 };
 
+// What is taken from scores that are at most `most`. Of scores that are all -inf, or NaN where they
+// aren't (no comparison finds those), nothing: -inf less itself would be NaN.
+static inline float base_of(float most) { return most == -INFINITY ? 0 : most; }
+
 static void merge(Part& into, const Part& part) {
     for (int g = 0; g < GROUP; g++) {
         const float most = into.most[g] > part.most[g] ? into.most[g] : part.most[g];
-        if (most == -INFINITY) continue;  // neither has seen anything
-        const float a = std::exp(into.most[g] - most), b = std::exp(part.most[g] - most);
+        const float base = base_of(most);
+        const float a = std::exp(into.most[g] - base), b = std::exp(part.most[g] - base);
         into.most[g] = most;
         into.sum[g] = into.sum[g] * a + part.sum[g] * b;
         for (int d = 0; d < V_ROOM; d++) into.out[g][d] = into.out[g][d] * a + part.out[g][d] * b;

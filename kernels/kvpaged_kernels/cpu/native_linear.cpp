@@ -13,8 +13,9 @@
 #include "native_numbers.h"
 #include "native_threads.h"
 
-// Groups of NT blocks. M rows of x times the blocks of `groups_for(M)` groups are sums in registers,
-// of which as many must be under way as the multipliers take cycles for one: 8 to 12 with AVX2.
+// Groups of NT blocks. M rows of x times the blocks of `groups_for(M)` groups are sums in
+// registers, of which as many must be under way as the multipliers take cycles for one: 8 to 12
+// with AVX2.
 #ifdef __AVX512F__
 constexpr int NT = 4, MT = 6;
 constexpr int groups_for(int) { return 1; }
@@ -34,6 +35,9 @@ constexpr int64_t AHEAD = 4096 / sizeof(Number);  // numbers between what is ask
 constexpr int LINE = 64 / sizeof(Number);         // numbers that memory gives at once
 constexpr int64_t STAY = 512 * 1024;  // bytes of x in a core's cache while weights pass
 constexpr int64_t FAR = 64;           // rows a thread from which threads have rows of their own
+// Steps that are summed one after another, at most: a sum of n is off by up to n roundings. Numbers
+// of 16 bits are rounded by more than that in the end.
+constexpr int64_t CHAIN = sizeof(Number) == 4 ? 192 : int64_t(1) << 62;
 
 struct Layer {
     const Number* weight;
@@ -41,19 +45,25 @@ struct Layer {
     int64_t columns, inner;
 };
 
-// M rows by N blocks of each of G groups, from `block` on. The `tiles` tiles of a group ask memory,
-// a part each, for what follows it: at `ahead`, from here on where there is one tile.
+// Where a tile reads: weights, of groups that are `group` numbers apart, and what memory is asked
+// for once in `tiles` steps, after `wait` of them.
+struct Reader {
+    const Number *w, *next;
+    int64_t group;
+    int tiles, wait;
+};
+
+// What steps [from, to) add to the sums of a tile. Inlined, or the sums would go through memory.
 template <int M, int N, int G>
-static void tile(
-    const Number* x, const Layer& layer, int64_t block, Number* y, int64_t ahead, int tiles) {
-    const int64_t steps = layer.inner / STEP, group = N * steps * VL * STEP;
-    const Number* w = layer.weight + block * steps * VL * STEP;
-    const Number* next = w + ahead;
-    Floats sums[M][G][N] = {};
-    int wait = 1;
-    for (int64_t step = 0; step < steps; step++, w += N * VL * STEP) {
+__attribute__((always_inline)) static inline void add_steps(
+    const Number* x, int64_t inner, int64_t from, int64_t to, Reader& reader,
+    Floats (&sums)[M][G][N]) {
+    const int64_t group = reader.group;
+    const Number *w = reader.w, *next = reader.next;
+    int wait = reader.wait;
+    for (int64_t step = from; step < to; step++, w += N * VL * STEP) {
         if (--wait == 0) {
-            wait = tiles;
+            wait = reader.tiles;
 #pragma GCC unroll 8
             for (int i = 0; i < G * N; i++)
                 if (i % N * VL * STEP % LINE == 0)
@@ -70,7 +80,7 @@ static void tile(
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 int32_t pair;
-                memcpy(&pair, x + m * layer.inner + 2 * step, 4);
+                memcpy(&pair, x + m * inner + 2 * step, 4);
                 const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 8
                 for (int i = 0; i < G * N; i++) {
@@ -89,16 +99,36 @@ static void tile(
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const float row = to_float(x[m * layer.inner + step]);
+            const float row = to_float(x[m * inner + step]);
 #pragma GCC unroll 8
             for (int i = 0; i < G * N; i++) sums[m][i / N][i % N] += row * columns[i / N][i % N];
         }
+    }
+    reader.w = w, reader.next = next, reader.wait = wait;
+}
+
+// M rows by N blocks of each of G groups, from `block` on. The `tiles` tiles of a group ask memory,
+// a part each, for what follows it: at `ahead`, from here on where there is one tile.
+template <int M, int N, int G>
+static void tile(
+    const Number* x, const Layer& layer, int64_t block, Number* y, int64_t ahead, int tiles) {
+    const int64_t steps = layer.inner / STEP;
+    const Number* w = layer.weight + block * steps * VL * STEP;
+    Reader reader{w, w + ahead, N * steps * VL * STEP, tiles, 1};
+    Floats all[M][G][N] = {};
+    const int64_t chains = (steps - 1) / CHAIN + 1;
+    for (int64_t chain = 0; chain < chains; chain++) {
+        const int64_t from = steps * chain / chains, to = steps * (chain + 1) / chains;
+        Floats sums[M][G][N] = {};
+        add_steps(x, layer.inner, from, to, reader, sums);
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < G * N; i++) all[m][i / N][i % N] += sums[m][i / N][i % N];
     }
     for (int m = 0; m < M; m++)
         for (int i = 0; i < G * N; i++) {
             const int64_t first = (block + i) * VL, left = layer.columns - first;
             Number* out = y + m * layer.columns + first;
-            Floats sum = sums[m][i / N][i % N];
+            Floats sum = all[m][i / N][i % N];
             if (left >= VL) {
                 if (layer.bias) sum += widen(layer.bias + first);
                 narrow(out, sum);

@@ -3,8 +3,8 @@
 // blocks (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
 //
 // A line is one head of one token. K is turned, so that a vector holds a step of VL tokens; V lies
-// as it did, a step of tokens a vector. Both stay in a cache while all lines meet them, MT lines and
-// NV vectors at a time, whose sums stay in registers (native_block.h).
+// as it did, a step of tokens a vector. Both stay in a cache while all lines meet them, MT lines
+// and NV vectors at a time, whose sums stay in registers (native_block.h).
 
 #pragma once
 
@@ -56,10 +56,16 @@ static void add_any(Room& room, int m, int line, int count) {
 static inline void weigh(const Layer& layer, Room& room, int line, int low, int high, int count) {
     float* scores = room.scores + line * BLOCK;
     const int end = (count + VL - 1) / VL * VL;
+    if (low >= high) {
+        room.factor[line] = 1;
+        memset(room.weights_of(line), 0, end / STEP * sizeof(Unit));
+        return;
+    }
     if (STEP == 2)  // queries are as they were given
         for (int t = 0; t < end; t += VL) store(scores + t, load(scores + t) * layer.scale);
     if (layer.softcap)
-        for (int t = 0; t < end; t += VL) store(scores + t, capped(load(scores + t), layer.softcap));
+        for (int t = 0; t < end; t += VL)
+            store(scores + t, capped(load(scores + t), layer.softcap));
     for (int t = 0; t < low; t++) scores[t] = -INFINITY;
     for (int t = high; t < end; t++) scores[t] = -INFINITY;
     Floats most = load(scores);
@@ -68,18 +74,16 @@ static inline void weigh(const Layer& layer, Room& room, int line, int low, int 
         most = x > most ? x : most;
     }
     const float here = greatest(most), top = here > room.most[line] ? here : room.most[line];
-    if (top == -INFINITY) {  // nothing is seen yet
-        room.factor[line] = 1;
-        memset(room.weights_of(line), 0, end / STEP * sizeof(Unit));
-        return;
-    }
+    const float base = base_of(top);
+    const Floats none = {};
     Floats sum = {};
     for (int t = 0; t < end; t += VL) {
-        const Floats weight = exp_of(load(scores + t) - top);
+        const Floats x = load(scores + t);
+        const Floats weight = x == -INFINITY ? none : exp_of(x - base);
         store_weights(room.weights_of(line), t, weight);
         sum += weight;
     }
-    const float factor = top == room.most[line] ? 1 : std::exp(room.most[line] - top);
+    const float factor = top == room.most[line] ? 1 : std::exp(room.most[line] - base);
     room.factor[line] = factor;
     room.sum[line] = room.sum[line] * factor + total_of(sum);
     room.most[line] = top;

@@ -30,7 +30,7 @@ static inline Floats sums_of(Floats* v) {
     return v[0];
 }
 
-// The sum of a vector's numbers, and the greatest.
+// The sum of a vector's numbers, and the greatest of those that are not NaN, or any.
 static inline float total_of(Floats v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
@@ -66,10 +66,11 @@ static inline void transpose(Floats* v) {
     }
 }
 
-// e^x to 2 units in the last place (Cephes); x below -87 gives about 1e-38.
-static inline Floats exp_of(Floats x) {
+// e^x to 2 units in the last place (Cephes); x below -87 gives about 1e-38. NaN stays NaN, whatever
+// its lowest bits are: these would count as an exponent.
+static inline Floats exp_of(Floats given) {
     const Floats least = Floats{} - 87.0f, most = Floats{} + 88.0f;
-    x = x < least ? least : x;
+    Floats x = given < least ? least : given;
     x = x > most ? most : x;
     const Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds in the lowest bits
     const Floats n = shifted - 12582912.0f;
@@ -80,12 +81,19 @@ static inline Floats exp_of(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return (Floats)((Ints)p + ((Ints)shifted << 23));
+    return given == given ? (Floats)((Ints)p + ((Ints)shifted << 23)) : given;
 }
 
-// softcap * tanh(x / softcap)
+// softcap * tanh(x / softcap). Below 0.625 of the cap tanh is a polynomial (Cephes): e^x there
+// would lose as many digits as x is below the cap.
 static inline Floats capped(Floats x, float softcap) {
-    return softcap - 2 * softcap / (exp_of(x * (2 / softcap)) + 1.0f);
+    const Floats part = x * (1 / softcap), square = part * part;
+    Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const Floats far = softcap - 2 * softcap / (exp_of(part + part) + 1.0f);
+    return square < 0.390625f ? p * square * x + x : far;
 }
 
 static inline Floats rest_of(const Number* p, int count) {

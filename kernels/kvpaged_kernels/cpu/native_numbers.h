@@ -1,5 +1,5 @@
-// Numbers of a model's dtype (FLOAT, BFLOAT16 or HALF) to fp32 and back, one and a vector at a time.
-// A vector is what the processor holds in a register: VL floats.
+// Numbers of a model's dtype (FLOAT, BFLOAT16 or HALF) to fp32 and back, one and a vector at a
+// time. A vector is what the processor holds in a register: VL floats.
 
 #pragma once
 

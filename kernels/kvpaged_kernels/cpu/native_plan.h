@@ -1,15 +1,16 @@
 // Who computes what in a step, once for all layers of a group.
 //
-// Rows of one new token are read as they lie (native_few.h), cut into equal shares. Rows of more, and
-// pages that several rows share, are tasks of many queries (native_many.h), taken by whoever is free.
+// Rows of one new token are read as they lie (native_few.h), cut into equal shares. Rows of more,
+// and pages that several rows share, are tasks of many queries (native_many.h), taken by whoever is
+// free.
 //
 // Rows that begin with the same pages form a tree of trunks:
 //
 //     |------ trunk of a, b, c ------|--- trunk of b, c ---|-- b's own
 //                                    |-- a's own           |-- c's own
 //
-// A trunk's tasks give each of its queries a part, which goes into the query's own sum. Rows under a
-// window, which each sees from elsewhere on, and rows of so many new tokens that they are worth
+// A trunk's tasks give each of its queries a part, which goes into the query's own sum. Rows under
+// a window, which each sees from elsewhere on, and rows of so many new tokens that they are worth
 // turning K by themselves, stand in none. A row that has few new tokens, a long past and nobody
 // beside it stands in one alone: a trunk can be cut into tasks, its own part is one.
 
@@ -52,6 +53,7 @@ struct Plan {
     std::vector<Part> parts;
     std::vector<Task> trunk_tasks, tasks;
     int64_t single_pages;  // of all single rows, one head
+    int64_t wanted;        // bytes, at the least
 };
 
 struct Planner {
@@ -123,7 +125,8 @@ struct Planner {
 
     // Rows of a few tokens whose past is one long task: cut.
     void cut_lonely() {
-        if (layer.window || int64_t(plan.several.size()) * layer.kv_heads >= 4 * plan.threads) return;
+        if (layer.window) return;
+        if (int64_t(plan.several.size()) * layer.kv_heads >= 4 * plan.threads) return;
         rows.resize(1);
         for (const int32_t row : plan.several)
             if (plan.step.tokens(row) <= TOKENS && whole[row] - plan.own[row] >= 2 * LONG) {
@@ -164,6 +167,7 @@ static void make_plan(const Layer& layer, Plan& plan) {
                         {int32_t(i), int32_t(head), int32_t(first),
                          int32_t(std::min<int64_t>(TOKENS, trunk.tokens - first)), int32_t(part)});
     }
+    plan.wanted = parts * int64_t(sizeof(Part));
     plan.parts.resize(parts);
     plan.single_pages = 0;
     for (const int32_t row : plan.singles)
