@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -106,23 +107,22 @@ class Generator:
         self.tokenizer = tokenizer
         self._texts: Texts | None = None
         self._batch = SlotBatch(cache, max_running)
-        self._packed = open_packed(
-            cache, preparation, self._batch, compiled=compile, pack_weights=pack_weights,
-            graphs=graphs,
-        )  # fmt: skip
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._batch.close)
+            self._packed = open_packed(
+                cache, preparation, self._batch, compiled=compile, pack_weights=pack_weights,
+                graphs=graphs,
+            )  # fmt: skip
+            undo.callback(self._packed.release)
             self._packed.check(self._batch)
-        except BaseException:
-            self._batch.close()
-            self._packed.release()
-            raise
-        vocabulary = int(inner.get_input_embeddings().weight.shape[0])
-        self._prompts = Prompts(tokenizer, vocabulary, preparation.lengths, positions_of(inner))
-        self._engine = Engine(
-            self._batch, self._packed, PageNeeds(cache),
-            budget=budget, chunk=chunk, eos=eos_of(inner),
-            lookahead=not on_cpu if lookahead is None else lookahead,
-        )  # fmt: skip
+            vocabulary = int(inner.get_input_embeddings().weight.shape[0])
+            self._prompts = Prompts(tokenizer, vocabulary, preparation.lengths, positions_of(inner))
+            self._engine = Engine(
+                self._batch, self._packed, PageNeeds(cache),
+                budget=budget, chunk=chunk, eos=eos_of(inner),
+                lookahead=not on_cpu if lookahead is None else lookahead,
+            )  # fmt: skip
+            undo.pop_all()
         self._numbers = itertools.count()
         self._numbering = threading.Lock()
         self._turn = Turns()

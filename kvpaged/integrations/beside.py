@@ -104,9 +104,13 @@ class LinearsBeside:
         uses: dict[int, int] = {}
         for _, parameter in model.named_parameters(remove_duplicate=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-        for modules in siblings(model):
-            if all(_can_join(m, uses) for m in modules) and _are_alike(modules):
-                self._join(modules)
+        try:
+            for modules in siblings(model):
+                if all(_can_join(m, uses) for m in modules) and _are_alike(modules):
+                    self._join(modules)
+        except BaseException:
+            self.release()
+            raise
 
     def __len__(self) -> int:
         return sum(len(bunch.modules) for bunch in self._bunches)
@@ -138,20 +142,23 @@ class LinearsBeside:
                 _give_up(bunch)
                 changed += len(bunch.modules)
                 continue
-            for parts in _parts(bunch):
-                moved = [(mine, part) for mine, part in parts if mine.data_ptr() != part.data_ptr()]
-                for mine, part in moved:
-                    with torch.no_grad():
-                        part.copy_(mine)
-                    mine.data = part
-                changed += bool(moved)
+            moved = [
+                [(mine, part) for mine, part in parts if mine.data_ptr() != part.data_ptr()]
+                for parts in _parts(bunch)
+            ]
+            changed += sum(map(bool, moved))
+            pairs = [pair for some in moved for pair in some]
+            values = [mine.detach().clone() for mine, _ in pairs]  # it may lie in another's place
+            for (mine, part), value in zip(pairs, values, strict=True):
+                with torch.no_grad():
+                    part.copy_(value)
+                mine.data = part
         return changed
 
     def release(self) -> None:
         """Give the layers back their own `forward`, and memory of their own."""
-        for bunch in self._bunches:
-            _give_up(bunch)
-        self._bunches.clear()
+        while self._bunches:  # one by one: each common tensor can go before the next is copied
+            _give_up(self._bunches.pop())
 
 
 def _one(tensors: list[Any]) -> nn.Parameter:

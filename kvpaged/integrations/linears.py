@@ -148,7 +148,9 @@ class PackedLinears:
         packed anew, since one that stays would hold on to the memory of those beside it.
         """
         changed = sum(len(bunch.modules) for bunch in self._bunches if _has_changed(bunch))
-        if changed:
+        if not all(_is_packable(m, self.native) for b in self._bunches for m in b.modules):
+            self.release()  # a layer has become another kind: the model's own weights serve
+        elif changed:
             self._pages = LargePages()
             for i, bunch in enumerate(self._bunches):
                 _products.update(zip(bunch.numbers, self._products(bunch.modules), strict=True))
@@ -221,8 +223,12 @@ def siblings(model: nn.Module) -> Iterator[list[nn.Linear]]:
 
 
 def _can_pack(module: Any, native: bool) -> bool:
-    """Whether there is a fast kernel for a layer here."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    """Whether a layer is as torch has it, and there is a fast kernel for it here."""
+    return "forward" not in vars(module) and _is_packable(module, native)
+
+
+def _is_packable(module: Any, native: bool) -> bool:
+    if type(module) is not nn.Linear:
         return False
     weight: Any = module.weight
     if type(weight) is not nn.Parameter or weight.device.type != "cpu":

@@ -77,7 +77,11 @@ class PackedModel:
         self._shape: list[Any] = []  # of the model it was compiled of
         self.graphs: DecodeGraphs | None = None
         if capture is not None:
-            self.graphs = DecodeGraphs(cache, batch, self._model, self._run, capture=capture)
+            try:
+                self.graphs = DecodeGraphs(cache, batch, self._model, self._run, capture=capture)
+            except BaseException:
+                self.release()
+                raise
 
     def __call__(self, ids: Tensor, positions: Tensor, take: Tensor, every: bool = False) -> Tensor:
         """One pass over the tokens of the running step.
@@ -232,6 +236,7 @@ class PackedModel:
         """
         if self._linears is not None:
             self._linears.refresh()
+            self._any_size = self._any_size and len(self._linears) > 0
         if self.compiled and shape_of(self._model) != self._shape:
             self._compile(batch)
         if self.graphs is not None and self.graphs.is_stale():
@@ -239,6 +244,7 @@ class PackedModel:
 
     def release(self) -> None:
         """Leave the model as it was found."""
+        self._fast, self.graphs = None, None  # they hold on to weights
         if self._linears is not None:
             self._linears.release()
 

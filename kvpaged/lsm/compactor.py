@@ -68,7 +68,7 @@ class Compactor:
             self.tree.planned = output_bytes(chosen, self.options.file_bytes)
         try:
             outputs = self.merger.rewrite(sources, task.level) if sources else []
-        except (OSError, Stopped) as error:
+        except BaseException as error:
             with self.cond:
                 self.tree.planned = 0
                 self.tree.strays.update(self.merger.strays)

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from kvpaged.errors import IntegrityError, StorageError
+from kvpaged.errors import IntegrityError, StorageError, UsageError
 from kvpaged.lsm import manifest as manifests
 from kvpaged.lsm.compaction import Budget, budget
 from kvpaged.lsm.compactor import Compactor, Stopped
@@ -40,7 +40,7 @@ class Keeper:
         self.tree, self.cond, self.writer = tree, cond, writer
         self.options, self.policy = options, policy
         self.working = threading.RLock()
-        self.short = self.closing = self.dirty = self.asked = False
+        self.short = self.closing = self.closed = self.dirty = self.asked = False
         self.waiting = 0  # bytes that the last put could not have
         self.evicted = self.evicted_bytes = self.expired = 0
         self.manifest_bytes = self.sealed_bytes = 0
@@ -120,7 +120,7 @@ class Keeper:
     def work(self) -> bool:
         """Do the next thing that is due; whether there was any."""
         with self.working:
-            if time.monotonic() < self._again:
+            if self.closed or time.monotonic() < self._again:
                 return False
             return self._seal() or self._compact(None) or self._save()
 
@@ -298,6 +298,7 @@ class Keeper:
             StorageError: the disk refuses.
         """
         with self.working:
+            self._check_open()
             self._again = 0.0
             with self.cond:
                 if self.tree.active is not None and self.tree.active.entries:
@@ -310,12 +311,23 @@ class Keeper:
         with self.cond:
             logs = list(self.tree.sealing)
         for log in logs:
-            while log.pending():
+            while self._unwritten(log):
                 self.writer.write_some()
             self._seal()
         self._save()
         if self.dirty or not set(logs).isdisjoint(self.tree.sealing):
             raise StorageError(f"{self.tree.files}: not all is on disk: {self.error}")
+
+    def _unwritten(self, log: Log) -> int:
+        with self.cond:
+            return log.pending()
+
+    def _check_open(self) -> None:
+        """Whoever waited for `working` while the store was closed would save a manifest of what is
+        left of it: nothing.
+        """
+        if self.closed:
+            raise UsageError("the store is closed")
 
     def compact(self) -> int:
         """Rewrite everything: nothing dead is left, and chains lie in one piece, as far as there is
@@ -327,6 +339,7 @@ class Keeper:
         self.flush()
         tasks, done = 0, set[int]()
         with self.working:
+            self._check_open()
             while self._compact(done):
                 tasks += 1
             if self.error is not None:
@@ -347,7 +360,10 @@ class Keeper:
         self.writer.close()
         with self.working:
             self._again = 0.0
-            with self.cond:
-                self.tree.retire_active()
-                self.dirty = True
-            self._drain()
+            try:
+                with self.cond:
+                    self.tree.retire_active()
+                    self.dirty = True
+                self._drain()
+            finally:
+                self.closed = True

@@ -142,8 +142,9 @@ class Lookup:
         """`get` of each, with many reads in flight; values that lie behind each other are one read.
 
         Raises:
-            IntegrityError, StorageError, ConfigError: of the first value that has one; the rest was
-                read, into `out` where given.
+            IntegrityError, StorageError: of the first value that has one; the rest was read, into
+                `out` where given.
+            ConfigError: a destination or a part does not fit; nothing was read.
         """
         if out is not None and len(out) != len(keys):
             raise ConfigError(f"{len(out)} destinations for {len(keys)} keys")

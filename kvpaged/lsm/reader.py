@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -95,6 +95,7 @@ class Reader:
     def __init__(self, tree: Callable[[], Tree], *, threads: int, direct: bool):
         self._tree, self._threads, self._direct = tree, threads, direct
         self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
         self._lock = threading.Lock()
         self.counts = ReadCounts()
 
@@ -137,25 +138,28 @@ class Reader:
         return raw[:done]
 
     def _run(self, jobs: Sequence[Callable[[], None]]) -> None:
-        if len(jobs) <= INLINE or self._threads == 1:
-            for job in jobs:
-                job()
-            return
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads, "kvpaged-reader")
-            rest = iter(jobs)  # shared: a call of the pool for each job costs as much as reading
-            workers = min(self._threads, len(jobs))
-            futures = [self._pool.submit(_work, rest) for _ in range(workers)]
+        rest = iter(jobs)  # shared: a call of the pool for each job costs as much as reading
+        futures: list[Future[None]] = []
+        if len(jobs) > INLINE and self._threads > 1:
+            with self._lock:
+                if self._pool is None and not self._closed:
+                    self._pool = ThreadPoolExecutor(self._threads, "kvpaged-reader")
+                if self._pool is not None:
+                    workers = min(self._threads, len(jobs))
+                    futures = [self._pool.submit(_work, rest) for _ in range(workers)]
+        if not futures:
+            _work(rest)
         for future in futures:
             future.result()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, when they have read what they were asked for; who reads from now on
+        reads by itself.
+        """
         with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown()
-                self._pool = None
+            pool, self._pool, self._closed = self._pool, None, True
+        if pool is not None:  # not under the lock, which they need
+            pool.shutdown()
 
     def _jobs(self, fetches: Sequence[Fetch]) -> list[Callable[[], None]]:
         """Calls that read values of one file."""

@@ -65,6 +65,7 @@ class Writer:
         self.counts = WriteCounts()
         self.closed = False
         self.urgent = False
+        self.broken: str | None = None
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -152,6 +153,8 @@ class Writer:
         while True:
             if self.closed:
                 raise UsageError("the store is closed")
+            if self.broken is not None:
+                raise StorageError(f"{self.tree.files}: {self.broken}")
             reason = self._obstacle(need)
             if reason is None:
                 return
@@ -345,6 +348,13 @@ class Writer:
         return self.closed or self.urgent or self.tree.pending_bytes() >= WRITE_FROM
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # a fault of ours: puts say so, and are not lost later
+            self.broken = f"the thread that writes has ended: {error!r}"
+            raise
+
+    def _loop(self) -> None:
         while True:
             with self.cond:
                 if self.durability == "none":

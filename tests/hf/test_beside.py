@@ -194,3 +194,36 @@ def test_the_generator_has_the_tokens_of_the_model(monkeypatch, bias):
         done = generator.generate(prompts[:1], max_new_tokens=8)
         assert done[0].tokens == changed[0, 4:].tolist()
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_layers_that_exchanged_their_memory_keep_what_they_have():
+    block, x = Block(), torch.randn(5, 16)
+    beside = LinearsBeside(block)
+    k, v = block.k_proj, block.v_proj
+    k.weight.data, v.weight.data = v.weight.data, k.weight.data
+    expected = block(x)
+    assert beside.refresh() == 2
+    got, _ = products_of(block, x)
+    for a, b, now in zip(got, expected, block(x), strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(now, b)
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
+    model = nn.ModuleList([Block(), Block()])
+    before = copy.deepcopy(model.state_dict())
+    cat, calls = torch.cat, []
+
+    def fail_later(*given, **more):
+        calls.append(given)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return cat(*given, **more)
+
+    monkeypatch.setattr(torch, "cat", fail_later)
+    with pytest.raises(MemoryError, match="no room"):
+        LinearsBeside(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+    for name, x in model.named_parameters():
+        assert torch.equal(x, before[name])
+        assert x.untyped_storage().nbytes() == x.nbytes

@@ -4,10 +4,12 @@ import errno
 import gc
 import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from kvpaged.errors import StorageError, UsageError
 from kvpaged.lsm.files import LocalLock, OpenFiles
@@ -308,3 +310,73 @@ def test_a_snapshots_files_count_until_it_is_closed():
         snapshot.close()
         gc.collect()
         assert store.stats().used_bytes < 64 * KIB
+
+
+def test_a_flush_that_waited_for_the_end_saves_nothing(tmp_path):
+    store = TensorStore(tmp_path / "s", codec="raw")
+    store.put_many({b"%02d" % i: torch.full((64, 64), float(i)) for i in range(20)})
+    keeper = store._keeper
+    assert keeper is not None
+    store.close()
+    for late in (keeper.flush, keeper.compact):
+        with pytest.raises(UsageError, match="closed"):
+            late()
+    assert not keeper.work()
+    with TensorStore(tmp_path / "s") as again:
+        assert len(again) == 20
+        assert not again.stats().damage
+
+
+def test_closing_beside_flushes_loses_nothing(tmp_path):
+    for trial in range(5):
+        path = tmp_path / str(trial)
+        store = TensorStore(path, codec="raw")
+        store.put_many({b"%02d" % i: torch.zeros(16, 1024) for i in range(20)})
+        ended: list[BaseException] = []
+
+        def flush(store=store, ended=ended):
+            try:
+                while True:
+                    store.flush()
+            except UsageError as error:
+                ended.append(error)
+
+        threads = [threading.Thread(target=flush) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.002 * trial)
+        store.close()
+        for thread in threads:
+            thread.join(60)
+        assert len(ended) == 3
+        with TensorStore(path, read_only=True) as reader:
+            assert len(reader) == 20
+
+
+def test_closing_beside_batched_reads_waits_for_them(tmp_path):
+    values = {b"%03d" % i: torch.randn(16, 1024) for i in range(64)}
+    with TensorStore(tmp_path / "s", codec="raw") as store:
+        store.put_many(values)
+    for trial in range(10):
+        store = TensorStore(tmp_path / "s", read_only=True)
+        wrong: list[object] = []
+
+        def read(store=store, wrong=wrong):
+            try:
+                while True:
+                    found = store.get_many(list(values))
+                    pairs = zip(found, values.values(), strict=True)
+                    wrong.extend(a for a, b in pairs if not torch.equal(a, b))
+            except UsageError:
+                return
+
+        threads = [threading.Thread(target=read, daemon=True) for _ in range(2)]
+        closing = threading.Thread(target=store.close, daemon=True)
+        for thread in threads:
+            thread.start()
+        time.sleep(0.003 * trial)
+        closing.start()
+        for thread in (closing, *threads):
+            thread.join(60)
+            assert not thread.is_alive()
+        assert not wrong
