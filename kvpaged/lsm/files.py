@@ -152,7 +152,9 @@ class LocalFile:
         try:
             mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
         except RuntimeError as error:
-            raise OSError(errno.EIO, f"cannot be mapped: {error}", str(self.path)) from error
+            gone = not self.path.exists()  # removed since it was opened: a FileNotFoundError
+            number = errno.ENOENT if gone else errno.EIO
+            raise OSError(number, f"cannot be mapped: {error}", str(self.path)) from error
         return mapped.numpy()
 
     def sync(self) -> None:

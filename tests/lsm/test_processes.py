@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvpaged.errors import StorageError, UsageError
-from kvpaged.lsm.files import LocalLock, OpenFiles
+from kvpaged.lsm.files import LocalFiles, LocalLock, OpenFiles
 from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.faulty_files import FaultyFiles
 from tests.lsm.small import KIB, number_of, open_store, options, value
@@ -380,3 +380,12 @@ def test_closing_beside_batched_reads_waits_for_them(tmp_path):
             thread.join(60)
             assert not thread.is_alive()
         assert not wrong
+
+
+def test_a_file_removed_before_it_was_mapped_is_not_found(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 5000)
+    file = LocalFiles(tmp_path).open("file")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="cannot be mapped"):
+        file.map()
