@@ -99,7 +99,6 @@ class LinearsBeside:
         Args:
             model: some of its layers get another `forward`, and their parameters other memory.
         """
-        self._model = model
         self._bunches: list[_Bunch] = []
         uses: dict[int, int] = {}
         for _, parameter in model.named_parameters(remove_duplicate=False):
