@@ -1,0 +1,1 @@
+"""Moving pages between the pool and the tiers: what, when, and how."""

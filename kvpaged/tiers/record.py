@@ -1,0 +1,129 @@
+"""A page as a record: what its head says, in bytes (docs/format.md).
+
+The body is the page-major form of the page, whatever the layout of the pool it came from: for each
+layer of the group K `[kv_head, slot, k_width]`, then V `[kv_head, slot, v_width]`, little-endian,
+without padding. The head, little-endian:
+
+    0   8  magic "kvpgrec1"            36  4  depth, pages from the sequence's start, from 1
+    8   2  version, 1                  40 16  key of the page
+    10  2  layer group                 56 16  key of the page before
+    12  2  format: 0, as the model     72  8 * layers  checksums of the slices, int64
+    14  2  dtype: 0 bf16 1 fp16 2 fp32 ..  4 * page_size  token ids, big-endian
+    16  4  layers                      ..  8  xxh3-64 of all that stands before
+    20  4  page_size
+    24  4  kv_heads   28 4 k_width   32 4 v_width
+"""
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from kvpaged.errors import IntegrityError
+from kvpaged.geometry import PageGeometry
+from kvpaged.keys import KEY_BYTES, TOKEN_BYTES
+
+MAGIC = b"kvpgrec1"
+VERSION = 1
+EXACT = 0
+"""The format of pages in the model's own dtype."""
+PAGE = b"p"
+"""What keys of page records begin with."""
+_FIXED = struct.Struct("<8sHHHHIIIIII16s16s")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def record_key(page_key: bytes, group: int) -> bytes:
+    """The key of a page's record: `p`, the page key, the layer group's number (2 bytes)."""
+    return PAGE + page_key + group.to_bytes(2, "little")
+
+
+def body_bytes(geometry: PageGeometry) -> int:
+    """Bytes of the body of a page of this geometry."""
+    return geometry.layers * geometry.slice_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Head:
+    """What the record of a page says of itself.
+
+    Attributes:
+        group: the layer group's number.
+        geometry: of the page; its layout says nothing.
+        depth: see `pages.prefix.Node`.
+        key, before: page keys of the page and of the one before.
+        tokens: its token ids, encoded (`keys.encode_tokens`).
+        sums: int64 `[layers]`, the checksums of its slices.
+    """
+
+    group: int
+    geometry: PageGeometry
+    depth: int
+    key: bytes
+    before: bytes
+    tokens: bytes
+    sums: npt.NDArray[np.int64]
+
+    def encode(self) -> bytes:
+        """The head in bytes."""
+        of = self.geometry
+        fixed = _FIXED.pack(
+            MAGIC, VERSION, self.group, EXACT, _DTYPES.index(of.dtype), of.layers, of.page_size,
+            of.kv_heads, of.k_width, of.v_width, self.depth, self.key, self.before,
+        )  # fmt: skip
+        text = fixed + self.sums.astype("<i8").tobytes() + self.tokens
+        return text + xxhash.xxh3_64_digest(text)
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Head":
+        """The head that bytes hold.
+
+        Raises:
+            IntegrityError: they hold none, or one of another version; the message names the field.
+        """
+        if len(text) < _FIXED.size + 8 or text[:8] != MAGIC:
+            raise IntegrityError(f"a page record begins with {MAGIC!r}, not {text[:8]!r}")
+        (
+            _, version, group, form, dtype, layers, page_size, kv_heads, k_width, v_width, depth,
+            key, before,
+        ) = _FIXED.unpack_from(text)  # fmt: skip
+        if version != VERSION:
+            raise IntegrityError(
+                f"the page record has version {version}; this release reads version {VERSION}"
+            )
+        size = _FIXED.size + 8 * layers + TOKEN_BYTES * page_size + 8
+        if len(text) != size:
+            raise IntegrityError(
+                f"the head of a page record of {layers} layers and {page_size} tokens has {size} "
+                f"bytes, this one {len(text)}"
+            )
+        if xxhash.xxh3_64_digest(text[:-8]) != text[-8:]:
+            raise IntegrityError("the head of a page record does not match its checksum")
+        if form != EXACT or dtype >= len(_DTYPES):
+            raise IntegrityError(f"a page record of format {form} and dtype {dtype} is not known")
+        geometry = PageGeometry(
+            layers=layers, kv_heads=kv_heads, head_dim=k_width, v_dim=v_width,
+            page_size=page_size, dtype=_DTYPES[dtype],
+        )  # fmt: skip
+        at = _FIXED.size + 8 * layers
+        return cls(
+            group=group, geometry=geometry, depth=depth, key=key, before=before,
+            tokens=text[at:-8],
+            sums=np.frombuffer(text, "<i8", layers, _FIXED.size).astype(np.int64),
+        )  # fmt: skip
+
+    def fits(self, geometry: PageGeometry) -> bool:
+        """Whether pages of `geometry`, in whatever layout, are of this kind."""
+        mine = self.geometry
+        return (
+            mine.layers, mine.page_size, mine.kv_heads, mine.k_width, mine.v_width, mine.dtype
+        ) == (
+            geometry.layers, geometry.page_size, geometry.kv_heads, geometry.k_width,
+            geometry.v_width, geometry.dtype,
+        )  # fmt: skip
+
+
+assert KEY_BYTES == 16
