@@ -8,7 +8,7 @@ import torch
 
 from kvpaged.config import Backend
 from kvpaged.errors import OutOfPagesError, UsageError
-from kvpaged.pages.allocator import OPEN, SEALED
+from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.classops import clear_pages, clear_tail, copy_pages, keep_checksums
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass
@@ -127,7 +127,7 @@ class GroupRows:
         if touched is not None:
             rows = self._rows_in_a_page(lengths, counts, touched)
             pages = self.table.pages[rows, lengths[rows] // self._size]
-            self.page_class.allocator.states[pages] = OPEN
+            self.page_class.allocator.reopen(pages)
         for row, ids in growth.new:
             self.table.extend(row, ids, entries(ids))
 
@@ -252,6 +252,11 @@ class GroupRows:
         """Let a row without pages hold these, from its logical page `first` on."""
         self.page_class.allocator.share(pages)
         self.table.begin_at(row, first)
+        self.table.extend(row, pages, self.page_class.entries(pages))
+
+    def load(self, row: int, pages: Ids) -> None:
+        """Let a row hold further pages, taken for it, whose bytes are to come from elsewhere."""
+        self.page_class.allocator.states[pages] = SEALED
         self.table.extend(row, pages, self.page_class.entries(pages))
 
     def page_at(self, row: int, place: int) -> int | None:
