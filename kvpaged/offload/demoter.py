@@ -70,6 +70,8 @@ class Demoter:
         self._again: deque[tuple[Node, int, int, float]] = deque()  # used a second time
         self._swept: deque[tuple[Node, int, int, float]] = deque()  # for the tiers of `_sweep_to`
         self._sweep_to: set[int] = set()
+        self._parting: deque[tuple[Node, int, int, float]] = deque()  # for the first tier
+        self._ahead: deque[list[bytes]] = deque()  # keys that are soon asked for
         self._rescued: deque[tuple[list[Record], Callable[[], None]]] = deque()
         self._busy = 0
         self.counts = DemotionCounts()
@@ -96,9 +98,28 @@ class Demoter:
                     self._again.append((node, group, page, now))
         self._wake()
 
+    def note_parting(self, node: Node) -> None:
+        """Nobody holds this page and those before it any more, and somebody will come back."""
+        now = time.monotonic()
+        while node.tokens and any(page is not None for page in node.pages):
+            for group, page in enumerate(node.pages):
+                if page is not None:
+                    self._parting.append((node, group, page, now))
+            if node.parent is None:
+                break
+            node = node.parent
+        self._wake()
+
+    def note_ahead(self, keys: list[bytes]) -> None:
+        """Records that will soon be asked for: they come up to the first tier."""
+        if keys:
+            self._ahead.append(keys)
+            self._wake()
+
     def note_leaving(self, node: Node, group: int, page: int) -> None:
         """A page nobody holds is about to be evicted: its bytes are there for the last time."""
         self._wake()
+        self._stack.settle()
         if self._stack.directory.has(record_key(node.key, group)):
             self.counts.demoted += 1
         elif not (
@@ -138,8 +159,8 @@ class Demoter:
     @property
     def waiting(self) -> int:
         """Pages that are to go down and have not."""
-        queues = self._fresh, self._again, self._swept, self._rescued
-        return sum(map(len, queues)) + self._busy
+        pages = len(self._fresh) + len(self._again) + len(self._swept) + len(self._parting)
+        return pages + len(self._rescued) + self._busy
 
     def oldest(self) -> float | None:
         """How long the page that has waited longest has waited, in seconds."""
@@ -153,6 +174,9 @@ class Demoter:
         self._stack.settle()
         if self._rescued:
             self._put_rescued()
+            return True
+        if self._ahead:
+            self._move_up(self._ahead.popleft())
             return True
         due = self._choose()
         if due:
@@ -189,6 +213,7 @@ class Demoter:
                 (self._fresh, self._with("write-through")),
                 (self._again, self._with("second-use")),
                 (self._swept, sorted(self._sweep_to)),
+                (self._parting, [0]),
             ):
                 while queue and size < self._options.call_bytes:
                     node, group, page, since = queue.popleft()
@@ -313,14 +338,27 @@ class Demoter:
                     size += sizes[key]
                     if size >= self._options.call_bytes:
                         break
-            if keys and self._move_down(number, keys):
+            if keys and self._move(number, keys, number + 1):
                 return True
         return False
 
-    def _move_down(self, number: int, keys: list[bytes]) -> bool:
-        """Copy records of a tier to the next; whether all went."""
+    def _move_up(self, keys: list[bytes]) -> None:
+        """Copy records to the first tier from the tiers that have them."""
+        by_tier: dict[int, list[bytes]] = {}
+        with self._stack.lock:
+            up = self._stack.up()
+            for key in keys:
+                at = self._stack.where(key, up)
+                if at is not None and at[0]:
+                    by_tier.setdefault(at[0], []).append(key)
+        for number, some in by_tier.items():
+            self._move(number, some, 0)
+
+    def _move(self, number: int, keys: list[bytes], to: int) -> bool:
+        """Copy records of a tier to another; whether any went."""
         with self._stack.lock:
             sizes = [self._stack.directory.held[number].get(key, 0) for key in keys]
+        keys = keys[: max(1, self._staging.size // 2 // max(*sizes, 1))]
         taken = self._staging.take(len(keys), max(sizes))
         if taken is None:
             return False
@@ -342,4 +380,4 @@ class Demoter:
         except Exception:  # whatever a tier raises; a call that hangs keeps the room
             done()
             return False
-        return self._put(records, (number + 1,), done) > 0 and bool(records)
+        return self._put(records, (to,), done) > 0 and bool(records)

@@ -81,8 +81,8 @@ class Mover:
         self.compute = Line()
         self.search = Search(pool, self.stack, self.compute)
         self.load_errors, self.compute_errors = _Histogram(), _Histogram()
-        self.loaded = self.load_failures = 0
-        """Pages that came, and promotions that ended early."""
+        self.begun = self.loaded = self.load_failures = 0
+        """Pages that were to come, that came, and promotions that ended early."""
         self._figures = threading.Lock()
         self._stop = threading.Event()
         pool.index.on_enter = self.demoter.note_entered
@@ -97,6 +97,7 @@ class Mover:
 
     def promote(self, wanted: Sequence[Wanted], load_s: float | None) -> Promotion:
         """A promotion of pages that a row holds, to be started; the cache's lock is held."""
+        self.begun += len(wanted)
         return Promotion(
             self.pool, self.stack, self.staging, self.options, wanted,
             predicted_s=load_s, compute=self._compute_s, on_end=self._ended,

@@ -9,18 +9,18 @@ without padding. The head, little-endian:
     10  2  layer group                 56 16  key of the page before
     12  2  format: 0, as the model     72  8 * layers  checksums of the slices, int64
     14  2  dtype: 0 bf16 1 fp16 2 fp32 ..  4 * page_size  token ids, big-endian
-    16  4  layers                      ..  8  xxh3-64 of all that stands before
+    16  4  layers                      ..  8  BLAKE2b-64 of all that stands before
     20  4  page_size
     24  4  kv_heads   28 4 k_width   32 4 v_width
 """
 
 import struct
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
 from kvpaged.errors import IntegrityError
 from kvpaged.geometry import PageGeometry
@@ -34,6 +34,10 @@ PAGE = b"p"
 """What keys of page records begin with."""
 _FIXED = struct.Struct("<8sHHHHIIIIII16s16s")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _sum(text: bytes) -> bytes:
+    return blake2b(text, digest_size=8).digest()
 
 
 def record_key(page_key: bytes, group: int) -> bytes:
@@ -75,7 +79,7 @@ class Head:
             of.kv_heads, of.k_width, of.v_width, self.depth, self.key, self.before,
         )  # fmt: skip
         text = fixed + self.sums.astype("<i8").tobytes() + self.tokens
-        return text + xxhash.xxh3_64_digest(text)
+        return text + _sum(text)
 
     @classmethod
     def decode(cls, text: bytes) -> "Head":
@@ -100,7 +104,7 @@ class Head:
                 f"the head of a page record of {layers} layers and {page_size} tokens has {size} "
                 f"bytes, this one {len(text)}"
             )
-        if xxhash.xxh3_64_digest(text[:-8]) != text[-8:]:
+        if _sum(text[:-8]) != text[-8:]:
             raise IntegrityError("the head of a page record does not match its checksum")
         if form != EXACT or dtype >= len(_DTYPES):
             raise IntegrityError(f"a page record of format {form} and dtype {dtype} is not known")
