@@ -9,7 +9,7 @@ without padding. The head, little-endian:
     10  2  layer group                 56 16  key of the page before
     12  2  format: 0, as the model     72  8 * layers  checksums of the slices, int64
     14  2  dtype: 0 bf16 1 fp16 2 fp32 ..  4 * page_size  token ids, big-endian
-    16  4  layers                      ..  8  xxh3-64 of all that stands before
+    16  4  layers                      ..  8  xxh3-64 of all that stands before, big-endian
     20  4  page_size
     24  4  kv_heads   28 4 k_width   32 4 v_width
 """
