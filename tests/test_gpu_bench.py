@@ -23,6 +23,7 @@ FIELDS = {
     "prefill": {"batch", "length", "seconds", "of_ceiling", "over_floor", "over_peers",
                 "difference", "skipped"},
     "pages": {"case", "seconds", "floor_bytes", "over_floor"},
+    "transfer": {"kind", "seconds", "goal"},
     "layout": {"page_size", "pool_bytes", "seconds", "of_ceiling", "page_major_over_layer_major"},
     "end_to_end": {"batch", "prompt_tokens", "new_tokens", "systems", "paged_over"},
     "serving": {"model", "system", "batch", "tokens_s", "first_s", "step_s", "same_tokens",
@@ -86,6 +87,16 @@ def test_peers_did_the_same_work_and_the_missing_ones_say_why(parts):
 def test_decode_is_measured_in_all_its_ways(parts):
     kinds = [row["kind"] for row in parts["decode"]["rows"]]
     assert kinds == ["mixed", "queries", "options", "planner", "grid"]
+
+
+def test_transfers_are_measured_in_all_their_ways(parts):
+    copies, beside, layerwise = parts["transfer"]["rows"]
+    assert [row["kind"] for row in (copies, beside, layerwise)] == ["pieces", "beside", "layerwise"]
+    assert set(copies["plain_over"]) == {"out", "in, dma", "in, kernel", "in, chosen"}
+    assert all(share > 0 for share in copies["plain_over"].values())
+    assert [timed["piece_bytes"] for timed in copies["calibration"]] == [copies["piece_bytes"]]
+    assert beside["streaming_over_alone"] > 0
+    assert layerwise["seconds"]["transfer"] > 0
 
 
 def test_tuning_leaves_a_table_that_the_kernel_can_read(parts):
