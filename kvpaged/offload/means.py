@@ -50,7 +50,7 @@ def choose(table: Sequence[Timing], piece_bytes: int) -> Means:
 
 
 def calibrate(lane: Lane, backend: Backend, sizes: Sequence[int] = SIZES) -> tuple[Timing, ...]:
-    """Time both at some sizes, in memory of its own; waits for the device, some milliseconds in all.
+    """Time both at some sizes, in memory of its own; waits for the device, a few milliseconds.
 
     Pieces are apart on both sides, as they are in pages and records.
     """

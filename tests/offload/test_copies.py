@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpaged.config import Backend
 from kvpaged.offload.copies import Copies
 from kvpaged.offload.cpu_copies import CpuCopies
 from kvpaged.offload.cuda_copies import CudaCopies
@@ -29,7 +30,7 @@ def ids(*pages: int) -> np.ndarray:
     return np.array(pages, np.int32)
 
 
-def with_lanes(page_class: PageClass, backend: str = "reference") -> Any:
+def with_lanes(page_class: PageClass, backend: Backend = "reference") -> Any:
     return CudaCopies(page_class, backend, CPU, lanes=HostLane)
 
 
