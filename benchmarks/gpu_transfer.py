@@ -8,6 +8,8 @@
 """
 
 import functools
+import queue
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +64,16 @@ class Bed:
     def into(self, layers: slice = classops.ALL_LAYERS) -> Any:
         """Begin to copy all in."""
         return self.copies.into(self.ids, self.records, self.sums, layers)
+
+    def groups(self, pages: int) -> list[Any]:
+        """Begin to copy all in, so many pages at a time: sums are made in between."""
+        return [
+            self.copies.into(
+                self.ids[first : first + pages], self.records[first : first + pages],
+                self.sums[first : first + pages], classops.ALL_LAYERS,
+            )
+            for first in range(0, len(self.ids), pages)
+        ]  # fmt: skip
 
     def out(self) -> Any:
         """Begin to copy all out."""
@@ -174,9 +186,9 @@ def large_shape(setting: Setting, layers: int) -> PageGeometry:
 
 def beside(setting: Setting) -> dict[str, Any]:
     """Decode steps alone and while pages stream in, by the device's clock."""
-    device, layers = setting.device, 2 if setting.quick else 32
+    device, layers = setting.device, 1 if setting.quick else 32
     dtype = dtype_on(device)
-    rows, steps = (2, 1) if setting.quick else (32, 20)
+    rows, steps = (1, 1) if setting.quick else (32, 8)
     page_size = 16 if setting.quick else 64
     tokens = 2 * page_size if setting.quick else 4096
     token_bytes = layers * 2 * 8 * 128 * dtype.itemsize
@@ -203,10 +215,11 @@ def beside(setting: Setting) -> dict[str, Any]:
         return float(begin.elapsed_time(end)) / 1e3
 
     def streaming() -> float:
-        ticket = bed.into()
+        tickets = bed.groups(32)
         taken = run_steps()
-        outlasted.append(not ticket.wait(0))
-        waited(lambda: ticket, device)
+        outlasted.append(not tickets[-1].wait(0))
+        for ticket in tickets:
+            waited(lambda ticket=ticket: ticket, device)  # type: ignore[misc]
         return taken
 
     run_steps()
@@ -258,12 +271,20 @@ def layerwise(setting: Setting) -> dict[str, Any]:
         many(products * layers)
 
     def loading() -> None:
-        tickets = [bed.into(slice(layer, layer + 1)) for layer in range(layers)]
-        for ticket in tickets:
-            ticket.order()
+        begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def begin() -> None:
+            for layer in range(layers):
+                begun.put(bed.into(slice(layer, layer + 1)))
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        for _ in range(layers):
+            begun.get(timeout=60).order()
             for _ in range(products):
                 one()
         finished()
+        thread.join()
 
     times = wall_seconds({"transfer": transfer, "loaded": loaded, "loading": loading}, rounds)
     seconds = median_seconds(times)

@@ -19,6 +19,9 @@ from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass
 from kvpaged.tiers.record import body_bytes
 
+_MOST_LOADS = 256
+"""Loads in parts that are kept in mind; one that is forgotten waits a little more."""
+
 
 class _Ended:
     """What both tickets are: a mark, and what the lane brings to the host before it."""
@@ -73,6 +76,10 @@ class CudaCopies(Copies):
     thread's current stream was told before, in pages as in checksums. Nothing waits on the host,
     unless records are not pinned: then the driver does.
 
+    Slices of layers of the same pages, each begun where the one before it stops, come after what
+    came before the first of them: else a layer would wait for the model's layers before it, that
+    were launched meanwhile. So the pages stay leased from the first slice to the last.
+
     Out goes by the copy engines. In goes by them or by a kernel of few programs, whichever
     `calibrate` found faster for pieces of that size; the kernel reads pinned memory only.
 
@@ -103,6 +110,7 @@ class CudaCopies(Copies):
         self._bytes = page_class.flat.view(torch.uint8)
         self._record_bytes = body_bytes(page_class.geometry)
         self._lock = threading.Lock()
+        self._next_layer: dict[bytes, int] = {}
         self._begun: list[tuple[Mark, Tensor]] = []
         self.table: tuple[Timing, ...] = ()
         self.engine_copies = self.kernel_copies = 0
@@ -133,7 +141,8 @@ class CudaCopies(Copies):
         """See `Copies.into`; the pool keeps the given sums."""
         check_records(records, ids.size, self._record_bytes)
         lane, kept = self._in, self._class.checksums
-        lane.follow()
+        if not self._goes_on(ids, layers):
+            lane.follow()
         with lane.active():
             entries = lane.send(self._class.entries(ids))
             expected = lane.send(sums[:, layers])
@@ -151,6 +160,19 @@ class CudaCopies(Copies):
             found = lane.fetch((arrived != expected).any(1))
         mark = self._keep(lane, records)
         return CudaIn(mark, found)
+
+    def _goes_on(self, ids: Ids, layers: slice) -> bool:
+        """Whether this slice begins where the last one of the same pages stopped."""
+        first, stop, _ = layers.indices(self._class.geometry.layers)
+        pages = ids.tobytes()
+        with self._lock:
+            goes_on = first > 0 and self._next_layer.pop(pages, None) == first
+            self._next_layer.pop(pages, None)
+            if stop < self._class.geometry.layers:
+                self._next_layer[pages] = stop
+                if len(self._next_layer) > _MOST_LOADS:  # loads that were given up
+                    del self._next_layer[next(iter(self._next_layer))]
+        return goes_on
 
     def _means(self, block: Block, records: Tensor) -> Means:
         if not self._in.reaches(records):

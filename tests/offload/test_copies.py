@@ -194,6 +194,28 @@ def test_a_run_of_pages_is_one_copy_of_the_engines():
     assert (copies.engine_copies, copies.kernel_copies) == (6, 0)
 
 
+def test_later_layers_of_a_load_come_after_what_the_first_came_after():
+    page_class = make("no V")
+    copies = with_lanes(page_class)
+
+    def follows(pages: np.ndarray, first: int, stop: int) -> bool:
+        before = copies._in.followed
+        records = records_of(page_class, pages)
+        copies.into(pages, records, sums_of(page_class, records), slice(first, stop))
+        return bool(copies._in.followed > before)
+
+    one, other = ids(1, 2), ids(2, 1)
+    assert follows(one, 0, 1)
+    assert follows(other, 0, 2)
+    assert not follows(one, 1, 3)
+    assert not follows(other, 2, 4)
+    assert not follows(one, 3, 4)
+    assert follows(one, 3, 4)  # the load was whole: this is another one
+    assert follows(other, 1, 2)
+    assert follows(other, 0, 4)
+    assert follows(other, 2, 4)
+
+
 def test_the_longest_axis_makes_the_rows():
     geometry = make("plain", "layer-major").geometry
     (k, _) = blocks_of(geometry, slice(0, 3), pages=12, storage_bytes=10**6, record_stride=9216)
