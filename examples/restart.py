@@ -50,10 +50,12 @@ def main() -> None:
     tiers = [DiskTier(arguments.directory, "1GiB")]
     with PagedKVCache.for_model(model, memory="256MiB", page_size=PAGE_SIZE, tiers=tiers) as cache:
         seconds, found, token = first_token(model, cache, ids)
-        held = cache.stats().offload.tiers[0]
+        offload = cache.stats().offload
+        assert offload is not None
+        held = offload.tiers[0]
     print(
-        f"a new process found {found} of {ids.shape[1]} prompt tokens on disk ({held.records} "
-        f"pages, {held.bytes / 1e6:.0f} MB) and gave its first token after "
+        f"a new process found {found} of {ids.shape[1]} prompt tokens on disk ({held.known_records} "
+        f"pages, {held.known_bytes / 1e6:.0f} MB) and gave its first token after "
         f"{seconds * 1e3:.0f} ms; computed, {cold_s * 1e3:.0f} ms: {cold_s / seconds:.1f} times as "
         f"fast; the same token: {token == expected}"
     )

@@ -64,8 +64,8 @@ class Staging:
                     self.used -= size
                     self._cond.notify_all()
 
-        room = self._arena.memory[offset : offset + records * record_bytes]
-        return room.view(records, record_bytes), give_back
+        memory = self._arena.memory[offset : offset + records * record_bytes]
+        return memory.view(records, record_bytes), give_back
 
     def close(self) -> None:
         """Let the memory go, once nobody uses it."""
