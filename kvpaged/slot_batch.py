@@ -35,7 +35,8 @@ class SlotBatch(Batch):
         self.known: Ints = np.zeros(slots, np.int64)
         self.coming: Ints = np.zeros(slots, np.int64)
         self.loading: dict[int, Promotion] = {}
-        self._held: dict[int, tuple[int, Salt]] = {}  # their pages that were in the pool, salts
+        # Of those: pages that were in the pool, tokens they begin with, salts.
+        self._held: dict[int, tuple[int, int, Salt]] = {}
 
     def widen(self, width: int) -> None:
         """Make room for rows of `width` tokens."""
@@ -83,7 +84,7 @@ class SlotBatch(Batch):
         if promotion is None:
             self._cache.count_reuse([salt], [len(ids)], [length])
             return length
-        self._held[slot] = int(self.settled[slot]), salt
+        self._held[slot] = int(self.settled[slot]), int(self.lengths[slot]), salt
         self.settled[slot] = NEVER  # nothing of it is published before it was verified
         self.loading[slot] = promotion
         promotion.start()
@@ -104,20 +105,20 @@ class SlotBatch(Batch):
         """
         outcome = self.loading.pop(slot).outcome
         assert outcome is not None
-        held, salt = self._held.pop(slot)
+        held, found, salt = self._held.pop(slot)
         ids = self.ids(slot)
         if outcome.error is None:
             self.settled[slot] = held
         elif all(group.window is None for group in self._groups):
             self.settled[slot] = held
             good = (held + outcome.pages) * self._cache.config.page_size
-            self.rewind(slot, min(int(self.lengths[slot]), good))
+            found = min(found, good)
+            self.rewind(slot, found)
         else:  # what a window sees before the missing page may never have been asked for
             self._last, self._plans = None, [None] * len(self._groups)
             with self._cache.lock:
                 self.empty(slot)
-                self._attach_longest(slot, self.find(slot, ids, len(ids) - 1), ids)
-        found = int(self.lengths[slot])
+                found = self._attach_longest(slot, self.find(slot, ids, len(ids) - 1), ids)
         self._cache.count_reuse([salt], [len(ids)], [found])
         return found
 
