@@ -54,8 +54,9 @@ def main() -> None:
         assert offload is not None
         held = offload.tiers[0]
     print(
-        f"a new process found {found} of {ids.shape[1]} prompt tokens on disk ({held.known_records} "
-        f"pages, {held.known_bytes / 1e6:.0f} MB) and gave its first token after "
+        f"a new process found {found} of {ids.shape[1]} prompt tokens on disk ("
+        f"{held.known_records} pages, {held.known_bytes / 1e6:.0f} MB) and gave its first token "
+        "after "
         f"{seconds * 1e3:.0f} ms; computed, {cold_s * 1e3:.0f} ms: {cold_s / seconds:.1f} times as "
         f"fast; the same token: {token == expected}"
     )
