@@ -123,11 +123,12 @@ class CpuCopies(Copies):
             raise ValueError(f"{ids.size} pages have {ids.size} records, got {len(records)}")
         geometry = self._class.geometry
         theirs = as_bytes(records, self._record_bytes)
+        blocks = blocks_of(
+            geometry, layers, pages=self._class.allocator.capacity,
+            storage_bytes=self._pool.size, record_stride=records.stride(0),
+        )  # fmt: skip
         return [
-            _sides(block, self._pool, theirs)
+            _sides(block.of(run), self._pool, theirs)
             for run in runs_of(self._class.entries(ids), geometry.entries_per_page())
-            for block in blocks_of(
-                geometry, run, layers, pages=self._class.allocator.capacity,
-                storage_bytes=self._pool.size, record_stride=records.stride(0),
-            )
-        ]  # fmt: skip
+            for block in blocks
+        ]

@@ -34,6 +34,7 @@ class Block(NamedTuple):
         shape: counts; the last is of adjacent bytes.
         pool, record: offset of the first byte in the storage of the pool and from the first record.
         pool_strides, record_strides: bytes from a layer, a head, a page to the next.
+        entry: bytes from an entry of the pool to the next.
     """
 
     shape: tuple[int, int, int, int]
@@ -41,6 +42,17 @@ class Block(NamedTuple):
     pool_strides: tuple[int, int, int]
     record: int
     record_strides: tuple[int, int, int]
+    entry: int
+
+    def of(self, run: Run) -> "Block":
+        """This block, of the page at entry 0 and the first record, for a run."""
+        layers, heads, pages, size = self.shape
+        assert pages == 1
+        record = self.record + run.row * self.record_strides[2]
+        return Block(
+            (layers, heads, run.pages, size), self.pool + run.entry * self.entry,
+            self.pool_strides, record, self.record_strides, self.entry,
+        )  # fmt: skip
 
 
 def runs_of(entries: Ids, step: int = 1) -> list[Run]:
@@ -58,36 +70,34 @@ def runs_of(entries: Ids, step: int = 1) -> list[Run]:
 
 
 def blocks_of(
-    geometry: PageGeometry, run: Run, layers: slice, *, pages: int, storage_bytes: int,
-    record_stride: int,
-) -> list[Block]:  # fmt: skip
-    """The blocks of some layers' slices of a run.
+    geometry: PageGeometry, layers: slice, *, pages: int, storage_bytes: int, record_stride: int
+) -> list[Block]:
+    """The blocks of some layers' slices of the page at entry 0 and of the first record.
 
     Args:
         geometry: the page.
-        run: which pages and records.
         layers: `slice(start, stop)` of the geometry's layers.
         pages, storage_bytes: see `PageGeometry.view`.
         record_stride: bytes from a record to the next.
     """
     first, stop, _ = layers.indices(geometry.layers)
     count, layer_bytes = stop - first, geometry.slice_bytes
-    record = run.row * record_stride + first * layer_bytes
+    if not count:
+        return []
     if geometry.layout == "page-major":
         entry = geometry.entry_elements("k") * geometry.itemsize
-        pool = run.entry * entry + first * layer_bytes
-        shape = (1, 1, run.pages, count * layer_bytes)
-        between = entry * geometry.entries_per_page()
-        return [Block(shape, pool, (0, 0, between), record, (0, 0, record_stride))]
+        shape, there = (1, 1, 1, count * layer_bytes), (0, 0, record_stride)
+        at = first * layer_bytes
+        here = 0, 0, entry * geometry.entries_per_page()
+        return [Block(shape, at, here, at, there, entry)]
     kinds: tuple[Kind, ...] = ("k", "v") if geometry.v_width else ("k",)
     blocks = []
     for kind in kinds:
         view = geometry.view(first, kind, pages=pages, storage_bytes=storage_bytes)
         entry, head = (stride * geometry.itemsize for stride in view.stride[:2])
         layer = geometry.layer_elements(kind, pages=pages) * geometry.itemsize
-        pool = view.offset * geometry.itemsize + run.entry * entry
-        within = 0 if kind == "k" else 4 * geometry.v_first_word
-        shape = (count, geometry.kv_heads, run.pages, entry)
-        there = layer_bytes, entry, record_stride
-        blocks.append(Block(shape, pool, (layer, head, entry), record + within, there))
+        record = first * layer_bytes + (0 if kind == "k" else 4 * geometry.v_first_word)
+        shape, there = (count, geometry.kv_heads, 1, entry), (layer_bytes, entry, record_stride)
+        pool = view.offset * geometry.itemsize
+        blocks.append(Block(shape, pool, (layer, head, entry), record, there, entry))
     return blocks

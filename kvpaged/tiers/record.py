@@ -45,6 +45,17 @@ def record_key(page_key: bytes, group: int) -> bytes:
     return PAGE + page_key + group.to_bytes(2, "little")
 
 
+def dtype_of(head: bytes) -> torch.dtype | None:
+    """What the numbers of a page record's body are, by its head or one that something was added to;
+    `None` if it is no such head.
+    """
+    if len(head) < _FIXED.size or head[:8] != MAGIC:
+        return None
+    _, version, _, form, dtype, *_ = _FIXED.unpack_from(head)
+    known = version == VERSION and form == EXACT and dtype < len(_DTYPES)
+    return _DTYPES[dtype] if known else None
+
+
 def body_bytes(geometry: PageGeometry) -> int:
     """Bytes of the body of a page of this geometry."""
     return geometry.layers * geometry.slice_bytes
