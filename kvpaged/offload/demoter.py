@@ -34,6 +34,15 @@ class Due(NamedTuple):
     targets: tuple[int, ...]
 
 
+class _Rescued(NamedTuple):
+    """A page that has left the pool, in staging."""
+
+    record: Record
+    targets: tuple[int, ...]
+    give_back: Callable[[], None]
+    counts: bool
+
+
 @dataclass(slots=True)
 class DemotionCounts:
     """What became of pages that left the pool.
@@ -72,7 +81,7 @@ class Demoter:
         self._sweep_to: set[int] = set()
         self._parting: deque[tuple[Node, int, int, float]] = deque()  # for the first tier
         self._ahead: deque[list[bytes]] = deque()  # keys that are soon asked for
-        self._rescued: deque[tuple[list[Record], Callable[[], None]]] = deque()
+        self._rescued: deque[_Rescued] = deque()
         self._busy = 0
         self._pressed: list[dict[int, Node]] = [{} for _ in pool.classes]
         """Of each group, pages that wait to be evicted and were offered to the first tier."""
@@ -122,19 +131,31 @@ class Demoter:
         """A page nobody holds is about to be evicted: its bytes are there for the last time."""
         self._wake()
         self._stack.settle()
-        if self._stack.directory.has(record_key(node.key, group)):
+        key = record_key(node.key, group)
+        below = self._stack.directory.has(key)
+        rescued = False
+        targets = self._last_chance(key) if self._pool.immediate[group] else ()
+        if targets:
+            rescued = self._rescue(node, group, page, targets, counts=not below)
+        if below:
             self.counts.demoted += 1
-        elif not (
-            self._is_wanted() and self._pool.immediate[group] and self._rescue(node, group, page)
-        ):
+        elif not rescued:
             self.counts.dropped += 1
 
-    def _is_wanted(self) -> bool:
-        """Whether pages that leave the pool go to the first tier by their policy."""
-        return self._stack.tiers[0].policy != "second-use" and self._stack.workers[0].up
+    def _last_chance(self, key: bytes) -> tuple[int, ...]:
+        """The tiers that a page which leaves the pool should be in, and is not."""
+        return tuple(
+            number
+            for number, tier in enumerate(self._stack.tiers)
+            if (tier.policy == "write-through" or (not number and tier.policy == "write-back"))
+            and key not in self._stack.directory.held[number]
+            and self._stack.workers[number].up
+        )
 
-    def _rescue(self, node: Node, group: int, page: int) -> bool:
-        """Copy a page that nothing below has into staging, now, if there is room."""
+    def _rescue(
+        self, node: Node, group: int, page: int, targets: tuple[int, ...], *, counts: bool
+    ) -> bool:
+        """Copy a page into staging for some tiers, now, if there is room; `counts`: none has it."""
         taken = self._staging.take(1, self._pool.body_bytes(group))
         if taken is None:
             return False
@@ -142,8 +163,8 @@ class Demoter:
         ticket = self._pool.copies[group].out(np.array([page], np.int32), room)
         ticket.wait()
         record = self._record(node, group, ticket.sums()[0], room[0])
-        self.counts.pending += 1
-        self._rescued.append(([record], give_back))
+        self.counts.pending += counts
+        self._rescued.append(_Rescued(record, targets, give_back, counts))
         return True
 
     def _record(self, node: Node, group: int, sums: np.ndarray, body: object) -> Record:
@@ -320,23 +341,37 @@ class Demoter:
     def _put(
         self, records: list[Record], targets: tuple[int, ...], give_back: Callable[[], None]
     ) -> int:
-        """Put records to tiers and wait for each; how many were kept, over all of them."""
+        """Put records to tiers and wait for each; how many of the tiers kept them all."""
         one_less = Countdown(len(targets), give_back)
         jobs: list[tuple[int, Job | None]] = []
         for number in targets:
             jobs.append((number, self._stack.put(number, records, one_less)))
-        return sum(self._stack.finish(number, job) or 0 for number, job in jobs)
+        kept = [self._stack.finish(number, job) for number, job in jobs]
+        return sum(count == len(records) for count in kept)
 
     def _put_rescued(self) -> None:
         """Put pages that were copied out as they left."""
-        records, give_back = self._rescued.popleft()
-        kept = self._stack.finish(0, self._stack.put(0, records, give_back))
+        targets = self._rescued[0].targets
+        some: list[_Rescued] = []
+        while self._rescued and self._rescued[0].targets == targets and len(some) < LOOKED_AT:
+            some.append(self._rescued.popleft())
+        counted = sum(one.counts for one in some)
+
+        def give_back() -> None:
+            for one in some:
+                one.give_back()
+
+        self._busy = len(some)
+        try:
+            kept = self._put([one.record for one in some], targets, give_back)
+        finally:
+            self._busy = 0
         with self._pool.lock:
-            self.counts.pending -= len(records)
+            self.counts.pending -= counted
             if kept:
-                self.counts.demoted += len(records)
+                self.counts.demoted += counted
             else:
-                self.counts.dropped += len(records)
+                self.counts.dropped += counted
 
     def _spill(self) -> bool:
         """Copy what a tier that fills would give up next to the one below it."""
@@ -405,7 +440,9 @@ class Demoter:
         except Exception:  # whatever a tier raises; a call that hangs keeps the room
             done()
             return False
+        there = {record.key for record in records}
         with self._stack.lock:
-            for record in records:  # for the tier they were read, and go last
-                self._stack.directory.touch(number, record.key)
-        return self._put(records, (to,), done) > 0
+            self._stack.directory.remove(number, [key for key in keys if key not in there])
+            for key in there:  # for the tier they were read, and go last
+                self._stack.directory.touch(number, key)
+        return self._put(records, (to,), done) > 0 and bool(records)

@@ -111,7 +111,7 @@ class Mover:
         assert outcome is not None
         with self._figures:
             self.loaded += outcome.pages
-            self.load_failures += outcome.error is not None
+            self.load_failures += bool(outcome.error)
             if outcome.error is None and outcome.predicted_s is not None:
                 self.load_errors.add(outcome.predicted_s, outcome.seconds)
 

@@ -202,6 +202,13 @@ class Promotion:
                     return self.outcome
             self.poll()
 
+    def wait_ready(self) -> None:
+        """Wait until `ready`, as long as its deadline allows."""
+        with self._cond:
+            if not (self.over or self._landing):
+                self._cond.wait(max(self._left(), 0.0))
+        self.poll()
+
     def poll(self) -> None:
         """Give it up if it is late."""
         if self.outcome is None and self._left() <= 0:

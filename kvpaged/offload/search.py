@@ -92,6 +92,27 @@ class Search:
                 return None
             return self._offer(nodes, keys, pages, tokens, limit, up)
 
+    def below(self, trail: Trail, match: Match, tokens: bytes) -> list[bytes]:
+        """Keys of the records that go on from what was found in the pool and are not in the first
+        tier, to be brought there ahead of their use.
+        """
+        size = self._pool.index.page_size
+        nodes = match.nodes[: match.tokens // size]
+        found: list[bytes] = []
+        with self._stack.lock:
+            up = self._stack.up()
+            if len(up) < 2 or not up[0]:
+                return []
+            for key in self._keys(trail, nodes, tokens, len(tokens) // (size * TOKEN_BYTES)):
+                places = {
+                    record_key(key, group): self._stack.where(record_key(key, group), up)
+                    for group in range(len(self._pool.classes))
+                }
+                if all(at is None for at in places.values()):
+                    break
+                found += [name for name, at in places.items() if at is not None and at[0]]
+        return found
+
     def _keys(
         self, trail: Trail, nodes: Sequence[Node], tokens: bytes, full: int
     ) -> Iterator[bytes]:
