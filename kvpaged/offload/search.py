@@ -11,10 +11,9 @@ from kvpaged.offload.stack import Stack
 from kvpaged.pages.prefix import Match, Node, Trail
 from kvpaged.tiers.record import record_key
 
-
 AGAIN = 16
-"""Times that computing was quicker after which a load is made all the same: a tier that was slow may
-be quick again, and who never loads does not learn of it.
+"""Times that computing was quicker after which a load is made all the same: a tier that was slow
+may be quick again, and who never loads does not learn of it.
 """
 
 
