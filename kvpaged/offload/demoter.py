@@ -185,11 +185,14 @@ class Demoter:
         pages = len(self._fresh) + len(self._again) + len(self._swept) + len(self._parting)
         return pages + len(self._rescued) + self._busy
 
-    def behind(self, *, up: bool) -> bool:
-        """Whether a write-through tier that is up, or is not, lacks pages it should have."""
+    def behind(self, *, down: bool) -> bool:
+        """Whether a write-through tier lacks pages it should have; also one that is not asked now,
+        if `down`.
+        """
         stack = self._stack
         return any(
-            stack.incomplete[n] and stack.workers[n].up == up for n in self._with("write-through")
+            stack.incomplete[n] and (down or stack.workers[n].up)
+            for n in self._with("write-through")
         )
 
     def oldest(self) -> float | None:

@@ -127,17 +127,17 @@ class Mover:
 
     # -- demoting ----------------------------------------------------------------------------------
 
-    def flush(self, timeout: float | None = None) -> bool:
-        """Wait until what is to go down has gone; false if it has not in time, or a tier whose
-        policy is write-through lacks some, being down.
+    def flush(self, timeout: float | None = None, *, down: bool = True) -> bool:
+        """Wait until what is to go down has gone, to tiers that are not asked now too unless `down`
+        is false; false if it has not in time.
         """
         end = time.monotonic() + (self.options.close_s if timeout is None else timeout)
-        while self.demoter.waiting or self._working or self.demoter.behind(up=True):
+        while self.demoter.waiting or self._working or self.demoter.behind(down=down):
             if time.monotonic() > end:
                 return False
             self._woken.set()
             time.sleep(0.005)
-        return not self.demoter.behind(up=False)
+        return True
 
     _working = False
 
@@ -163,7 +163,7 @@ class Mover:
         if self._stop.is_set():
             return
         self.save_all()
-        if not self.flush():
+        if not self.flush(down=False):
             log.warning("%d pages were not written in time", self.demoter.waiting)
         self._stop.set()
         self._woken.set()

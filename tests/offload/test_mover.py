@@ -14,7 +14,16 @@ from kvpaged.testing.dense import PAGE
 from kvpaged.testing.tier_faults import Faulty
 from kvpaged.tiers.base import DEMOTIONS
 from tests.offload.tiered import (
-    GROUPS, PAGE_BYTES, QUICK, cache_of, check, disk, host, run, until, words,
+    GROUPS,
+    PAGE_BYTES,
+    QUICK,
+    cache_of,
+    check,
+    disk,
+    host,
+    run,
+    until,
+    words,
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
