@@ -55,11 +55,11 @@ class Ahead:
                 promotion = batch.begin_loading(0, match, ids, len(ids))
         if promotion is None:
             return
-        first = int(batch.settled[0])
         try:
             promotion.start()
             outcome = promotion.wait()
         except BaseException:
             promotion.cancel("")
             raise
-        batch.enter_pages([(0, first + outcome.pages)])
+        if outcome.pages:
+            batch.enter_pages([(0, promotion.first + outcome.pages)])

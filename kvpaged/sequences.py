@@ -148,9 +148,10 @@ class Sequences:
             first = offer.firsts[number]
             group.begin(row, first, pages)
             homes.update({(number, first + n): page for n, page in enumerate(pages.tolist())})
-        held = len(offer.nodes)
+        # Pages of a window may be missing among those that are in the pool: they are entered, too.
+        held = min(len(offer.nodes), offer.wanted[0].place)
         if held:
-            trail.node = offer.nodes[-1]
+            trail.node = offer.nodes[held - 1]
         self.settled[row] = held
         self.lengths[row] = offer.tokens
         self.logs[row].extend(ids[: offer.tokens])

@@ -182,6 +182,11 @@ class Promotion:
         self._submit()
 
     @property
+    def first(self) -> int:
+        """The place of the first page asked for."""
+        return self._first
+
+    @property
     def over(self) -> bool:
         """`outcome` says how it ended."""
         return self.outcome is not None
