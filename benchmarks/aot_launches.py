@@ -161,12 +161,10 @@ def launch_of(shipped: Shipped, device: Device) -> Launch:
         pages = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         return copy_launch(pages, entries, entries)
     if shipped.kernel == "transfer":  # layer-major pages of 16 KiB a head and kind
-        size = 2**14 // dtype.itemsize
-        shape = (_ROWS, _LAYERS, shipped.kv_heads, size)
-        records = torch.empty(shape, dtype=dtype, device="meta")
-        strides = (_UNIT // dtype.itemsize, 2**40, 2**32, 1)
-        pages = torch.empty_strided((_ENTRIES, *shape[1:]), strides, dtype=dtype, device="meta")
-        return fill_launch(records, pages, entries)
+        piece = (_LAYERS, shipped.kv_heads, 2**14 // dtype.itemsize)
+        apart = (16 * _UNIT // dtype.itemsize, 2**40, 2**32, 1)
+        pages = torch.empty_strided((_ENTRIES, *piece), apart, dtype=dtype, device="meta")
+        return fill_launch(_meta(_ROWS, *piece, dtype=dtype), pages, entries)
     if shipped.kernel == "checksum":
         words = shipped.page_size * shipped.k_dim // 2
         pieces = 2 * shipped.kv_heads

@@ -133,8 +133,9 @@ class Sequences:
         that tiers have, if that is quicker than computing them; the lock is held.
 
         The row then holds `lengths[row]` tokens, at most `limit`, whose bytes come once the
-        promotion is started. `None`: nothing is to be loaded, or there is no room for it; the row
-        is empty.
+        promotion is started: then pages before `first + outcome.pages` of the promotion may be
+        entered, none if `outcome.pages` is 0. `None`: nothing is to be loaded, or there is no room
+        for it; the row is empty.
         """
         mover, trail = self._cache.mover, self._trails[row]
         if mover is None or trail is None:
@@ -148,8 +149,10 @@ class Sequences:
             first = offer.firsts[number]
             group.begin(row, first, pages)
             homes.update({(number, first + n): page for n, page in enumerate(pages.tolist())})
-        # Pages of a window may be missing among those that are in the pool: they are entered, too.
+        # Pages that the pool has only in part are entered again, for the groups that lacked them.
         held = min(len(offer.nodes), offer.wanted[0].place)
+        while held and not offer.nodes[held - 1].reachable():  # evicted for what is coming:
+            held -= 1  # before what windows see a row holds nothing
         if held:
             trail.node = offer.nodes[held - 1]
         self.settled[row] = held

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpaged.config import Backend
 from kvpaged.offload.copies import Copies, InTicket, OutTicket, Sums
-from kvpaged.offload.runs import Block, blocks_of, runs_of
+from kvpaged.offload.runs import Block, blocks_of, check_records, runs_of
 from kvpaged.pages import classops
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass
@@ -60,25 +60,6 @@ def _sides(block: Block, pool: Bytes, records: Bytes) -> tuple[Bytes, Bytes]:
     )
 
 
-def as_bytes(records: Tensor, record_bytes: int) -> Bytes:
-    """The memory of records as one vector, from the first byte of the first on.
-
-    Raises:
-        ValueError: they are not uint8 `[n, record_bytes]` in host memory with rows contiguous.
-    """
-    good = records.dtype == torch.uint8 and records.dim() == 2 and records.device.type == "cpu"
-    good = good and records.shape[1] == record_bytes and records.stride(1) == 1
-    if not good or (len(records) > 1 and records.stride(0) < record_bytes):
-        raise ValueError(
-            f"records are uint8 [n, {record_bytes}] in host memory with contiguous rows, got "
-            f"{records.dtype} {tuple(records.shape)} at strides {records.stride()} on "
-            f"{records.device}"
-        )
-    size = max(0, len(records) - 1) * records.stride(0) + record_bytes if len(records) else 0
-    found: Bytes = records.as_strided((size,), (1,)).numpy()
-    return found
-
-
 class CpuCopies(Copies):
     """Copies of a class of pages in host memory, of either layout.
 
@@ -119,10 +100,12 @@ class CpuCopies(Copies):
         return found
 
     def _pairs(self, ids: Ids, records: Tensor, layers: slice) -> list[tuple[Bytes, Bytes]]:
-        if len(records) != ids.size:
-            raise ValueError(f"{ids.size} pages have {ids.size} records, got {len(records)}")
+        check_records(records, ids.size, self._record_bytes)
+        if not ids.size:
+            return []
         geometry = self._class.geometry
-        theirs = as_bytes(records, self._record_bytes)
+        span = (len(records) - 1) * records.stride(0) + self._record_bytes
+        theirs = records.as_strided((span,), (1,)).numpy()
         blocks = blocks_of(
             geometry, layers, pages=self._class.allocator.capacity,
             storage_bytes=self._pool.size, record_stride=records.stride(0),

@@ -83,6 +83,8 @@ class Demoter:
         self._ahead: deque[list[bytes]] = deque()  # keys that are soon asked for
         self._rescued: deque[_Rescued] = deque()
         self._busy = 0
+        self._pressed: list[dict[int, Node]] = [{} for _ in pool.classes]
+        """Of each group, pages that wait to be evicted and were offered to the first tier."""
         self.counts = DemotionCounts()
 
     def _with(self, policy: Demotion) -> list[int]:
@@ -183,6 +185,13 @@ class Demoter:
         pages = len(self._fresh) + len(self._again) + len(self._swept) + len(self._parting)
         return pages + len(self._rescued) + self._busy
 
+    def behind(self, *, up: bool) -> bool:
+        """Whether a write-through tier that is up, or is not, lacks pages it should have."""
+        stack = self._stack
+        return any(
+            stack.incomplete[n] and stack.workers[n].up == up for n in self._with("write-through")
+        )
+
     def oldest(self) -> float | None:
         """How long the page that has waited longest has waited, in seconds."""
         try:
@@ -193,6 +202,7 @@ class Demoter:
     def run(self) -> bool:
         """Move some; whether there was anything."""
         self._stack.settle()
+        spilled = self._spill()  # before more is put: what is put costs a full tier as much
         if self._rescued:
             self._put_rescued()
             return True
@@ -207,7 +217,7 @@ class Demoter:
             finally:
                 self._busy = 0
             return True
-        return self._spill()
+        return spilled
 
     def sweep(self, tiers: list[int]) -> None:
         """Note every page of the index that one of some tiers lacks, to go there."""
@@ -264,19 +274,28 @@ class Demoter:
         return bool(lacking)
 
     def _press(self, due: list[Due], size: int) -> None:
-        """Note pages that will be evicted first and are not in the first tier."""
+        """Note pages that will be evicted first and are not in the first tier, each once: what it
+        refuses or gives up again would come for ever.
+        """
         if not self._stack.workers[0].up:
             return
+        again, self._stack.incomplete[0] = self._stack.incomplete[0], False
         index, now = self._pool.index, time.monotonic()
         for group, page_class in enumerate(self._pool.classes):
             allocator = page_class.allocator
             many = pressing(allocator.room(), allocator.capacity)
+            known, seen = {} if again else self._pressed[group], {}
             for page in allocator.oldest_cached(min(many, LOOKED_AT)):
-                if size >= self._options.call_bytes:
-                    return
                 node = index.node_of(group, page)
-                if node is not None and self._take(due, node, group, page, now, [0]):
-                    size += self._pool.body_bytes(group)
+                if node is None:
+                    continue
+                if known.get(page) is not node:
+                    if size >= self._options.call_bytes:
+                        break
+                    if self._take(due, node, group, page, now, [0]):
+                        size += self._pool.body_bytes(group)
+                seen[page] = node
+            self._pressed[group] = seen
 
     def _demote(self, due: list[Due]) -> None:
         """Copy pages out and put them, those of a group and of the same tiers together."""
@@ -334,7 +353,11 @@ class Demoter:
         """Put pages that were copied out as they left."""
         targets = self._rescued[0].targets
         some: list[_Rescued] = []
-        while self._rescued and self._rescued[0].targets == targets and len(some) < LOOKED_AT:
+        size = 0
+        while self._rescued and self._rescued[0].targets == targets:
+            size += self._rescued[0].record.body.numel()
+            if some and size > self._options.call_bytes:
+                break
             some.append(self._rescued.popleft())
         counted = sum(one.counts for one in some)
 
@@ -357,13 +380,9 @@ class Demoter:
     def _spill(self) -> bool:
         """Copy what a tier that fills would give up next to the one below it."""
         for number in range(len(self._stack.tiers) - 1):
-            below = self._stack.tiers[number + 1]
-            usage = self._stack.tiers[number].usage()
-            workers = self._stack.workers
-            if (
-                below.policy != "write-back" or not workers[number].up or not workers[number + 1].up
-                or usage.capacity is None or usage.bytes < FULL * usage.capacity
-            ):  # fmt: skip
+            workers, below = self._stack.workers, self._stack.tiers[number + 1]
+            up = workers[number].up and workers[number + 1].up
+            if below.policy != "write-back" or not up or not self._fills(number):
                 continue
             with self._stack.lock:
                 sizes = self._stack.directory.held[number]
@@ -376,6 +395,16 @@ class Demoter:
             if keys and self._move(number, keys, number + 1):
                 return True
         return False
+
+    def _fills(self, number: int) -> bool:
+        """Whether a tier may soon give something up: the next call may come with `call_bytes`."""
+        try:
+            _, size, capacity = self._stack.tiers[number].usage()
+        except Exception:  # a tier's own: whoever calls it next will see
+            return False
+        if capacity is None:
+            return False
+        return size >= min(FULL * capacity, max(capacity - self._options.call_bytes, capacity // 2))
 
     def _move_up(self, keys: list[bytes]) -> None:
         """Copy records to the first tier from the tiers that have them."""
@@ -415,4 +444,9 @@ class Demoter:
         except Exception:  # whatever a tier raises; a call that hangs keeps the room
             done()
             return False
+        there = {record.key for record in records}
+        with self._stack.lock:
+            self._stack.directory.remove(number, [key for key in keys if key not in there])
+            for key in there:  # for the tier they were read, and go last
+                self._stack.directory.touch(number, key)
         return self._put(records, (to,), done) > 0 and bool(records)

@@ -128,14 +128,16 @@ class Mover:
     # -- demoting ----------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until what is to go down has gone; false if it has not in time."""
+        """Wait until what is to go down has gone; false if it has not in time, or a tier whose
+        policy is write-through lacks some, being down.
+        """
         end = time.monotonic() + (self.options.close_s if timeout is None else timeout)
-        while self.demoter.waiting or self._working:
+        while self.demoter.waiting or self._working or self.demoter.behind(up=True):
             if time.monotonic() > end:
                 return False
             self._woken.set()
             time.sleep(0.005)
-        return True
+        return not self.demoter.behind(up=False)
 
     _working = False
 

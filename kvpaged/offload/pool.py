@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvpaged.config import Backend
 from kvpaged.offload.copies import Copies
 from kvpaged.offload.cpu_copies import CpuCopies
+from kvpaged.offload.cuda_copies import CudaCopies
 from kvpaged.pages.pool import PageClass
 from kvpaged.pages.prefix import PrefixIndex
 from kvpaged.tiers.record import body_bytes
@@ -41,8 +42,6 @@ def copies_of(page_class: PageClass, backend: Backend) -> Copies:
     """Copies for the pages of a class, by its device."""
     device = page_class.flat.device
     if device.type == "cuda":
-        from kvpaged.offload.cuda_copies import CudaCopies
-
         return CudaCopies(page_class, backend, device)
     return CpuCopies(page_class, backend)
 

@@ -15,8 +15,9 @@ from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.policy import patience
 from kvpaged.offload.pool import PoolView
 from kvpaged.offload.stack import Stack, log
-from kvpaged.offload.staging import Countdown, Staging
+from kvpaged.offload.staging import Staging
 from kvpaged.offload.worker import Job, TierDownError
+from kvpaged.pages.allocator import Lease, PageAllocator
 from kvpaged.pages.extents import Ids
 from kvpaged.tiers.base import Record
 from kvpaged.tiers.record import Head, record_key
@@ -108,8 +109,8 @@ class Promotion:
 
     Calls follow one another. What the last one gives is copied layer by layer, so that a pass may
     begin once `ready` says so and wait for each layer (`wait_layer`). Nothing is valid before it
-    was summed where it lies. The pages stay leased until no call can write to them any more,
-    however long that takes.
+    was summed where it lies. The pages stay leased until nothing is copied into them any more; a
+    tier that does not answer copies nothing, so it takes no pages from the pool.
 
     `start`, `ready`, `poll`, `wait` and `wait_layer` come from whoever computes; none holds the
     cache's lock.
@@ -137,18 +138,12 @@ class Promotion:
         for one in wanted:
             self._missing[one.place - self._first] += 1
         self._calls = self._cut(wanted)
-        leases = []
+        self._leases: list[tuple[PageAllocator, Lease]] = []
         for group, page_class in enumerate(pool.classes):
             ids = np.array([one.page for one in wanted if one.group == group], np.int32)
             if len(ids):
-                leases.append((page_class.allocator, page_class.allocator.lease(ids)))
-
-        def end_leases() -> None:
-            with pool.lock:
-                for allocator, lease in leases:
-                    allocator.end_lease(lease)
-
-        self._free = Countdown(1 + len(self._calls), end_leases)
+                self._leases.append((page_class.allocator, page_class.allocator.lease(ids)))
+        self._writing = False  # a call copies into pages; it ends their leases where it is over
         self._cond = threading.Condition()
         self._turn = 0
         self._job: tuple[int, Job] | None = None
@@ -183,7 +178,7 @@ class Promotion:
 
     @property
     def first(self) -> int:
-        """The place of the first page asked for."""
+        """The place of the first page asked for: `outcome.pages` counts from there."""
         return self._first
 
     @property
@@ -229,11 +224,11 @@ class Promotion:
             while (group, place) not in self._tickets and self.outcome is None:
                 if not self._cond.wait(max(self._left(), 0.0)) and self._left() <= 0:
                     break
-            tickets = self._tickets.get((group, place), [])
+            tickets = self._tickets.get((group, place))
             outcome = self.outcome
         if outcome is not None and outcome.error is None:
             return
-        if outcome is not None or not tickets:
+        if outcome is not None or tickets is None:
             self.poll()
             raise LoadError(f"pages were not loaded: {outcome.error if outcome else 'too late'}")
         for ticket in tickets:
@@ -242,10 +237,12 @@ class Promotion:
     def cancel(self, why: str) -> None:
         """Nobody waits for it any more, or it takes too long."""
         with self._cond:
-            job = self._job
+            job, writing = self._job, self._writing
             if self.outcome is not None:
                 return
             self._end(why)
+        if not writing:
+            self._end_leases()
         if job is not None:
             number, one = job
             worker = self._stack.workers[number]
@@ -275,75 +272,100 @@ class Promotion:
         seconds = time.monotonic() - self._began
         self.outcome = Outcome(self._arrived(), seconds, self._predicted, error)
         self._cond.notify_all()
-        for _ in range(self._turn, len(self._calls)):  # calls that will not be made
-            self._free()
-        self._free()
         self._on_end(self)
+
+    def _end_leases(self) -> None:
+        """Nothing is copied into the pages any more. The condition is not held: the cache's lock
+        comes before it.
+        """
+        with self._pool.lock:
+            leases, self._leases = self._leases, []
+            for allocator, lease in leases:
+                allocator.end_lease(lease)
+
+    def _finish(self, error: str | None) -> None:
+        """End it, leases first: whoever waits may want the pages at once."""
+        self._end_leases()
+        with self._cond:
+            self._end(error)
 
     # -- the tiers' threads ------------------------------------------------------------------------
 
     def _submit(self) -> None:
         """Make the next call, or end."""
+        error: str | None = None
         with self._cond:
             if self.outcome is not None:
                 return
-            if self._turn == len(self._calls):
-                self._end(None)
-                return
-            call = self._calls[self._turn]
-            number = call[0].tier
-            self._turn += 1
-            try:
-                job = self._stack.workers[number].submit(
-                    lambda job: self._run(job, call), urgent=True, undo=self._free
-                )
-            except TierDownError as error:
-                self._turn -= 1
-                self._end(str(error))
-                return
-            self._job = (number, job)
+            if self._turn < len(self._calls):
+                call = self._calls[self._turn]
+                number = call[0].tier
+                try:
+                    job = self._stack.workers[number].submit(lambda _: self._run(call), urgent=True)
+                except TierDownError as down:
+                    error = str(down)
+                else:
+                    self._turn += 1
+                    self._job = (number, job)
+                    return
+        self._finish(error)
 
-    def _run(self, job: Job, call: list[Wanted]) -> None:
+    def _run(self, call: list[Wanted]) -> None:
         """A call of a tier, and what it gave into pages."""
         number, start = call[0].tier, time.monotonic()
         tier, worker = self._stack.tiers[number], self._stack.workers[number]
-        keys = [record_key(one.key, one.group) for one in call]
         rooms = Rooms(
             self._staging, [self._pool.body_bytes(one.group) for one in call],
             self._options.deadline_s,
         )  # fmt: skip
-        error: str | None = None
+        good, error = 0, None
         try:
-            with tier.read(keys, rooms) as found:
+            with tier.read([record_key(one.key, one.group) for one in call], rooms) as found:
                 good = self._usable(number, call, found)
-                if good and not job.cancelled:
-                    bad = self._land(job, call[:good], found, last=call is self._calls[-1])
-                    self._forget(number, [keys[n] for n in bad])
+                if good and self._begin_writing():
+                    bad = self._land(call[:good], found, last=call is self._calls[-1])
+                    self._forget(number, [record_key(call[n].key, call[n].group) for n in bad])
                     good = min(bad, default=good)
-                if job.cancelled:
-                    good = 0  # its pages may not be all there, and nobody asks
-            worker.health.succeeded()
+            if not self.over:  # else it was too slow: an answer that nobody awaits is no success
+                worker.health.succeeded()
         except Exception as failure:  # whatever a tier raises: what has not come is computed
             good, error = 0, f"tier {tier.name}: {failure!r}"
-            worker.health.failed(repr(failure))
+            if not self.over:
+                worker.health.failed(repr(failure))
         finally:
             rooms.give_back()
-        seconds = time.monotonic() - start
+        self._note(number, call, good, time.monotonic() - start, failed=error is not None)
+        if good < len(call) or self.over:
+            self._finish(error or f"tier {tier.name} has lost a page, or its bytes")
+        else:
+            self._submit()
+
+    def _begin_writing(self) -> bool:
+        """Whether there is still somebody to copy pages for; leases last until `_note`."""
+        with self._cond:
+            self._writing = self.outcome is None
+            return self._writing
+
+    def _note(
+        self, number: int, call: list[Wanted], good: int, seconds: float, *, failed: bool
+    ) -> None:
+        """A call has ended, with so many of its pages, from the first on, in their places."""
+        with self._cond:
+            self._writing, self._moved = False, time.monotonic()
+            if self.outcome is not None:  # they may not be all there, and nobody asks
+                return
+            for one in call[:good]:
+                self._missing[one.place - self._first] -= 1
         size = sum(one.size for one in call[:good])
         with self._stack.lock:
             flow = self._stack.flows[number]
             flow.promoted += good
             flow.promoted_bytes += size
-            flow.missed += len(call) - good
+            flow.missed += 0 if failed else len(call) - good
+            for one in call[:good]:
+                self._stack.directory.touch(number, record_key(one.key, one.group))
             if good == len(call):
                 self._stack.loads[number].add(size, seconds)
-        with self._cond:
-            self._moved = time.monotonic()
-            for one in call[:good]:
-                self._missing[one.place - self._first] -= 1
-            if good < len(call):
-                self._end(error or f"tier {tier.name} has lost a page, or its bytes")
-        self._submit()
 
     def _usable(self, number: int, call: list[Wanted], found: list[Record | None]) -> int:
         """How many of a call's records, from the first on, are what was asked for; the tier forgets
@@ -378,48 +400,53 @@ class Promotion:
         self._stack.incomplete[number] = True  # it may be put again from the pool
         self._stack.tiers[number].delete(keys)
 
-    def _land(
-        self, job: Job, call: list[Wanted], found: list[Record | None], *, last: bool
-    ) -> list[int]:
-        """Copy records into pages; returns the places within the call of those that are wrong."""
-        stacks = [
-            (group, stack)
-            for group in range(len(self._pool.classes))
-            for stack in _stacks(group, call, found)
-        ]
-        wrong: set[int] = set()
-        if not last:
-            for group, stack in stacks:
-                layers = slice(0, self._pool.classes[group].geometry.layers)
-                ticket = self._pool.copies[group].into(stack.ids, stack.bodies, stack.sums, layers)
-                ticket.wait()
-                wrong.update(stack.ids[ticket.wrong()].tolist())
-            return [n for n, one in enumerate(call) if one.page in wrong]
+    def _land(self, call: list[Wanted], found: list[Record | None], *, last: bool) -> list[int]:
+        """Copy records into pages; returns the places within the call of those that are wrong. No
+        copy is under way when this returns or raises.
+        """
+        groups = range(len(self._pool.classes))
+        stacks = [stack for group in groups for stack in _stacks(group, call, found)]
         begun: list[tuple[Stack2D, InTicket]] = []
-        for group, place in self._pool.order:
-            if job.cancelled:
-                break
-            tickets: list[InTicket] = []
-            for of, stack in stacks:
-                if of == group:
-                    into = self._pool.copies[group].into
-                    ticket = into(stack.ids, stack.bodies, stack.sums, slice(place, place + 1))
-                    if self._pool.immediate[group]:
-                        wrong.update(stack.ids[ticket.wrong()].tolist())
-                    else:
-                        begun.append((stack, ticket))
-                    tickets.append(ticket)
-            if wrong:
-                break
-            with self._cond:
-                self._landing = True
-                self._moved = time.monotonic()
-                self._tickets[group, place] = tickets
-                self._cond.notify_all()
+        try:
+            if last:
+                self._land_layers(stacks, begun)
+            else:
+                for stack in stacks:
+                    whole = slice(0, self._pool.classes[stack.group].geometry.layers)
+                    begun.append((stack, self._into(stack, whole)))
+        finally:
+            for _, ticket in begun:
+                ticket.wait()
+        wrong: set[tuple[int, int]] = set()
         for stack, ticket in begun:
-            ticket.wait()
-            wrong.update(stack.ids[ticket.wrong()].tolist())
-        return [n for n, one in enumerate(call) if one.page in wrong]
+            wrong.update((stack.group, page) for page in stack.ids[ticket.wrong()].tolist())
+        return [n for n, one in enumerate(call) if (one.group, one.page) in wrong]
+
+    def _into(self, stack: Stack2D, layers: slice) -> InTicket:
+        copies = self._pool.copies[stack.group]
+        return copies.into(stack.ids, stack.bodies, stack.sums, layers)
+
+    def _land_layers(self, stacks: list[Stack2D], begun: list[tuple[Stack2D, InTicket]]) -> None:
+        """Copy layer by layer, and say so, until one is found to be wrong: the rest is for the
+        pages before it.
+        """
+        wrong = False
+        for group, place in self._pool.order:
+            if self.over:
+                return
+            tickets: list[InTicket] = []
+            for stack in stacks:
+                if stack.group == group:
+                    tickets.append(self._into(stack, slice(place, place + 1)))
+                    begun.append((stack, tickets[-1]))
+            if self._pool.immediate[group]:
+                wrong = wrong or any(ticket.wrong().any() for ticket in tickets)
+            if not wrong:
+                with self._cond:
+                    self._landing = True
+                    self._moved = time.monotonic()
+                    self._tickets[group, place] = tickets
+                    self._cond.notify_all()
 
 
 def _nothing() -> None:

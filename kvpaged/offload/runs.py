@@ -5,9 +5,12 @@ A copy of adjacent pages is described by blocks, of one or two kinds: page-major
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kvpaged.geometry import Kind, PageGeometry
 from kvpaged.pages.extents import Ids
@@ -25,6 +28,27 @@ class Run(NamedTuple):
     entry: int
     row: int
     pages: int
+
+
+_MOST_PITCH = 2**31 - 1
+"""Bytes between two rows of a CUDA copy, at most."""
+
+
+class Rectangle(NamedTuple):
+    """What one copy of a copy engine can be: rows of adjacent bytes.
+
+    Attributes:
+        pool, record: offset of the first byte on each side.
+        width, height: bytes of a row, rows.
+        pool_pitch, record_pitch: bytes from a row to the next.
+    """
+
+    pool: int
+    record: int
+    width: int
+    height: int
+    pool_pitch: int
+    record_pitch: int
 
 
 class Block(NamedTuple):
@@ -53,6 +77,55 @@ class Block(NamedTuple):
             (layers, heads, run.pages, size), self.pool + run.entry * self.entry,
             self.pool_strides, record, self.record_strides, self.entry,
         )  # fmt: skip
+
+    def rectangles(self) -> Iterator[Rectangle]:
+        """The block in rectangles, as few as its shape allows: the longest axis makes the rows."""
+        width = self.shape[3]
+        axes = [
+            axis
+            for axis in (2, 1, 0)
+            if width <= self.pool_strides[axis] <= _MOST_PITCH
+            and width <= self.record_strides[axis] <= _MOST_PITCH
+        ]
+        rows = max(axes, key=lambda axis: self.shape[axis], default=2)
+        height = self.shape[rows]
+        here, there = self.pool_strides[rows], self.record_strides[rows]
+        if height == 1 or here == there == width:
+            width, height, here, there = width * height, 1, width * height, width * height
+        counts = [1 if axis == rows else self.shape[axis] for axis in range(3)]
+        for place in itertools.product(*map(range, counts)):
+            pool, record = self.pool, self.record
+            for i, ours, theirs in zip(place, self.pool_strides, self.record_strides, strict=True):
+                pool, record = pool + i * ours, record + i * theirs
+            yield Rectangle(pool, record, width, height, here, there)
+
+    def in_pool(self, storage: Tensor) -> Tensor:
+        """A view of the pool's bytes, `[entries, layers, heads, bytes]`: for the kernel."""
+        layers, heads, _, width = self.shape
+        size = (layers, heads, width)
+        strides = (*self.pool_strides[:2], 1)
+        span = sum((n - 1) * stride for n, stride in zip(size, strides, strict=True)) + 1
+        entries = (storage.numel() - self.pool - span) // self.entry + 1
+        return storage.as_strided((entries, *size), (self.entry, *strides), self.pool)
+
+    def in_records(self, records: Tensor) -> Tensor:
+        """A view of records, `[n, layers, heads, bytes]`: for the kernel."""
+        layers, heads, _, width = self.shape
+        strides = (self.record_strides[2], *self.record_strides[:2], 1)
+        at = records.storage_offset() + self.record
+        return records.as_strided((len(records), layers, heads, width), strides, at)
+
+
+def check_records(records: Tensor, count: int, record_bytes: int) -> None:
+    """Raise ValueError unless there are `count` records, uint8, in host memory, each contiguous."""
+    good = records.dtype == torch.uint8 and records.device.type == "cpu"
+    good = good and records.shape == (count, record_bytes) and records.stride(1) == 1
+    if not good or (count > 1 and records.stride(0) < record_bytes):
+        raise ValueError(
+            f"records of {count} pages are uint8 [{count}, {record_bytes}] in host memory with "
+            f"contiguous rows, got {records.dtype} {tuple(records.shape)} at strides "
+            f"{records.stride()} on {records.device}"
+        )
 
 
 def runs_of(entries: Ids, step: int = 1) -> list[Run]:

@@ -11,6 +11,11 @@ from kvpaged.offload.stack import Stack
 from kvpaged.pages.prefix import Match, Node, Trail
 from kvpaged.tiers.record import record_key
 
+AGAIN = 16
+"""Times that computing was quicker after which a load is made all the same: a tier that was slow
+may be quick again, and who never loads does not learn of it.
+"""
+
 
 class Offer(NamedTuple):
     """What a sequence could begin with, if pages of tiers were loaded.
@@ -37,6 +42,7 @@ class Search:
 
     def __init__(self, pool: PoolView, stack: Stack, compute: Line) -> None:
         self._pool, self._stack, self._compute = pool, stack, compute
+        self._refused = 0
         self.declined = 0
         """Pages that were in a tier and quicker to compute."""
         windows = pool.index.windows
@@ -57,7 +63,7 @@ class Search:
         size = self._pool.index.page_size
         held = match.tokens // size
         full = min(len(tokens) // (size * TOKEN_BYTES), -(-limit // size))
-        if full <= held:
+        if match.longest(limit) >= min(full * size, limit):
             return None
         with self._stack.lock:
             self._stack.directory.settle()
@@ -75,6 +81,10 @@ class Search:
                 found.append([one for one in here if one is not None])
             sizes = [(max(n for n, _ in one), sum(size for _, size in one)) for one in found]
             choice = choose(sizes, self._stack.loads, self._compute, size)
+            if choice.pages < len(sizes):
+                self._refused += 1
+                if self._refused % AGAIN == 0:
+                    choice = choice._replace(pages=len(sizes))
             self.declined += len(sizes) - choice.pages
             pages = self._fitting(held + choice.pages, nodes, keys, up)
             if min(pages * size, limit) <= match.longest(limit):

@@ -130,15 +130,19 @@ class TierWorker:
         with self._cond:
             if not self.up:
                 raise TierDownError(f"tier {self.tier.name} is not asked now")
-            self._jobs[not urgent].append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_serve, args=(weakref.ref(self), self._cond), daemon=True,
-                    name=f"kvpaged {self.tier.name}",
-                )  # fmt: skip
-                self._thread.start()
-            self._cond.notify_all()
+            self._queue(job, urgent=urgent)
         return job
+
+    def _queue(self, job: Job, *, urgent: bool) -> None:
+        """Leave a job to the thread; the condition is held."""
+        self._jobs[not urgent].append(job)
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_serve, args=(weakref.ref(self), self._cond), daemon=True,
+                name=f"kvpaged {self.tier.name}",
+            )  # fmt: skip
+            self._thread.start()
+        self._cond.notify_all()
 
     def wait(self, job: Job, timeout: float | None) -> Any:
         """What a job gives.
@@ -196,37 +200,29 @@ class TierWorker:
         """End its thread, and close the tier; false if that did not happen in time (the thread is
         left to itself).
         """
+        last = Job(lambda _: self.tier.close(), None)
         with self._cond:
             if self._closed:
                 return True
+            self._closed = True
             waiting = [job for jobs in self._jobs for job in jobs]
             for jobs in self._jobs:
                 jobs.clear()
+            parked = self.parked
+            if not parked:  # it may rest: that is no reason not to close it, nor to wait for ever
+                self._queue(last, urgent=True)
         for job in waiting:
             job.cancelled = True
+            job.error = TierDownError(f"tier {self.tier.name} is closed")
             job.end()
+        if parked:
+            return False
         try:
-            job = self.submit(lambda _: self.tier.close(), urgent=True)
-            self.wait(job, timeout)
-            ended = True
-        except TierDownError:
-            ended = False
-            if not self.parked:  # resting: it has no call under way
-                self._quietly_close()
-                ended = True
+            self.wait(last, timeout)
         except Exception as error:  # a tier's own: there is nothing left to lose
             log.warning("tier %s did not close: %s", self.tier.name, error)
-            ended = not isinstance(error, TimeoutError)
-        with self._cond:
-            self._closed = True
-            self._cond.notify_all()
-        return ended
-
-    def _quietly_close(self) -> None:
-        try:
-            self.tier.close()
-        except Exception as error:  # as above
-            log.warning("tier %s did not close: %s", self.tier.name, error)
+            return not isinstance(error, TimeoutError)
+        return True
 
 
 def _serve(of: "weakref.ref[TierWorker]", cond: threading.Condition) -> None:

@@ -44,10 +44,17 @@ def page_checksums(
     """Checksums of the slices of pages, int64 `[n, layers]`, K and V of a layer summed as one
     slice; of some layers only if `layers` says so.
     """
+    entries = page_class.entry_tensor(ids)
+    return entry_checksums(page_class, entries, backend=backend, layers=layers)
+
+
+def entry_checksums(
+    page_class: PageClass, entries: Tensor, *, backend: Backend, layers: slice = ALL_LAYERS
+) -> Tensor:
+    """`page_checksums` of pages whose entries, int64 `[n]`, are on the device already."""
     geometry = page_class.geometry
     words = page_class.flat.view(torch.int32)
     size = words.numel() * 4
-    entries = page_class.entry_tensor(ids)
     total: Tensor | None = None
     for kind in _kinds(page_class):
         view = geometry.words(kind, pages=page_class.allocator.capacity, storage_bytes=size)

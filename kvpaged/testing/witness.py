@@ -12,9 +12,11 @@ from kvpaged.cache import PagedKVCache
 from kvpaged.config import Layout
 from kvpaged.errors import OutOfPagesError
 from kvpaged.geometry import LayerGroup, PageGeometry
+from kvpaged.offload.options import OffloadOptions
 from kvpaged.pages.allocator import CACHED, SEALED
 from kvpaged.pages.prefix import Node
 from kvpaged.testing.dense import DIM, LAYERS, PAGE, Found, Offers, Origin, Row, attention
+from kvpaged.tiers.base import Tier
 from kvpaged.token_batch import TokenBatch
 
 NAMESPACES = (b"one", b"two")
@@ -38,7 +40,9 @@ class Shape:
     windows: tuple[int | None, ...]
     memory: int
 
-    def make(self) -> PagedKVCache:
+    def make(
+        self, tiers: Sequence[Tier] = (), offload: OffloadOptions | None = None
+    ) -> PagedKVCache:
         """The cache."""
         each = LAYERS // len(self.windows)
         geometry = PageGeometry(
@@ -48,8 +52,10 @@ class Shape:
             LayerGroup(geometry=geometry, layers=tuple(range(n * each, (n + 1) * each)), window=w)
             for n, w in enumerate(self.windows)
         ]
-        name = NAMESPACES[0]
-        return PagedKVCache(groups, self.memory, namespace=name, layout=self.layout, backend="cpu")
+        return PagedKVCache(
+            groups, self.memory, namespace=NAMESPACES[0], layout=self.layout, backend="cpu",
+            tiers=tiers, offload=offload,
+        )  # fmt: skip
 
 
 LAYOUTS: tuple[Layout, ...] = ("page-major", "layer-major")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvpaged import ops
-from kvpaged.errors import IntegrityError
+from kvpaged.errors import ConfigError, IntegrityError
 from kvpaged.geometry import PageGeometry
 from kvpaged.keys import KEY_BYTES, TOKEN_BYTES
 
@@ -136,10 +136,13 @@ class Head:
             raise IntegrityError("the head of a page record does not match its checksum")
         if form != EXACT or dtype >= len(DTYPES):
             raise IntegrityError(f"a page record of format {form} and dtype {dtype} is not known")
-        geometry = PageGeometry(
-            layers=layers, kv_heads=kv_heads, head_dim=k_width, v_dim=v_width,
-            page_size=page_size, dtype=DTYPES[dtype],
-        )  # fmt: skip
+        try:
+            geometry = PageGeometry(
+                layers=layers, kv_heads=kv_heads, head_dim=k_width, v_dim=v_width,
+                page_size=page_size, dtype=DTYPES[dtype],
+            )  # fmt: skip
+        except ConfigError as error:
+            raise IntegrityError(f"a page record of no page there can be: {error}") from error
         at = _FIXED.size + 8 * layers
         return cls(
             group=group, geometry=geometry, depth=depth, key=key, before=before,

@@ -24,7 +24,7 @@ LAYOUTS = ("page-major", "layer-major")
 def make(
     shape: str = "plain", layout: str = "page-major", *, pages: int = 12, checksums: bool = True
 ) -> PageClass:
-    """A class whose pages are random bytes; in two frames, so ids and bytes part company."""
+    """A class whose pages are random bytes."""
     geometry = PageGeometry(layout=layout, **SHAPES[shape])  # type: ignore[arg-type]
     pool = PagePool(
         [geometry], memory=pages * geometry.page_bytes, device=torch.device("cpu"),
@@ -58,6 +58,10 @@ def records_of(page_class: PageClass, ids: np.ndarray) -> torch.Tensor:
 def sums_of(page_class: PageClass, records: torch.Tensor) -> np.ndarray:
     """The checksums of records' slices, int64 `[n, layers]`."""
     layers = page_class.geometry.layers
-    words = records.contiguous().view(torch.int32).reshape(len(records), layers, 1, -1)
+    words = (
+        records.contiguous()
+        .view(torch.int32)
+        .reshape(len(records), layers, 1, records.shape[1] // layers // 4)
+    )
     found: np.ndarray = checksum(words, torch.arange(len(records))).numpy()
     return found

@@ -50,5 +50,7 @@ def checksum(words: Tensor, entries: Tensor, *, first_word: int = 0) -> Tensor:
             some = page[first : first + at_once]
             product = products[: len(some)]
             np.multiply(some, coefficients, out=product)
-            result[place, first : first + at_once] = product.reshape(len(some), -1).sum(1)
+            result[place, first : first + at_once] = product.reshape(
+                len(some), pieces * piece_words
+            ).sum(1)
     return torch.from_numpy(result)

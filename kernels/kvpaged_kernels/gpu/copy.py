@@ -42,8 +42,9 @@ def as_words(*tensors: Tensor) -> tuple[Tensor, ...]:
     and lengths of all of them allow.
     """
     size = tensors[0].element_size()
-    extents = [t.shape[-1] for t in tensors]
-    extents += [extent for t in tensors for extent in (t.storage_offset(), *t.stride()[:-1])]
+    extents: list[int] = []
+    for t in tensors:
+        extents += [t.shape[-1], int(t.storage_offset()), *t.stride()[:-1]]
     addresses = [0 if t.device.type == "meta" else t.data_ptr() for t in tensors]
     for word in _WIDE_FIRST:
         wide = word.itemsize

@@ -1,0 +1,316 @@
+"""Pages go down and come up by every policy, through stacks of tiers, in any geometry."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from kvpaged import LayerGroup, PagedKVCache, PageGeometry
+from kvpaged.errors import ConfigError
+from kvpaged.offload import demoter
+from kvpaged.offload.options import OffloadOptions
+from kvpaged.testing.dense import PAGE
+from kvpaged.testing.tier_faults import Faulty
+from kvpaged.tiers.base import DEMOTIONS
+from tests.offload.tiered import (
+    GROUPS, PAGE_BYTES, QUICK, cache_of, check, disk, host, run, until, words,
+)  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYOUTS = ("page-major", "layer-major")
+
+
+def settled(cache: PagedKVCache) -> None:
+    assert cache.flush(10)
+    check(cache)
+
+
+def agrees(cache: PagedKVCache) -> None:
+    """What is known of each tier is what it says itself."""
+    for tier in check(cache).tiers:
+        assert tier.records == tier.known_records
+        if tier.name == "host":  # a file has more than records in it
+            assert tier.bytes == tier.known_bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("policy", ["write-through", "write-back"])
+def test_what_left_the_pool_comes_back(policy, groups, layout):
+    """Every sequence is found again after others have taken its pages, to the last full page."""
+    tier = host(policy=policy)
+    with cache_of([tier], pages=14, groups=groups, layout=layout) as cache:
+        prompts = [words(seed, 6 * PAGE + 5) for seed in range(6)]
+        for prompt in prompts:
+            assert run(cache, prompt) == 0
+            settled(cache)
+        for _ in range(2):
+            for prompt in prompts:
+                assert run(cache, prompt) == 6 * PAGE
+                settled(cache)
+        agrees(cache)
+        stats = check(cache)
+        assert stats.tiers[0].promoted > 0
+        assert stats.dropped == 0
+        tier.check_integrity()
+
+
+def test_pages_that_nothing_below_has_are_rescued_as_they_leave():
+    """One step takes more than the mover could have moved before it."""
+    with cache_of([host()], pages=12) as cache:
+        first = words(1, 11 * PAGE)
+        run(cache, first)
+        assert run(cache, words(2, 12 * PAGE)) == 0
+        settled(cache)
+        assert check(cache).dropped == 0
+        assert run(cache, first) == 10 * PAGE + PAGE - 1
+
+
+def test_what_there_is_no_room_to_rescue_is_dropped_and_counted():
+    options = OffloadOptions(
+        staging_bytes=2 * PAGE_BYTES, call_bytes=PAGE_BYTES, write_deadline_s=0.2, close_s=0.2,
+        deadline_s=0.2, linger_s=0.001,
+    )  # fmt: skip
+    tier, hang = Faulty(host()), threading.Event()
+    with cache_of([tier], pages=12, options=options) as cache:
+        tier.hang = hang
+        run(cache, words(1, 11 * PAGE))
+        run(cache, words(2, 12 * PAGE))
+        assert check(cache).dropped > 0
+        hang.set()
+
+
+def test_second_use_takes_what_was_used_twice():
+    """Nothing is put before a page is used again; `note_used` says it is."""
+    tier = host(policy="second-use")
+    with cache_of([tier], pages=40) as cache:
+        prompt = words(1, 4 * PAGE + 1)
+        run(cache, prompt)
+        settled(cache)
+        assert tier.usage().records == 0
+        assert cache.mover is not None
+        with cache.lock:
+            (trail,) = cache.trails(1)
+            assert trail is not None
+            nodes = [node for node in cache.index.nodes() if node.depth <= 2]
+            cache.mover.demoter.note_used(nodes)
+        settled(cache)
+        assert tier.usage().records == 2
+        cache.clear()
+        assert run(cache, prompt) == 2 * PAGE
+
+
+def test_a_host_tier_that_fills_spills_to_the_disk(tmp_path, monkeypatch):
+    """Everything that was ever computed is found, most of it on disk, in stacks of two; looked at
+    a few records at a time, for what is looked at must go on.
+    """
+    monkeypatch.setattr(demoter, "LOOKED_AT", 5)
+    tiers = [host(10), disk(tmp_path, "write-back")]
+    with cache_of(tiers, pages=12) as cache:
+        prompts = [words(seed, 4 * PAGE + 1) for seed in range(12)]
+        for prompt in prompts:
+            run(cache, prompt)
+            settled(cache)
+            until(lambda: not cache.mover._working)  # type: ignore[union-attr]
+        cache.clear()
+        settled(cache)
+        found = [run(cache, prompt) for prompt in prompts]
+        assert found == [4 * PAGE] * 12
+        agrees(cache)
+        assert check(cache).tiers[1].promoted > 0
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_stacks_of_three(tmp_path, groups):
+    tiers = [host(6), host(12), disk(tmp_path)]
+    with cache_of(tiers, pages=14, groups=groups) as cache:
+        prompts = [words(seed, 5 * PAGE + 3) for seed in range(8)]
+        reused = []
+        for _ in range(2):
+            for number, prompt in enumerate(prompts):
+                reused.append(run(cache, prompt, more=number))
+                settled(cache)
+        # A record may go down between the look and the load; then the page is computed.
+        assert reused.count(5 * PAGE) >= 6
+        agrees(cache)
+
+
+def test_records_come_up_ahead(tmp_path):
+    """Keys that are soon asked for are in the first tier when they are."""
+    tiers = [host(), disk(tmp_path)]
+    prompt = words(1, 5 * PAGE + 1)
+    with cache_of(tiers[1:]) as cache:
+        run(cache, prompt)
+        settled(cache)
+    tiers[1] = disk(tmp_path)
+    with cache_of(tiers) as cache:
+        keys = [one.key for one in tiers[1].scan()]
+        assert len(keys) == 5
+        assert cache.mover is not None
+        cache.mover.demoter.note_ahead(keys)
+        until(lambda: tiers[0].usage().records == 5)
+        assert run(cache, prompt) == 5 * PAGE
+        first, second = check(cache).tiers
+        assert (first.promoted, second.promoted) == (5, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_new_cache_finds_what_an_earlier_one_left(tmp_path, groups, layout):
+    """In another layout too: a record is the same."""
+    prompt = words(1, 7 * PAGE + 2)
+    with cache_of([disk(tmp_path)], pages=20, groups=groups, layout=layout) as cache:
+        run(cache, prompt)
+    other = LAYOUTS[LAYOUTS.index(layout) - 1]
+    with cache_of([disk(tmp_path)], pages=20, groups=groups, layout=other) as cache:  # type: ignore[arg-type]
+        assert run(cache, prompt) == 7 * PAGE
+        stats = check(cache)
+        assert stats.loaded == stats.tiers[0].promoted > 0
+        assert stats.sealed == 0
+
+
+def test_only_the_same_namespace_salt_and_geometry_find_it(tmp_path):
+    prompt = words(1, 4 * PAGE + 1)
+    with cache_of([disk(tmp_path)], pages=30) as cache:
+        run(cache, prompt)
+        run(cache, prompt, salt=b"mine")
+    with cache_of([disk(tmp_path)], pages=30) as cache:
+        assert run(cache, prompt, salt=b"other") == 0
+        cache.refresh(b"two")
+        assert run(cache, prompt, namespace=b"two") == 0
+        cache.refresh(b"one")
+        cache.clear()
+        assert run(cache, prompt, salt=b"mine") == 4 * PAGE
+        assert run(cache, prompt) == 4 * PAGE
+    geometry = PageGeometry(layers=2, kv_heads=2, head_dim=8, page_size=16, dtype=torch.float32)
+    groups = [LayerGroup(geometry=geometry, layers=(0, 1))]
+    tier = disk(tmp_path)
+    with PagedKVCache(groups, "1MiB", namespace=b"one", tiers=[tier], offload=QUICK) as cache:
+        batch = cache.batch([prompt])
+        assert batch.reused.tolist() == [0]
+        assert check(cache).tiers[0].promoted == 0
+
+
+def test_windowed_pages_are_loaded_where_the_pool_has_the_others():
+    """Only what a window sees had gone: the pages come back, and into the index."""
+    tier = host(policy="write-through")
+    with cache_of([tier], pages=30, groups="full and window") as cache:
+        prompt = words(1, 6 * PAGE + 1)
+        run(cache, prompt)
+        settled(cache)
+        windowed = cache.classes[1].allocator
+        with cache.lock:
+            while windowed.cached_pages():
+                windowed.evict_oldest()
+        check(cache)
+        assert run(cache, prompt) == 6 * PAGE
+        found = check(cache)
+        assert found.tiers[0].promoted == 2
+        assert run(cache, prompt) == 6 * PAGE
+        assert check(cache).tiers[0].promoted == 2, "what was loaded did not stay"
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("lost", range(7))
+def test_a_load_that_ends_early_gives_the_pages_before_that(groups, lost):
+    """One record has gone from the tier unnoticed; the pool has some pages in part."""
+    tier = host(policy="write-through")
+    with cache_of([tier], pages=30, groups=groups) as cache:
+        prompt = words(1, 7 * PAGE + 1)
+        run(cache, prompt)
+        settled(cache)
+        cache.clear()
+        assert run(cache, prompt[: 3 * PAGE + 1]) == 3 * PAGE
+        if len(cache.classes) == 2:
+            with cache.lock:
+                cache.classes[1].allocator.evict_oldest()
+        keys = [one.key for one in tier.scan()]
+        by_key = {node.key: node.depth for node in cache.index.nodes()}
+        gone = [key for key in keys if by_key.get(key[1:-2], lost + 1) == lost + 1][:1]
+        tier.delete(gone)
+        tier.gone.clear()
+        run(cache, prompt)
+        settled(cache)
+        assert run(cache, prompt) == 7 * PAGE
+
+
+@pytest.mark.parametrize("policy", DEMOTIONS)
+def test_a_tier_that_takes_nothing_is_not_asked_for_ever(policy):
+    """The mover is at rest after it was refused: it offered the same pages again and again."""
+    tier = Faulty(host(policy=policy))
+    tier.full = True
+    with cache_of([tier], pages=12) as cache:
+        for seed in range(4):
+            run(cache, words(seed, 6 * PAGE))
+        settled(cache)
+        before = tier.calls
+        for _ in range(20):
+            cache.mover._woken.set()  # type: ignore[union-attr]
+            threading.Event().wait(0.01)
+        assert tier.calls <= before + 1
+
+
+def test_a_lower_tier_that_takes_nothing_is_not_asked_for_ever():
+    below = Faulty(host())
+    below.full = True
+    with cache_of([host(8), below], pages=12) as cache:
+        for seed in range(5):
+            run(cache, words(seed, 6 * PAGE))
+        settled(cache)
+        threading.Event().wait(0.1)
+        before = below.calls
+        threading.Event().wait(0.3)
+        assert below.calls - before <= 3, "once for each idle turn"
+
+
+def test_a_first_tier_smaller_than_what_presses_is_left_alone():
+    """Each page it takes costs it another, which would come again."""
+    tier = host(2)
+    with cache_of([tier], pages=32) as cache:
+        for seed in range(5):
+            run(cache, words(seed, 7 * PAGE))
+        settled(cache)
+        before = check(cache).tiers[0].demoted
+        threading.Event().wait(0.5)
+        assert check(cache).tiers[0].demoted == before
+
+
+def test_flush_says_if_a_tier_is_behind():
+    tier = Faulty(host(policy="write-through"))
+    tier.dead = True
+    with cache_of([tier]) as cache:
+        run(cache, words(1, 4 * PAGE))
+        assert not cache.flush(0.1)
+        tier.dead = False
+        cache.mover.stack.workers[0].health.succeeded()  # type: ignore[union-attr]
+        assert cache.flush(10)
+        assert tier.usage().records == 4
+
+
+def test_a_tier_that_was_slow_is_tried_again():
+    """One measurement said computing is quicker, and nothing was ever measured again."""
+    tier = host(policy="write-through")
+    with cache_of([tier]) as cache:
+        prompt = words(1, 4 * PAGE + 1)
+        run(cache, prompt)
+        settled(cache)
+        mover = cache.mover
+        assert mover is not None
+        mover.stack.loads[0].add(PAGE_BYTES, 100.0)
+        mover.note_pass(64, 0.001)
+        found = []
+        for _ in range(32):
+            cache.clear()
+            found.append(run(cache, prompt))
+        assert found[:8] == [0] * 8, "computing is quicker"
+        assert 4 * PAGE in found
+        assert np.mean(found) < PAGE
+
+
+def test_what_is_no_tier_and_staging_without_room_are_named():
+    with pytest.raises(ConfigError, match="a tier is a"):
+        cache_of(["host"])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="no room for two pages"):
+        cache_of([host()], options=OffloadOptions(staging_bytes=100))
