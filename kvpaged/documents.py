@@ -1,7 +1,9 @@
 """Prefilled documents as files, from one cache to another of the same model."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -138,6 +140,18 @@ def _check_kind(cache: CacheBooks, header: Header, path: str | os.PathLike[str])
             raise UsageError(f"layer group {number} of the document is {theirs}, here it is {here}")
 
 
+class _Home(NamedTuple):
+    """A page of the pool for one of a document; a new one is to be filled."""
+
+    place: int
+    page: int
+    new: bool
+
+
+def _order(piece: Piece) -> tuple[int, int]:
+    return piece.place, piece.group
+
+
 class _Import:
     """A document on its way into a cache: chunk by chunk into the pool until that is full, and into
     the tiers. It holds the pages it entered until the end.
@@ -169,8 +183,7 @@ class _Import:
         finally:
             with self._cache.lock:
                 if not self._cache.closed:
-                    for page_class, held in zip(self._view.classes, self._held, strict=True):
-                        page_class.allocator.release(np.array(held, np.int32))
+                    self._release(self._held)
         return self._usable() * self._cache.config.page_size
 
     def _chunks(self) -> Iterator[list[Piece]]:
@@ -211,86 +224,96 @@ class _Import:
         """
         if not self._room:
             return
-        groups = range(len(pages))
-        wanted = [len(some) for some in pages]
         with self._cache.lock:
             self._cache.check_open()
             self._cache.collect_garbage()
-            taken, self._room = self._take(pages)
-        good = False
+            homes = self._take(pages)
         try:
-            for group in groups:
-                self._copy(group, pages[group][: len(taken[group])], taken[group])
-            good = True
-        finally:
+            for group, mine in enumerate(homes):
+                self._fill(group, pages[group], mine)
+        except BaseException:
             with self._cache.lock:
-                if good:
-                    self._into_index(pages, taken)
-                for group in groups if not good else ():
-                    self._view.classes[group].allocator.release(np.array(taken[group], np.int32))
-        assert not self._room or [len(some) for some in taken] == wanted
+                self._release([[home.page for home in mine] for mine in homes])
+            raise
+        with self._cache.lock:
+            self._into_index(homes)
 
-    def _take(self, pages: list[list[Gathered]]) -> tuple[list[list[int]], bool]:
-        """A page for each, and whether there was room for all; the lock is held."""
-        places = sorted({one.piece.place for some in pages for one in some})
-        queues = [[one.piece.place for one in some] for some in pages]
-        taken: list[list[int]] = [[] for _ in pages]
-        for place in places:
-            now: list[tuple[int, int]] = []
-            for group, queue in enumerate(queues):
-                if len(taken[group]) == len(queue) or queue[len(taken[group])] != place:
-                    continue
-                allocator = self._view.classes[group].allocator
-                last = taken[group][-1] if taken[group] else None
-                try:
-                    now.append((group, int(allocator.alloc(1, last)[0])))
-                except OutOfPagesError:
-                    for other, page in now:
-                        one = np.array([page], np.int32)
-                        self._view.classes[other].allocator.release(one)
-                    return taken, False
-            for group, page in now:
-                taken[group].append(page)
-        return taken, True
+    def _take(self, pages: list[list[Gathered]]) -> list[list[_Home]]:
+        """For each page one of the pool, held: that of the same tokens, where it is there, or a new
+        one; those from the first on for which there is room. The lock is held.
+        """
+        header = self._reader.header
+        match = self._view.index.find(self._trail, header.tokens, header.pages * header.page_size)
+        nodes = match.nodes[: match.tokens // header.page_size]
+        homes: list[list[_Home]] = [[] for _ in pages]
+        for piece in sorted((one.piece for some in pages for one in some), key=_order):
+            place, group = piece.place, piece.group
+            allocator, mine = self._view.classes[group].allocator, homes[group]
+            there = nodes[place].pages[group] if place < len(nodes) else None
+            try:
+                if there is not None:
+                    allocator.share(np.array([there], np.int32))
+                    mine.append(_Home(place, there, new=False))
+                else:
+                    last = mine[-1].page if mine else None
+                    mine.append(_Home(place, int(allocator.alloc(1, last)[0]), new=True))
+            except OutOfPagesError:
+                self._room = False
+                over = [[h for h in some if h.place >= place] for some in homes]
+                self._release([[home.page for home in some] for some in over])
+                return [[h for h in some if h.place < place] for some in homes]
+        return homes
 
-    def _copy(self, group: int, pages: list[Gathered], taken: list[int]) -> None:
-        if not taken:
-            return
-        ids = np.array(taken, np.int32)
-        body = pages[0].body
-        bodies = body.as_strided((len(ids), body.numel()), (body.numel(), 1))
+    def _release(self, pages: list[list[int]]) -> None:
+        for page_class, ids in zip(self._view.classes, pages, strict=True):
+            page_class.allocator.release(np.array(ids, np.int32))
+
+    def _fill(self, group: int, pages: list[Gathered], homes: list[_Home]) -> None:
+        """Copy bodies, which lie side by side, to new pages."""
         layers = slice(0, self._view.classes[group].geometry.layers)
-        ticket = self._view.copies[group].into(ids, bodies, _sums(pages), layers)
-        ticket.wait()
-        wrong = ticket.wrong()
-        if wrong.any():
-            place = pages[int(wrong.argmax())].piece.place
-            raise IntegrityError(f"page {place}, layer group {group}, did not reach the pool whole")
+        both = list(zip(pages, homes, strict=False))
+        for new, run in itertools.groupby(both, key=lambda each: each[1].new):
+            some = list(run)
+            if not new:
+                continue
+            ids = np.array([home.page for _, home in some], np.int32)
+            first = some[0][0].body
+            bodies = first.as_strided((len(ids), first.numel()), (first.numel(), 1))
+            sums = _sums([one for one, _ in some])
+            ticket = self._view.copies[group].into(ids, bodies, sums, layers)
+            ticket.wait()
+            wrong = ticket.wrong()
+            if wrong.any():
+                place = some[int(wrong.argmax())][1].place
+                raise IntegrityError(
+                    f"page {place}, layer group {group}, did not reach the pool whole"
+                )
 
-    def _into_index(self, pages: list[list[Gathered]], taken: list[list[int]]) -> None:
+    def _into_index(self, homes: list[list[_Home]]) -> None:
         """Enter pages that are filled; the lock is held."""
-        index = self._view.index
-        by_place: dict[int, list[int | None]] = {}
-        tokens: dict[int, bytes] = {}
-        for group, ids in enumerate(taken):
+        places: dict[int, list[int | None]] = {}
+        for group, mine in enumerate(homes):
             allocator = self._view.classes[group].allocator
-            allocator.states[np.array(ids, np.int64)] = SEALED
-            self._cache.counters.sealed += len(ids)
-            self._held[group] += ids
-            for one, page in zip(pages[group], ids, strict=False):
-                by_place.setdefault(one.piece.place, [None] * len(taken))[group] = page
-                tokens[one.piece.place] = one.piece.tokens
-        for place in sorted(by_place):
-            node = index.enter(self._trail, tokens[place], by_place[place])
+            new = np.array([home.page for home in mine if home.new], np.int32)
+            allocator.states[new] = SEALED
+            self._cache.counters.sealed += len(new)
+            self._held[group] += [home.page for home in mine]
+            for home in mine:
+                places.setdefault(home.place, [None] * len(homes))[group] = home.page
+        # Where all groups have a window, the first pages of a document are in none.
+        for place in range(self._trail.node.depth, max(places, default=-1) + 1):
+            pages = places.get(place, [None] * len(homes))
+            node = self._view.index.enter(self._trail, self._reader.header.text(place), pages)
             if node is None:
                 self._room = False
                 return
-            for group, (mine, there) in enumerate(zip(by_place[place], node.pages, strict=True)):
-                if there is not None and mine is not None and there != mine:  # hold that one too
+            for group, (page, there) in enumerate(zip(pages, node.pages, strict=True)):
+                if page is None or there is None:
+                    continue
+                if there != page:  # somebody else was first
                     self._view.classes[group].allocator.share(np.array([there], np.int32))
                     self._held[group].append(there)
-                if mine is not None:
-                    self._there[group].add(place)
+                self._there[group].add(place)
 
     # -- into tiers --------------------------------------------------------------------------------
 
