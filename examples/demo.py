@@ -194,9 +194,12 @@ def ask_both(
             return_dict=True,
         )
         if number == 1:  # the first calls of a process choose kernels: not in the figures
+            end = {
+                name: part[:, -48:] for name, part in prompt.items()
+            }  # begins as no question does
             for side in (theirs, ours):
-                warm = functools.partial(side.open, prompt)
-                _, past = answer(model, tokenizer, prompt, warm, new_tokens=2, show=False)
+                warm = functools.partial(side.open, end)
+                _, past = answer(model, tokenizer, end, warm, new_tokens=2, show=False)
             past.close()
             forget()
         print(textwrap.fill(f"{number}/{len(questions)}   {question}", 88))
@@ -236,7 +239,7 @@ def restart(folder: Path, prompt: Any) -> None:
     script = Path(__file__).with_name("restart.py")
     command = [sys.executable, str(script), str(folder / "kv"), "--prompt", str(ids)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    print(textwrap.indent(textwrap.fill(done.stdout.strip(), 88), "  "))
+    print(textwrap.indent(textwrap.fill(done.stdout.strip(), 86), "  "))
 
 
 def main() -> None:
