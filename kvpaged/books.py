@@ -130,6 +130,7 @@ class CacheBooks:
         self.closed = False
         self._garbage: deque[list[BlockTable]] = deque()
         self._batches: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._view: PoolView | None = None
         self.mover: Mover | None = None
         if tiers:
             self.mover = Mover(self.page_view(), tiers, offload or OffloadOptions())
@@ -269,6 +270,7 @@ class CacheBooks:
             self.index = PrefixIndex([], [], self.config.page_size)
             self.pools = ()
             self.classes = ()
+            self._view = None
 
     def check_open(self) -> None:
         """Raise `UsageError` once closed."""
@@ -379,10 +381,10 @@ class CacheBooks:
 
     def page_view(self) -> PoolView:
         """Its pages, for whoever copies them out of the pool or into it."""
-        if self.mover is not None:
-            return self.mover.pool
-        order = [self._places[layer] for layer in self.layers]
-        return view_of(self.lock, self.index, self.classes, self.backends, order)
+        if self._view is None:  # on a GPU copies are measured when they are made
+            order = [self._places[layer] for layer in self.layers]
+            self._view = view_of(self.lock, self.index, self.classes, self.backends, order)
+        return self._view
 
     def make_rows(self, rows: int) -> list[GroupRows]:
         """For a new batch: its rows in each group, without pages."""
