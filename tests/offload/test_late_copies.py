@@ -15,6 +15,7 @@ from kvpaged import PagedKVCache, books
 from kvpaged.batch import Batch
 from kvpaged.errors import IntegrityError, OutOfPagesError
 from kvpaged.loading import Ahead
+from kvpaged.offload import pool
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.promotion import LoadError, Promotion
 from kvpaged.pages.allocator import Lease, PageAllocator
@@ -49,12 +50,12 @@ class Device:
 
     def __init__(self, monkeypatch, drive: Drive, seed: int = 0, **shares: float) -> None:
         self.copies: list[SimulatedCopies] = []
-        view_of = books.view_of
+        view_of = pool.view_of
 
         def simulated(*arguments):
             view = view_of(*arguments)
             self.copies = [
-                SimulatedCopies(inner, seed=seed + number, drive=drive, **shares)  # type: ignore[arg-type]
+                SimulatedCopies(inner, seed=seed + number, drive=drive, **shares)
                 for number, inner in enumerate(view.copies)
             ]
             immediate = (False,) * len(self.copies)
@@ -94,7 +95,7 @@ def leased(cache: PagedKVCache) -> int:
 
 def flushed(cache: PagedKVCache, device: Device) -> None:
     assert cache.mover is not None
-    device.land_until(lambda: cache.mover.flush(0.01, down=False))  # type: ignore[union-attr]
+    device.land_until(lambda: cache.mover.flush(0.01, down=False))
 
 
 def filled(device: Device, tier: Tier, prompt: list[int], **options) -> PagedKVCache:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvpaged import LayerGroup, PagedKVCache, PageGeometry
+from kvpaged.config import Layout
 from kvpaged.errors import ConfigError
 from kvpaged.offload import demoter
 from kvpaged.offload.options import OffloadOptions
@@ -28,7 +29,7 @@ from tests.offload.tiered import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYOUTS = ("page-major", "layer-major")
+LAYOUTS: tuple[Layout, ...] = ("page-major", "layer-major")
 
 
 def settled(cache: PagedKVCache) -> None:
