@@ -15,7 +15,7 @@ from kvpaged.offload.promotion import Promotion
 from kvpaged.offload.search import Offer
 from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.extents import Ids
-from kvpaged.pages.prefix import Match, Trail
+from kvpaged.pages.prefix import Match, Node, Trail
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog
@@ -123,10 +123,16 @@ class Sequences:
         full = length // size
         if full:
             trail.node = nodes[full - 1]
+        self._note_used(nodes[:full])
         self.settled[row] = full
         self.lengths[row] = length
         self.logs[row].extend(ids)
         self._mark(row)
+
+    def _note_used(self, nodes: list[Node]) -> None:
+        """A row begins with these pages: some tiers take what is used a second time."""
+        if self._cache.mover is not None:
+            self._cache.mover.demoter.note_used(nodes)
 
     def begin_loading(self, row: int, match: Match, ids: TokenIds, limit: int) -> Promotion | None:
         """Let an empty row begin with pages of its tokens `ids` that are in the pool and others
@@ -155,6 +161,7 @@ class Sequences:
             held -= 1  # before what windows see a row holds nothing
         if held:
             trail.node = offer.nodes[held - 1]
+        self._note_used(offer.nodes[:held])
         self.settled[row] = held
         self.lengths[row] = offer.tokens
         self.logs[row].extend(ids[: offer.tokens])

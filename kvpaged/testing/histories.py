@@ -6,7 +6,7 @@ machine of hypothesis does the same from `RULES`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 import numpy as np
@@ -94,7 +94,8 @@ class Histories(Witness):
             self._asked += len(prompt)
             fresh = Row(origin)
             fresh.add(prompt[:reused], fresh.next(prompt[:reused], origin.namespace))
-            fresh.keys = found.path[: reused // PAGE]
+            ever = self._offers.find(origin, prompt, self._offers.dense) if self._tiered else found
+            fresh.keys = ever.path[: reused // PAGE]
             held.rows.append(fresh)
             for key in found.nearest:  # taken up and let go again, if one was in part of use
                 self._waits.pop(key, None)
@@ -288,13 +289,22 @@ class Histories(Witness):
 
 def drive(shape: Shape, steps: int, seed: int, counts: Counter[str] | None = None) -> Histories:
     """A random history of so many steps; an error says by which rules it came about."""
-    random, history = Random(seed), Histories(shape, counts)
-    weights = [weight for weight, _ in RULES.values()]
-    for number, rule in enumerate(random.choices(list(RULES), weights, k=steps), 1):
-        arguments = {name: random.randint(0, most) for name, most in RULES[rule][1].items()}
+    history = Histories(shape, counts)
+    run_rules(history, RULES, steps, seed, str(shape))
+    return history
+
+
+def run_rules(
+    history: Histories, rules: Mapping[str, tuple[int, dict[str, int]]], steps: int, seed: int,
+    name: str,
+) -> None:  # fmt: skip
+    """So many random steps of a history by rules as `RULES`; `name` is what an error calls it."""
+    random = Random(seed)
+    weights = [weight for weight, _ in rules.values()]
+    for number, rule in enumerate(random.choices(list(rules), weights, k=steps), 1):
+        arguments = {key: random.randint(0, most) for key, most in rules[rule][1].items()}
         try:
             history.run(rule, **arguments)
         except Exception as error:  # goes on, with how it came about
-            error.add_note(f"{shape}, seed {seed}, step {number} of {steps}: {rule} {arguments}")
+            error.add_note(f"{name}, seed {seed}, step {number} of {steps}: {rule} {arguments}")
             raise
-    return history

@@ -10,6 +10,7 @@ import torch
 
 from kvpaged import PagedKVCache
 from kvpaged.config import Layout
+from kvpaged.errors import IntegrityError
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.report import OffloadStats
 from kvpaged.testing.dense import DIM, LAYERS, PAGE, Origin, Row, attention
@@ -89,8 +90,7 @@ def run(
     """
     batch = cache.batch([list(ids)], salt=salt)
     reused = int(batch.reused[0])
-    row = Row(Origin(namespace, salt, 0))
-    row.add(list(ids)[:reused], row.next(list(ids)[:reused], namespace))
+    row = row_of(ids[:reused], salt, namespace)
     compute(cache, batch, row, list(ids)[reused:], namespace)
     for token in range(more):
         batch.extend([[token]])
@@ -118,10 +118,22 @@ def compute(
         expected = attention(part[:, :DIM], part[:, DIM:], part[before:, :DIM], window)
         assert np.abs(out - expected).max(initial=0) < 1e-5, "attention is over other bytes"
     batch.commit_computed()
+    compare(cache, batch, row)
+
+
+def compare(cache: PagedKVCache, batch: TokenBatch, row: Row) -> None:
+    """Raise `IntegrityError` unless a batch's row holds its tokens' bytes."""
     for layer, (first, found) in enumerate(bytes_of(cache, batch, 0)):
         expected = row.dense[first:, layer * 2 * DIM : (layer + 1) * 2 * DIM]
-        count = len(expected)
-        assert np.array_equal(found[:count], expected), "a row holds other bytes than its tokens'"
+        if not np.array_equal(found[: len(expected)], expected):
+            raise IntegrityError("a row holds other bytes than its tokens'")
+
+
+def row_of(ids: Sequence[int], salt: bytes | None = None, namespace: bytes = NAMESPACES[0]) -> Row:
+    """What a sequence must hold."""
+    row = Row(Origin(namespace, salt, 0))
+    row.add(list(ids), row.next(list(ids), namespace))
+    return row
 
 
 def until(condition: Callable[[], object], what: str = "it did not come to that") -> None:
