@@ -60,8 +60,10 @@ class Work:
 
 
 class System(ABC):
-    """Attributes:
-    lower: where a prompt is that was driven out of the pool: `"host"`, `"disk"`, or `None`.
+    """Something that serves over a folder.
+
+    Attributes:
+        lower: where a prompt is that was driven out of the pool: `"host"`, `"disk"`, or `None`.
     """
 
     lower: str | None
@@ -121,7 +123,6 @@ class VLLM(System):
         }
         if transfer is not None:
             options["kv_transfer_config"] = {"kv_role": "kv_both", **transfer}
-        # Its least pool of a row is a whole request, in blocks.
         engine = VLLMEngine(self._python, work.dtype, rows=2, length=work.length, options=options)
         try:
             yield engine

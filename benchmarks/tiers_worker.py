@@ -3,8 +3,8 @@
     python -m benchmarks.tiers_worker '{"loop": "generate", "dtype": "bfloat16", "memory": 50000000,
                                         "host": 1000000000, "disk": "/folder", "compile": false}'
 
-Asked as vLLM is (`kvpaged.bench.vllm_runner`), one prompt at a time. The end of its input closes the
-cache, so that what tiers still have to write is written.
+Asked as vLLM is (`kvpaged.bench.vllm_runner`), one prompt at a time. The end of its input closes
+the cache, so that what tiers still have to write is written.
 """
 
 import json
@@ -21,6 +21,7 @@ from benchmarks import common
 from benchmarks.systems import generate_with, load_model
 from kvpaged import DiskTier, Generator, HostTier, PagedKVCache, SamplingParams
 from kvpaged.bench.common import PAGE_SIZE
+from kvpaged.tiers.base import Tier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +41,9 @@ class Served(NamedTuple):
 Loop = Callable[[list[int], int], Served]
 
 
-def make_tiers(host: int | None, disk: str | Path | None) -> list[HostTier | DiskTier]:
+def make_tiers(host: int | None, disk: str | Path | None) -> list[Tier]:
     """The levels under the pool: bytes of host memory, a folder; `None`: without."""
-    tiers: list[HostTier | DiskTier] = []
+    tiers: list[Tier] = []
     if host is not None:
         tiers.append(HostTier(host))
     if disk is not None:
