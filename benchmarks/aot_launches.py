@@ -16,6 +16,7 @@ from kvpaged_kernels.gpu.decode_configs import DecodeConfig
 from kvpaged_kernels.gpu.launch import Device, Launch
 from kvpaged_kernels.gpu.plan import Shape, plan_launch
 from kvpaged_kernels.gpu.prefill import prefill_launch
+from kvpaged_kernels.gpu.transfer import fill_launch
 
 
 class Target(NamedTuple):
@@ -159,6 +160,11 @@ def launch_of(shipped: Shipped, device: Device) -> Launch:
             shape = (_ENTRIES, 1, 2**20 + 1)
         pages = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         return copy_launch(pages, entries, entries)
+    if shipped.kernel == "transfer":  # layer-major pages of 16 KiB a head and kind
+        piece = (_LAYERS, shipped.kv_heads, 2**14 // dtype.itemsize)
+        apart = (16 * _UNIT // dtype.itemsize, 2**40, 2**32, 1)
+        pages = torch.empty_strided((_ENTRIES, *piece), apart, dtype=dtype, device="meta")
+        return fill_launch(_meta(_ROWS, *piece, dtype=dtype), pages, entries)
     if shipped.kernel == "checksum":
         words = shipped.page_size * shipped.k_dim // 2
         pieces = 2 * shipped.kv_heads

@@ -24,8 +24,8 @@ from benchmarks import common, gpu_peers, triton_peers
 from benchmarks.gpu_common import LIMIT_S, Record, Setting
 
 PARTS = (
-    "report", "correctness", "tune", "decode", "prefill", "pages", "layout", "end_to_end",
-    "serving",
+    "report", "correctness", "tune", "decode", "prefill", "pages", "transfer", "layout",
+    "end_to_end", "serving",
 )  # fmt: skip
 GRACE_S = 90
 """How long after its limit a part is stopped, whatever it is at."""

@@ -24,20 +24,24 @@ from benchmarks.gpu_common import (
 )
 from kvpaged.config import Layout
 from kvpaged.geometry import PageGeometry, View
+from kvpaged.offload.runs import blocks_of
 from kvpaged_kernels.gpu.append import append
 from kvpaged_kernels.gpu.checksum import checksum
 from kvpaged_kernels.gpu.copy import copy_pages
 from kvpaged_kernels.gpu.decode import paged_decode
 from kvpaged_kernels.gpu.prefill import paged_prefill
+from kvpaged_kernels.gpu.transfer import fill_pages
 from kvpaged_kernels.reference import append as append_oracle
 from kvpaged_kernels.reference import attention as attention_oracle
 from kvpaged_kernels.reference import checksum as checksum_oracle
 from kvpaged_kernels.reference import copy as copy_oracle
+from kvpaged_kernels.reference import transfer as transfer_oracle
 
 KERNELS: dict[str, Any] = {
     "append": append,
     "copy_pages": copy_pages,
     "checksum": checksum,
+    "fill_pages": fill_pages,
     "paged_decode": paged_decode,
     "paged_prefill": paged_prefill,
 }
@@ -316,9 +320,37 @@ def check_checksum(case: Case, device: torch.device, kernel: Any) -> Verdict:
     return judge_exact(*results)
 
 
+def check_fill(case: Case, device: torch.device, kernel: Any) -> Verdict:
+    """The last layer of every page in use, from records in pinned memory; every byte of the pool
+    is compared.
+    """
+    shape, found = shape_of(case), random_sequences(case.lengths, shape_of(case), device)
+    pages = found.block_table.flatten().unique()
+    size = found.pages.flat.nbytes
+    body = shape.layers * shape.slice_bytes
+    records = torch.randint(256, (len(pages), body), dtype=torch.uint8)
+    blocks = blocks_of(
+        shape, slice(shape.layers - 1, shape.layers), pages=size // shape.page_bytes,
+        storage_bytes=size, record_stride=body,
+    )  # fmt: skip
+    results = []
+    for fill in (kernel, transfer_oracle.fill_pages):
+        storage = found.pages.flat.clone().view(torch.uint8)
+        on_gpu = device.type == "cuda"
+        # The oracle reads the same bytes on the device.
+        source = records.pin_memory() if on_gpu and fill is kernel else records.to(device)
+        for block in blocks:
+            fill(block.in_records(source), block.in_pool(storage), pages)
+        results.append(storage)
+    return judge_exact(*results)
+
+
 def check(case: Case, device: torch.device, kernels: Mapping[str, Any]) -> Verdict:
     """Run one case with the kernel of that name in `kernels`."""
-    checks = {"append": check_append, "copy_pages": check_copy, "checksum": check_checksum}
+    checks = {
+        "append": check_append, "copy_pages": check_copy, "checksum": check_checksum,
+        "fill_pages": check_fill,
+    }  # fmt: skip
     return checks.get(case.kernel, check_attention)(case, device, kernels[case.kernel])
 
 

@@ -8,16 +8,22 @@ from kvpaged.errors import KVPagedError, OutOfPagesError
 from kvpaged.generate.generator import Generator
 from kvpaged.generate.params import Completion, SamplingParams, TokenEvent
 from kvpaged.geometry import LayerGroup, PageGeometry
+from kvpaged.offload.options import OffloadOptions
+from kvpaged.tiers.host import HostTier
 from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from kvpaged.lsm.store import TensorStore
+    from kvpaged.tiers.disk import DiskTier
 
 __all__ = [
     "Completion",
+    "DiskTier",
     "Generator",
+    "HostTier",
     "KVPagedError",
     "LayerGroup",
+    "OffloadOptions",
     "OutOfPagesError",
     "PageGeometry",
     "PagedKVCache",
@@ -30,7 +36,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`TensorStore` when it is first asked for: only a store needs zstandard and xxhash."""
+    """`TensorStore` and `DiskTier` when first asked for: only a store needs zstandard and
+    xxhash.
+    """
+    if name == "DiskTier":
+        from kvpaged.tiers.disk import DiskTier
+
+        return DiskTier
     if name == "TensorStore":
         from kvpaged.lsm.store import TensorStore
 

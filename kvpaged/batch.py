@@ -248,6 +248,7 @@ class Batch(Sequences):
                 f"layer {layer} attends before its keys and values were written in this step"
             )
         home = self._cache.home_of(layer)
+        step.wait_layer(home.group, home.place)
         options = Options(scale, home.window, softcap, sinks, alibi_slopes)
         group = step.groups[home.group]
         out = attend_layer(group, home.layers, home.place, q, options, backend=home.backend)

@@ -14,6 +14,10 @@ from kvpaged.errors import ConfigError, IntegrityError, OutOfPagesError, UsageEr
 from kvpaged.geometry import LayerGroup, PageGeometry
 from kvpaged.group_rows import GroupRows, Ints
 from kvpaged.keys import Salt, encode_salt
+from kvpaged.offload.mover import Mover
+from kvpaged.offload.options import OffloadOptions
+from kvpaged.offload.pool import view_of
+from kvpaged.offload.report import OffloadStats, report
 from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED
 from kvpaged.pages.classops import verify_pages
@@ -22,6 +26,7 @@ from kvpaged.pages.pool import PageClass, PagePool
 from kvpaged.pages.prefix import PrefixIndex, Trail
 from kvpaged.pages.table import BlockTable
 from kvpaged.stats import CacheStats, Counters, GroupStats, ReuseStats
+from kvpaged.tiers.base import Tier
 
 MAX_TENANTS = 4096
 """Salts whose figures are kept, the latest."""
@@ -64,6 +69,8 @@ class CacheBooks:
         layout: Layout | None = None,
         backend: Backend | None = None,
         checksums: bool = True,
+        tiers: Sequence[Tier] = (),
+        offload: OffloadOptions | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +83,9 @@ class CacheBooks:
             layout: see `CacheConfig`; `None`: what suits the device, whatever the geometry says.
             backend: see `CacheConfig`.
             checksums: see `CacheConfig`.
+            tiers: where pages go when they leave the pool, and are found again, the fastest first;
+                the cache closes them.
+            offload: dials of that.
 
         Raises:
             ConfigError: an option is impossible, or memory is more than the device has or less than
@@ -118,6 +128,11 @@ class CacheBooks:
         self.closed = False
         self._garbage: deque[list[BlockTable]] = deque()
         self._batches: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self.mover: Mover | None = None
+        if tiers:
+            order = [self._places[layer] for layer in self.layers]
+            view = view_of(self.lock, self.index, self.classes, self.backends, order)
+            self.mover = Mover(view, tiers, offload or OffloadOptions())
 
     def _make_pools(self) -> tuple[PagePool, ...]:
         """One pool a device; the budget is divided by the bytes a token takes on each."""
@@ -158,7 +173,20 @@ class CacheBooks:
                 pages_evicted=self.index.evicted,
                 reuse=ReuseStats(asked=self.counters.asked, reused=self.counters.reused),
                 groups=groups,
+                offload=self._offload_stats(),
             )
+
+    def _offload_stats(self) -> OffloadStats | None:
+        """Of the tiers, and what became of sealed pages; the lock is held."""
+        if self.mover is None:
+            return None
+        resident = reopened = lost = 0
+        for page_class in self.classes:
+            allocator = page_class.allocator
+            resident += int((allocator.states >= SEALED).sum())
+            reopened += allocator.reopened
+            lost += allocator.lost
+        return report(self.mover, self.counters.sealed, resident, reopened, lost)
 
     def _group_stats(self, number: int, alive: list[Holder]) -> GroupStats:
         group, allocator = self.groups[number], self.classes[number].allocator
@@ -197,6 +225,8 @@ class CacheBooks:
             for pool in self.pools:
                 pool.check_integrity()
             self.index.check_integrity()
+            if (offload := self._offload_stats()) is not None:
+                offload.check()
             for number, page_class in enumerate(self.classes):
                 held = [batch.held(number) for batch in alive]
                 counted = np.bincount(
@@ -214,8 +244,23 @@ class CacheBooks:
                     sealed = np.flatnonzero(full).astype(np.int32)
                     verify_pages(page_class, sealed, backend=self.backends[number])
 
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until every page that should be in a tier is there, `timeout` seconds at most
+        (`None`: `OffloadOptions.close_s`); false if that was not enough. Without tiers there is
+        nothing to wait for.
+        """
+        self.check_open()
+        return True if self.mover is None else self.mover.flush(timeout)
+
+    def note_pass(self, tokens: int, seconds: float) -> None:
+        """A forward pass over so many tokens took so long."""
+        if self.mover is not None:
+            self.mover.note_pass(tokens, seconds)
+
     def close(self) -> None:
         """Let go of the memory. Batches still alive become unusable. Closing twice is nothing."""
+        if self.mover is not None and not self.closed:
+            self.mover.close()
         self.closed = True
         with self.lock:
             self._garbage.clear()

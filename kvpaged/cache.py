@@ -12,6 +12,8 @@ from kvpaged.books import CacheBooks
 from kvpaged.config import Backend, Layout
 from kvpaged.errors import ConfigError, UsageError
 from kvpaged.keys import Salt
+from kvpaged.offload.options import OffloadOptions
+from kvpaged.tiers.base import Tier
 from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class PagedKVCache(CacheBooks):
         checksums: bool = True,
         prefix_sharing: bool = True,
         namespace: bytes = b"",
+        tiers: Sequence[Tier] = (),
+        offload: OffloadOptions | None = None,
     ) -> "PagedKVCache":
         """A cache that serves a transformers causal language model under its unmodified
         `generate()`.
@@ -66,6 +70,10 @@ class PagedKVCache(CacheBooks):
                 about a second a gigabyte and core.
             namespace: what else the bytes depend on that neither weights nor config show (a
                 patched `forward`, say).
+            tiers: where pages go from the pool, such as `[HostTier("16GiB"), DiskTier(path,
+                "200GiB")]`, and are found again, by other processes with the same model too. The
+                cache closes them.
+            offload: dials of that.
 
         Raises:
             UnsupportedModelError: its attention can't be served from pages; the message says which
@@ -80,7 +88,10 @@ class PagedKVCache(CacheBooks):
 
         preparation, groups = prepare(model, page_size)
         try:
-            cache = cls(groups, memory, layout=layout, backend=backend, checksums=checksums)
+            cache = cls(
+                groups, memory, layout=layout, backend=backend, checksums=checksums,
+                tiers=tiers, offload=offload,
+            )  # fmt: skip
             if prefix_sharing:
                 cache._model = ModelIdentity(preparation.model, cache.groups, namespace)
         except BaseException:

@@ -1,5 +1,6 @@
 """The pages that the rows of a batch hold in one layer group."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from kvpaged.config import Backend
 from kvpaged.errors import OutOfPagesError, UsageError
-from kvpaged.pages.allocator import OPEN, SEALED
+from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.classops import clear_pages, clear_tail, copy_pages, keep_checksums
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass
@@ -127,7 +128,7 @@ class GroupRows:
         if touched is not None:
             rows = self._rows_in_a_page(lengths, counts, touched)
             pages = self.table.pages[rows, lengths[rows] // self._size]
-            self.page_class.allocator.states[pages] = OPEN
+            self.page_class.allocator.reopen(pages)
         for row, ids in growth.new:
             self.table.extend(row, ids, entries(ids))
 
@@ -251,6 +252,28 @@ class GroupRows:
     def attach(self, row: int, first: int, pages: Ids) -> None:
         """Let a row without pages hold these, from its logical page `first` on."""
         self.page_class.allocator.share(pages)
+        self.begin(row, first, pages)
+
+    def take_loading(self, known: Sequence[int | None]) -> Ids | None:
+        """Pages for a row that begins with some of the pool (shared here) and others, `None` in
+        `known`, that are taken and whose bytes are to come; `None`, and nothing changed, if there
+        is no room.
+        """
+        allocator = self.page_class.allocator
+        shared = np.array([page for page in known if page is not None], np.int32)
+        allocator.share(shared)
+        try:
+            last = int(shared[-1]) if len(shared) else None
+            new = allocator.alloc(len(known) - len(shared), last)
+        except OutOfPagesError:
+            allocator.release(shared)
+            return None
+        coming = iter(new.tolist())
+        pages: Ids = np.array([next(coming) if p is None else p for p in known], np.int32)
+        return pages
+
+    def begin(self, row: int, first: int, pages: Ids) -> None:
+        """Let a row without pages hold these, whose references it has already."""
         self.table.begin_at(row, first)
         self.table.extend(row, pages, self.page_class.entries(pages))
 

@@ -106,6 +106,7 @@ class Kernels(NamedTuple):
     paged_prefill: Callable[..., Tensor]
     copy_pages: Callable[..., None]
     checksum: Callable[..., Tensor]
+    fill_pages: Callable[..., None]
 
 
 @lru_cache(maxsize=1)
@@ -116,8 +117,9 @@ def _triton() -> Kernels:
     from kvpaged_kernels.gpu.copy import copy_pages
     from kvpaged_kernels.gpu.decode import paged_decode
     from kvpaged_kernels.gpu.prefill import paged_prefill
+    from kvpaged_kernels.gpu.transfer import fill_pages
 
-    return Kernels(append, paged_decode, paged_prefill, copy_pages, checksum)
+    return Kernels(append, paged_decode, paged_prefill, copy_pages, checksum, fill_pages)
 
 
 @lru_cache(maxsize=1)
@@ -126,8 +128,9 @@ def _reference() -> Kernels:
     from kvpaged_kernels.reference.attention import paged_decode, paged_prefill
     from kvpaged_kernels.reference.checksum import checksum
     from kvpaged_kernels.reference.copy import copy_pages
+    from kvpaged_kernels.reference.transfer import fill_pages
 
-    return Kernels(append, paged_decode, paged_prefill, copy_pages, checksum)
+    return Kernels(append, paged_decode, paged_prefill, copy_pages, checksum, fill_pages)
 
 
 def _kernels(backend: str) -> Kernels:
@@ -304,6 +307,21 @@ def checksum(words: Tensor, entries: Tensor, *, first_word: int, backend: Backen
     if backend == "cpu":
         return cpu_copy.checksum(words, entries, first_word=first_word)
     return _kernels(backend).checksum(words, entries, first_word=first_word)
+
+
+def fill_pages(records: Tensor, pages: Tensor, entries: Tensor, *, backend: Backend) -> None:
+    """Copy pieces of records into pages, exactly, by a kernel.
+
+    Args:
+        records: `[n, slices, pieces, elements]` view, on the pages' device or in pinned memory.
+        pages: `[entries, slices, pieces, elements]` view of a storage; mutated.
+        entries: int64 `[n]`, distinct.
+        backend: which implementation; there is none of stock torch.
+
+    Raises:
+        ConfigError: the backend is `"cpu"`.
+    """
+    _kernels(backend).fill_pages(records, pages, entries)
 
 
 def plan_decode(

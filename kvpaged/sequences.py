@@ -11,6 +11,9 @@ import torch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import TOKEN_BYTES, encode_known, encode_tokens
+from kvpaged.offload.promotion import Promotion
+from kvpaged.offload.search import Offer
+from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Match, Trail
 from kvpaged.step import Ints
@@ -124,6 +127,67 @@ class Sequences:
         self.lengths[row] = length
         self.logs[row].extend(ids)
         self._mark(row)
+
+    def begin_loading(self, row: int, match: Match, ids: TokenIds, limit: int) -> Promotion | None:
+        """Let an empty row begin with pages of its tokens `ids` that are in the pool and others
+        that tiers have, if that is quicker than computing them; the lock is held.
+
+        The row then holds `lengths[row]` tokens, at most `limit`, whose bytes come once the
+        promotion is started. `None`: nothing is to be loaded, or there is no room for it; the row
+        is empty.
+        """
+        mover, trail = self._cache.mover, self._trails[row]
+        if mover is None or trail is None:
+            return None
+        offer = mover.search.look(trail, match, encode_tokens(ids), limit)
+        taken = None if offer is None else self._take_loading(offer)
+        if offer is None or taken is None:
+            return None
+        homes: dict[tuple[int, int], int] = {}
+        for number, (group, pages) in enumerate(zip(self._groups, taken, strict=True)):
+            first = offer.firsts[number]
+            group.begin(row, first, pages)
+            homes.update({(number, first + n): page for n, page in enumerate(pages.tolist())})
+        held = len(offer.nodes)
+        if held:
+            trail.node = offer.nodes[-1]
+        self.settled[row] = held
+        self.lengths[row] = offer.tokens
+        self.logs[row].extend(ids[: offer.tokens])
+        self._mark(row)
+        wanted = [one._replace(page=homes[one.group, one.place]) for one in offer.wanted]
+        return mover.promote(wanted, offer.load_s)
+
+    def _take_loading(self, offer: Offer) -> list[Ids] | None:
+        """The pages of each group for an offer: those of the pool shared, others taken; `None`, and
+        nothing changed, where there is no room.
+        """
+        taken: list[Ids] = []
+        for number, group in enumerate(self._groups):
+            first, held = offer.firsts[number], len(offer.nodes)
+            places = range(first, offer.pages)
+            known = [offer.nodes[place].pages[number] if place < held else None for place in places]
+            pages = group.take_loading(known)
+            if pages is None:
+                for before, ids in zip(self._groups, taken, strict=False):
+                    before.page_class.allocator.release(ids)
+                return None
+            taken.append(pages)
+        for one in offer.wanted:
+            page = taken[one.group][one.place - offer.firsts[one.group]]
+            self._groups[one.group].page_class.allocator.states[page] = SEALED
+        return taken
+
+    def empty(self, row: int) -> None:
+        """Let go of everything a row holds, so that it can begin again; the lock is held."""
+        for group in self._groups:
+            group.drop_row(row)
+        trail = self._trails[row]
+        if trail is not None:
+            trail.node = trail.root
+            self.settled[row] = 0
+        self.lengths[row] = 0
+        self.logs[row] = TokenLog()
 
     def publish(self) -> None:
         """Put full pages whose tokens are known into the prefix index, give up pages that are there

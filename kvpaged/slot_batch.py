@@ -7,7 +7,8 @@ from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import Salt
-from kvpaged.pages.prefix import Trail
+from kvpaged.offload.promotion import Promotion
+from kvpaged.pages.prefix import Match, Trail
 from kvpaged.sequences import NEVER
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids, TokenLog
@@ -24,6 +25,7 @@ class SlotBatch(Batch):
         known: int64 `[slots]`, how many of them.
         coming: int64 `[slots]`, how many of those have been chosen and not yet read: their place
             in `tokens` holds anything.
+        loading: of rows that begin with pages of tiers, their promotion, until `settle_loading`.
     """
 
     def __init__(self, cache: CacheBooks, slots: int) -> None:
@@ -32,6 +34,9 @@ class SlotBatch(Batch):
         self.tokens: npt.NDArray[np.int32] = np.zeros((slots, 256), np.int32)
         self.known: Ints = np.zeros(slots, np.int64)
         self.coming: Ints = np.zeros(slots, np.int64)
+        self.loading: dict[int, Promotion] = {}
+        # Of those: pages that were in the pool, tokens they begin with, salts.
+        self._held: dict[int, tuple[int, int, Salt]] = {}
 
     def widen(self, width: int) -> None:
         """Make room for rows of `width` tokens."""
@@ -52,7 +57,8 @@ class SlotBatch(Batch):
             salt: the trail's, for the statistics.
 
         Returns:
-            How many of its tokens need not be computed: at most all but the last.
+            How many of its tokens need not be computed: at most all but the last. With pages that
+            tiers have, the row is in `loading`, and that number is not certain yet.
 
         Raises:
             UsageError: the row is taken.
@@ -70,14 +76,82 @@ class SlotBatch(Batch):
         self.known[slot] = len(ids)
         with self._cache.lock:
             match = self.find(slot, ids, len(ids) - 1)
-            length = 0 if match is None else match.longest(len(ids) - 1)
-            if match is not None and length:
-                self.attach(slot, match, ids[:length])
-        self._cache.count_reuse([salt], [len(ids)], [length])
+            promotion = None
+            if match is not None:
+                promotion = self.begin_loading(slot, match, ids, len(ids) - 1)
+            if promotion is None:
+                length = self._attach_longest(slot, match, ids)
+        if promotion is None:
+            self._cache.count_reuse([salt], [len(ids)], [length])
+            return length
+        self._held[slot] = int(self.settled[slot]), int(self.lengths[slot]), salt
+        self.settled[slot] = NEVER  # nothing of it is published before it was verified
+        self.loading[slot] = promotion
+        promotion.start()
+        return int(self.lengths[slot])
+
+    def _attach_longest(self, slot: int, match: Match | None, ids: Ints) -> int:
+        """Let an empty row begin with what was found; returns how many tokens; the lock is held."""
+        length = 0 if match is None else match.longest(len(ids) - 1)
+        if match is not None and length:
+            self.attach(slot, match, ids[:length])
         return length
+
+    def settle_loading(self, slot: int) -> int:
+        """A row's promotion is over: it holds what has come. Between steps only.
+
+        Returns:
+            How many of its tokens need not be computed.
+        """
+        outcome = self.loading.pop(slot).outcome
+        assert outcome is not None
+        held, found, salt = self._held.pop(slot)
+        ids = self.ids(slot)
+        if outcome.error is None:
+            self.settled[slot] = held
+        elif all(group.window is None for group in self._groups):
+            self.settled[slot] = held
+            good = (held + outcome.pages) * self._cache.config.page_size
+            found = min(found, good)
+            self.rewind(slot, found)
+        else:  # what a window sees before the missing page may never have been asked for
+            self._last, self._plans = None, [None] * len(self._groups)
+            with self._cache.lock:
+                self.empty(slot)
+                found = self._attach_longest(slot, self.find(slot, ids, len(ids) - 1), ids)
+        self._cache.count_reuse([salt], [len(ids)], [found])
+        return found
+
+    def certain(self, slot: int) -> int:
+        """How many tokens a row holds that are computed or verified."""
+        held = self._held.get(slot)
+        return int(self.lengths[slot]) if held is None else held[0] * self._cache.config.page_size
+
+    def cancel_loading(self, slot: int) -> None:
+        """Nobody needs the row's pages any more."""
+        promotion = self.loading.pop(slot, None)
+        if promotion is not None:
+            del self._held[slot]
+            promotion.cancel("")
+
+    def close(self) -> None:
+        """See `Batch.close`."""
+        for slot in list(self.loading):
+            self.cancel_loading(slot)
+        super().close()
+
+    def demote(self, slot: int) -> None:
+        """The row is about to lose its pages and will come back for them: full ones that are in the
+        prefix index go to the first tier, ahead of their eviction.
+        """
+        trail, mover = self._trails[slot], self._cache.mover
+        if trail is not None and mover is not None:
+            with self._cache.lock:
+                mover.demoter.note_parting(trail.node)
 
     def vacate(self, slot: int) -> None:
         """End a row's sequence: its pages go back, published ones wait for others."""
+        self.cancel_loading(slot)
         with self._cache.lock:
             for group in self._groups:
                 group.drop_row(slot)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvpaged.offload.report import OffloadStats
+
 
 @dataclass(slots=True)
 class Counters:
@@ -63,6 +65,7 @@ class CacheStats:
         pages_evicted: cached pages given up since then.
         reuse: over all sessions and batches since then.
         groups: one for each layer group.
+        offload: of its tiers; `None`: it has none.
     """
 
     memory: int
@@ -73,3 +76,4 @@ class CacheStats:
     pages_evicted: int
     reuse: ReuseStats
     groups: tuple[GroupStats, ...]
+    offload: OffloadStats | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvpaged import ops
 from kvpaged.config import Backend
 from kvpaged.group_rows import GroupRows
+from kvpaged.offload.promotion import Promotion
 from kvpaged.ops import LayerPages, Options
 from kvpaged.pages.stage import Stage
 from kvpaged_kernels.checks import MAX_DECODE_QUERIES
@@ -102,6 +103,7 @@ class Step:
         more: int32 there, or empty: whatever else `begin` was told to send along.
         attended: layers whose attention ran.
         written: layers whose K and V are in the pages.
+        gates: promotions of pages that rows hold and that land layer by layer.
     """
 
     counts: Ints
@@ -117,6 +119,16 @@ class Step:
     order: Ints | None = None
     attended: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    gates: tuple[Promotion, ...] = ()
+
+    def wait_layer(self, group: int, place: int) -> None:
+        """Have attention over a layer's pages come after they have landed.
+
+        Raises:
+            LoadError: they have not.
+        """
+        for gate in self.gates:
+            gate.wait_layer(group, place)
 
     def at_page_end(self, lengths: Ints, page_size: int) -> Ints:
         """Of a step of one token a row: the rows whose last page is full at these lengths."""

@@ -9,6 +9,7 @@ from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import Salt
+from kvpaged.loading import Ahead
 from kvpaged.tokens import Ids
 
 
@@ -35,10 +36,11 @@ class TokenBatch(Batch):
         salt_from: int | Sequence[int] = 0,
     ) -> None:
         ids = [_as_ids(sequence, row) for row, sequence in enumerate(sequences)]
-        super().__init__(cache, len(ids), cache.trails(len(ids), salt, salt_from))
+        trails = cache.trails(len(ids), salt, salt_from)
+        super().__init__(cache, len(ids), trails)
         self._pending: list[np.ndarray] = []
         try:
-            with cache.lock:
+            with Ahead(cache, ids, trails), cache.lock:
                 for row, tokens in enumerate(ids):
                     if (match := self.find(row, tokens, len(tokens) - 1)) is not None:
                         length = match.longest(len(tokens) - 1)

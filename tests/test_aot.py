@@ -15,7 +15,7 @@ import pytest
 from benchmarks import aot_sources
 
 ROOT = Path(__file__).parent.parent
-KERNELS = {"append", "copy", "checksum", "plan", "merge", "decode", "prefill"}
+KERNELS = {"append", "copy", "checksum", "transfer", "plan", "merge", "decode", "prefill"}
 CUDA = {"sm_80", "sm_90", "sm_100", "sm_120"}
 
 

@@ -41,6 +41,7 @@ FLOORS = {
     "kvpaged.step": 6,
     "kvpaged.tokens": 6,
     "kvpaged.stats": 6,
+    "kvpaged.loading": 6,
     "kvpaged.generate": 7,
     "kvpaged.integrations": 7,
     "kvpaged.testing": 8,

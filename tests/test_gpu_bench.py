@@ -23,6 +23,7 @@ FIELDS = {
     "prefill": {"batch", "length", "seconds", "of_ceiling", "over_floor", "over_peers",
                 "difference", "skipped"},
     "pages": {"case", "seconds", "floor_bytes", "over_floor"},
+    "transfer": {"kind", "seconds", "goal"},
     "layout": {"page_size", "pool_bytes", "seconds", "of_ceiling", "page_major_over_layer_major"},
     "end_to_end": {"batch", "prompt_tokens", "new_tokens", "systems", "paged_over"},
     "serving": {"model", "system", "batch", "tokens_s", "first_s", "step_s", "same_tokens",
@@ -88,6 +89,16 @@ def test_decode_is_measured_in_all_its_ways(parts):
     assert kinds == ["mixed", "queries", "options", "planner", "grid"]
 
 
+def test_transfers_are_measured_in_all_their_ways(parts):
+    copies, beside, layerwise = parts["transfer"]["rows"]
+    assert [row["kind"] for row in (copies, beside, layerwise)] == ["pieces", "beside", "layerwise"]
+    assert set(copies["plain_over"]) == {"out", "in, dma", "in, kernel", "in, chosen"}
+    assert all(share > 0 for share in copies["plain_over"].values())
+    assert [timed["piece_bytes"] for timed in copies["calibration"]] == [copies["piece_bytes"]]
+    assert beside["streaming_over_alone"] > 0
+    assert layerwise["seconds"]["transfer"] > 0
+
+
 def test_tuning_leaves_a_table_that_the_kernel_can_read(parts):
     (row,) = parts["tune"]["rows"]
     assert row["best"] in [
@@ -127,10 +138,10 @@ def damaged(name):
 
     def writes(*arguments, **options):
         kernel(*arguments, **options)
-        pages = arguments[2] if name == "append" else arguments[0]
+        pages = arguments[{"append": 2, "fill_pages": 1}.get(name, 0)]
         pages.select(0, 0).view(-1)[0] += 1
 
-    return writes if name in ("append", "copy_pages") else returns
+    return writes if name in ("append", "copy_pages", "fill_pages") else returns
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -139,7 +150,7 @@ def test_a_damaged_result_fails_its_rows_and_the_part(name, tmp_path):
     record = Record(part="correctness", folder=tmp_path)
     part = gpu_correctness.run(record, setting, {**KERNELS, name: damaged(name)})
     assert {row["kernel"] for row in part["rows"] if not row["passed"]} == {name}
-    assert part["counts"] == {"passed": 8, "failed": 2}
+    assert part["counts"] == {"passed": 10, "failed": 2}
     assert part["complete"]
     assert not gpu.is_good(part)
 
@@ -162,7 +173,7 @@ def test_a_kernel_that_raises_fails_its_row_only(tmp_path):
     part = gpu_correctness.run(record, setting, {**KERNELS, "checksum": broken})
     raised = [row["raised"] for row in part["rows"] if not row["passed"]]
     assert raised == ["RuntimeError: no such luck"] * 2
-    assert len(part["rows"]) == 10
+    assert len(part["rows"]) == 12
     assert not part["device_lost"]
 
 
@@ -177,7 +188,7 @@ def test_a_run_cut_off_leaves_its_rows(tmp_path):
 def test_a_late_part_says_what_it_left_out(tmp_path):
     record = Record(part="correctness", folder=tmp_path, limit_s=0.0)
     part = gpu_correctness.run(record, Setting(device=CPU, quick=True, out=tmp_path))
-    assert (part["rows"], part["left_out"], part["complete"]) == ([], 10, False)
+    assert (part["rows"], part["left_out"], part["complete"]) == ([], 12, False)
     assert not gpu.is_good(part)
 
 
@@ -192,7 +203,7 @@ def test_a_part_that_dies_fails_the_run():
 def test_the_grid_has_every_shape_and_option():
     cases = list(gpu_correctness.cases(quick=False))
     only_decode = 2 * (3 + 2 + 2)  # layouts, and dtypes of each: fp8 is not read by fp32 queries
-    assert len(cases) == len(set(cases)) == 5 * 3 * 5 * 3 * 2 + 2 * 3 * 2 * 5 + only_decode
+    assert len(cases) == len(set(cases)) == 6 * 3 * 5 * 3 * 2 + 2 * 3 * 2 * 5 + only_decode
     for kernel in KERNELS:
         mine = [case for case in cases if case.kernel == kernel]
         shapes = {(case.dtype, case.dim, case.page_size, case.layout) for case in mine}

@@ -358,6 +358,32 @@ def check_copy(pages: Tensor, src: Tensor, dst: Tensor) -> None:
     _require_device(pages.device, src=src, dst=dst)
 
 
+def check_fill(records: Tensor, pages: Tensor, entries: Tensor) -> None:
+    """Check the arguments of `fill_pages`."""
+    for name, tensor in (("records", records), ("pages", pages)):
+        first = "n" if name == "records" else "entries_total"
+        _require_rank(name, tensor, f"{first}, slices, pieces, piece_len")
+        _require_dense_last(name, tensor)
+    _require_dtype("records", records, (pages.dtype,))
+    require(
+        records.shape[1:] == pages.shape[1:],
+        f"records and pages must be of the same pieces, got {tuple(records.shape[1:])} and "
+        f"{tuple(pages.shape[1:])}",
+    )
+    _require_rank("entries", entries, "n")
+    _require_dtype("entries", entries, (torch.int32, torch.int64))
+    require(
+        entries.shape[0] == records.shape[0],
+        f"there must be an entry a record, got {entries.shape[0]} and {records.shape[0]}",
+    )
+    _require_device(pages.device, entries=entries)
+    if records.device != pages.device:
+        require(
+            records.device.type == "cpu" and records.is_pinned(),
+            f"records must lie on {pages.device} or in pinned host memory",
+        )
+
+
 def check_checksum(words: Tensor, entries: Tensor, *, first_word: int) -> None:
     """Check the arguments of `checksum`."""
     _require_rank("words", words, "entries_total, slices, pieces, piece_words")

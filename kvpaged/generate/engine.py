@@ -13,6 +13,7 @@ from kvpaged.errors import OutOfPagesError
 from kvpaged.generate import scheduler
 from kvpaged.generate.flight import Flight
 from kvpaged.generate.landing import Landing
+from kvpaged.generate.loads import Loads
 from kvpaged.generate.pages import PageNeeds
 from kvpaged.generate.params import FinishReason
 from kvpaged.generate.publisher import Publisher
@@ -22,6 +23,8 @@ from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampling import Choice, Picked, StepSampler
 from kvpaged.generate.stepping import Made, StepMaker
 from kvpaged.generate.totals import EngineStats
+from kvpaged.offload.clock import PassClock
+from kvpaged.offload.promotion import LoadError
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Trail
 from kvpaged.slot_batch import SlotBatch
@@ -85,6 +88,8 @@ class Engine:
         self.stats = EngineStats()
         self._look = True  # something has changed for those who wait
         self._deadline = np.inf  # no request ends before it
+        self._loads = Loads(batch, self.rows)
+        self._clock = PassClock(batch.device, needs.note_pass)
         self._maker = StepMaker(batch, self.rows, self.sampler, budget, chunk)
         self._flight: Flight | None = None
         self._publisher = Publisher(batch)
@@ -217,6 +222,10 @@ class Engine:
                 front[place].reply, trails[place], front[place].slots, self.chunk
             ),
         )
+        for place, line in enumerate(front):
+            if place not in chosen and not line.called:
+                line.called = True
+                self.needs.ahead(line.reply, trails[place])
         for place in sorted(chosen, reverse=True):
             del self.line[place]
         for place in chosen:
@@ -239,7 +248,7 @@ class Engine:
         for slot in np.flatnonzero(self.rows.prefilling).tolist():
             reply = self.rows.replies[slot]
             if reply is not None:
-                found.update(reply.chain[int(self.batch.lengths[slot]) // self.needs.page_size :])
+                found.update(reply.chain[self.batch.certain(slot) // self.needs.page_size :])
         return found
 
     def _begin(self, line: Line, slots: list[int], trail: Trail | None) -> None:
@@ -278,7 +287,11 @@ class Engine:
         self._admit()
         if self._flight is not None and not self._may_look_ahead():
             self._land()
-        made = self._make_step()
+        held = self._loads.settle()
+        made = self._make_step(held)
+        if made is None and held and self._flight is None:
+            self._loads.wait()
+            return True
         if made is None:
             self._land()
             self.stats.device_s += self._landing.waited_s - waited
@@ -288,7 +301,10 @@ class Engine:
         try:
             picked = self._compute(step, choice, ids)
         except Exception as error:  # the model's or a hook's: it ends those of this step
-            self._fail(step, error)
+            if isinstance(error, LoadError) or self._loads.failed(step):
+                self._again()
+            else:
+                self._fail(step, error)
             return True
         end = self.clock()
         self.stats.steps += 1
@@ -310,12 +326,21 @@ class Engine:
         counted = self.rows.counted
         return self.lookahead and not (counted["lookup"] or counted["processors"])
 
-    def _make_step(self) -> Made | None:
-        """The next step; rows are set back until its pages are there."""
+    def _again(self) -> None:
+        """Pages of a step have not come: it does not count, and they are computed."""
+        self.batch.drop_step()
+        self._maker.change()
+        self._loads.settle()
+
+    def _make_step(self, held: Sequence[int]) -> Made | None:
+        """The next step, without rows `held`; rows are set back until its pages are there."""
         given_back = False
         while True:
             try:
-                return self._maker.make(self._flight)
+                made = self._maker.make(self._flight, held)
+                if made is not None:
+                    self._loads.gate(made.step)
+                return made
             except OutOfPagesError as error:
                 if self._flight is not None:
                     self._land()  # who has ended gives pages back
@@ -333,6 +358,13 @@ class Engine:
         slot = scheduler.choose_victim(running, self.rows.rank)
         reply = self.rows.replies[slot]
         assert reply is not None
+        if (
+            slot in self.batch.loading
+        ):  # its pages are wanted for something else: what has come stays
+            self.batch.loading[slot].cancel("")
+            self.batch.settle_loading(slot)
+            self._maker.change()
+            return
         length, size = int(self.batch.lengths[slot]), self.needs.page_size
         if len(running) == 1 and length % size:
             # Its last page may be one that others wrote: it takes another instead of a copy.
@@ -352,6 +384,7 @@ class Engine:
         for each in (reply, *others):
             each.slot = None
         reply.siblings = []
+        self.batch.demote(slot)
         self._vacate(slot)
         self._queue(reply, others)
         self._look = False  # until somebody ends or a prompt is done: else it comes and goes
@@ -362,9 +395,13 @@ class Engine:
         if not as_before:
             self.batch.keep_private("the model has changed since it began")
         count = len(choice.take)
+        self._clock.begin(0 if step.gates else step.total)
         logits = self.forward(
-            ids, step.positions.long(), step.more[:count], choice.every and as_before
-        )
+            ids, step.positions.long(), step.more[:count],
+            choice.every and as_before and not step.gates,
+        )  # fmt: skip
+        self._clock.end()
+        self._loads.check(step)
         if not count:
             return Picked(logits.new_empty(0, dtype=torch.int64), None, choice.slots, [])
         return self.sampler.pick(choice, step, logits)

@@ -25,6 +25,10 @@ class PageNeeds:
         self._cache = cache
         self.page_size = cache.config.page_size
 
+    def note_pass(self, tokens: int, seconds: float) -> None:
+        """See `CacheBooks.note_pass`."""
+        self._cache.note_pass(tokens, seconds)
+
     def chain(self, ids: Ints, salt: Salt) -> tuple[int, ...]:
         """Numbers that stand for the beginnings of `ids` by whole pages: equal for equal ones."""
         if self._cache.private is not None:
@@ -54,6 +58,16 @@ class PageNeeds:
         if not replies:
             return []
         return self._cache.trails(len(replies), [reply.request.salt for reply in replies])
+
+    def ahead(self, reply: Reply, trail: Trail | None) -> None:
+        """Have what lower tiers have of a waiting reply come up to the first."""
+        cache, mover = self._cache, self._cache.mover
+        if mover is None or trail is None or len(reply.ids) <= self.page_size:
+            return
+        tokens = encode_tokens(reply.ids)
+        with cache.lock:
+            match = cache.index.find(trail, tokens, len(reply.ids) - 1)
+            mover.demoter.note_ahead(mover.search.below(trail, match, tokens))
 
     def prospect(self, reply: Reply, trail: Trail | None, slots: int, chunk: int) -> Prospect:
         """What `scheduler.admit` asks of a waiting reply that takes `slots` rows."""

@@ -1,9 +1,16 @@
 """When the full pages of running rows go into the prefix index."""
 
+import time
+
 from kvpaged.slot_batch import SlotBatch
 
 EVERY = 16
 """Steps from one look at which pages are full to the next; prompts are looked at when they end."""
+
+LATE_S = 0.3
+"""Steps may be slow: after so long all that is full is entered at once, for what is not entered is
+in no tier.
+"""
 
 
 class Publisher:
@@ -16,15 +23,18 @@ class Publisher:
         self._since = 0
         self._due: list[tuple[int, int]] = []
         self._share = 0
+        self._looked = time.monotonic()
 
     def after_step(self) -> None:
         """A step has ended."""
         self._since += 1
-        if self._since >= EVERY:
+        late = time.monotonic() - self._looked > LATE_S
+        if self._since >= EVERY or late:
+            self._looked = time.monotonic()
             self.enter_all()
             self._batch.leave_windows()
             self._due = self._batch.due()
-            self._share = -(-len(self._due) // EVERY)
+            self._share = len(self._due) if late else -(-len(self._due) // EVERY)
             self._since = 0
         if self._due:
             now, self._due = self._due[: self._share], self._due[self._share :]

@@ -87,7 +87,11 @@ class Reply:
 
 @dataclass(slots=True)
 class Line(Waiting):
-    """A place in the line of those that wait: a reply, and those that begin from its prompt."""
+    """A place in the line of those that wait: a reply, and those that begin from its prompt.
+
+    `called`: what tiers have of it was asked to come up.
+    """
 
     reply: Any = None
     others: "list[Reply]" = field(default_factory=list)
+    called: bool = False

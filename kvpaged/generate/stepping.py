@@ -1,5 +1,6 @@
 """Steps, made of the scheduler's plans: whose tokens are computed, and where their ids are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,18 +66,19 @@ class StepMaker:
         if self._steady is not None:
             self._steady.tokens = tokens
 
-    def make(self, flight: Flight | None) -> Made | None:
+    def make(self, flight: Flight | None, held: Sequence[int] = ()) -> Made | None:
         """The next step, or `None`: nothing is to be computed.
 
         Args:
             flight: the step whose tokens have not been read.
+            held: rows that take no part, as their pages have not come.
 
         Raises:
             OutOfPagesError: see `Batch.begin`.
         """
         if (steady := self._steady) is not None and steady.left > 0:
             return self._next(steady, flight)
-        return self._begin(flight)
+        return self._begin(flight, held)
 
     def _next(self, steady: Steady, flight: Flight | None) -> Made:
         """A step of the rows of the one before, one token each."""
@@ -91,13 +93,16 @@ class StepMaker:
         steady.left -= 1
         return Made(step, choice, ids)
 
-    def _begin(self, flight: Flight | None) -> Made | None:
+    def _begin(self, flight: Flight | None, held: Sequence[int]) -> Made | None:
         """A step of whoever has something to compute."""
         batch, rows = self._batch, self._rows
         self._steady = None
         drafts = write_drafts(batch, rows) if rows.counted["lookup"] else self._nothing
+        known = np.minimum(batch.known, rows.limit - 1)
+        if held:
+            known[list(held)] = batch.lengths[list(held)]
         plan = scheduler.plan_step(
-            done=batch.lengths, known=np.minimum(batch.known, rows.limit - 1), drafts=drafts,
+            done=batch.lengths, known=known, drafts=drafts,
             prefilling=rows.prefilling, rank=rows.rank, budget=self._budget, chunk=self._chunk,
         )  # fmt: skip
         if not len(plan.order):

@@ -24,6 +24,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -209,7 +210,8 @@ class ModelIdentity:
             "numbers": repr(numbers),
             "adapters": repr(now.adapters),
             "groups": [
-                (repr(group.geometry), group.layers, group.window) for group in self._groups
+                (repr(replace(group.geometry, layout="page-major")), group.layers, group.window)
+                for group in self._groups  # a record has the same bytes from either layout
             ],
             "rank": torch.distributed.get_rank() if parallel else 0,
             "extra": self._extra.hex(),

@@ -54,6 +54,7 @@ class NativeAttention:
         if known is None or known[0] is not group or known[1].form != form_of(q, k, v):
             planned = made.plan(q, k, v, group.table, group.lengths, group.cu_q)
             known = self._steps[home.group] = group, planned
+        step.wait_layer(home.group, home.place)
         out = made(known[1], q, k, v, sinks)
         step.written.add(layer)
         step.attended.add(layer)

@@ -21,6 +21,7 @@ from kvpaged.integrations.prompts import (
     left_pads,
     own_positions,
 )
+from kvpaged.offload.clock import PassClock
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
 
@@ -72,6 +73,7 @@ class SessionCache(Cache, ServedCache):
         self._ids: Tensor | None = None
         self._positions: Tensor | None = None
         self._passes = PassLog()
+        self._clock = PassClock(cache.groups[0].device, cache.note_pass)
         self._lanes: dict[int, Lane] | None = None
         self._windows = {layer: group.window for group in cache.groups for layer in group.layers}
         layers = [SessionLayer(self, i, self._windows.get(i)) for i in range(max(cache.layers) + 1)]
@@ -200,6 +202,7 @@ class SessionCache(Cache, ServedCache):
                 check_prompt(ids, np.repeat(self._prompt, times, axis=0), pads, self.columns)
             check_not_again(positions, self.columns - pads, width)
         self._begin(pads, times, width, source.device)
+        self._clock.begin(rows * width)
         self._begun = True
         self._watch(given)
         self._ids = None if ids is None else ids.detach().clone()
@@ -284,6 +287,7 @@ class SessionCache(Cache, ServedCache):
             raise UnsupportedModelError(
                 f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
             )
+        self._clock.end()
         self.batch.commit()
         self._passes.add(self._ids, self._positions, step.starts, step.counts)
         self.columns += self._width

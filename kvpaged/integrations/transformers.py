@@ -14,6 +14,8 @@ from kvpaged.integrations.packed_model import PackedModel
 from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
 from kvpaged.integrations.session import SessionCache
 from kvpaged.keys import Salt
+from kvpaged.loading import Ahead
+from kvpaged.pages.prefix import Trail
 from kvpaged.tokens import Ids
 
 __all__ = [
@@ -50,7 +52,8 @@ def open_session(
     elif regime is None:
         batch.keep_private("the rotary embedding's angles at this length are of one pass only")
     ids = [prompt[row, pads[row] :] for row in range(rows)]
-    with cache.lock:
+    shared: Sequence[Trail | None] = [None] * rows if batch.private else trails
+    with Ahead(cache, ids, shared), cache.lock:
         columns = _reuse(batch, ids, pads)
     cache.count_reuse(salt, [len(x) for x in ids], batch.lengths.tolist())
     return SessionCache(

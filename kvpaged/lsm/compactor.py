@@ -15,8 +15,11 @@ from kvpaged.lsm.compaction import (
     plan,
     plan_all,
 )
+from kvpaged.lsm.eviction import Policy
+from kvpaged.lsm.living import Living
 from kvpaged.lsm.merge import Merger, Output, Source, Unreadable
 from kvpaged.lsm.options import StoreOptions
+from kvpaged.lsm.segment import Segment
 from kvpaged.lsm.tree import InSegment, Tree
 
 
@@ -92,16 +95,22 @@ class Compactor:
             if s.number not in self.stuck
         ]
 
-    def shed(self) -> bool:
-        """Drop all values of the segment that was not asked for longest: the last resort, where
-        there is no room to rewrite any. Whether there was one.
+    def shed(self, policy: Policy) -> bool:
+        """Drop all values that may be evicted of the segment that was not asked for longest: the
+        last resort, where there is no room to rewrite any. Whether there was one.
         """
-        living = [s for s in self.tree.segments.values() if s.live_values]
-        if not living:
+        living = Living(self.tree)
+        values = living.columns()
+        rows: dict[Segment, list[int]] = {}
+        for number in policy(values, 1 << 62, self.options.clock()).tolist():
+            found = living.found(number)
+            if isinstance(found, InSegment):
+                rows.setdefault(found.segment, []).append(found.row)
+        if not rows:
             return False
-        oldest = min(living, key=lambda s: (int(s.stamps.max(initial=0)), s.number))
-        for row in np.flatnonzero(oldest.live).tolist():
-            self.tree.drop(InSegment(oldest, row))
+        oldest = min(rows, key=lambda s: (int(s.stamps.max(initial=0)), s.number))
+        for row in rows[oldest]:
+            self.tree.give_up(InSegment(oldest, row))
         return True
 
     def _limits(self, *, short: bool) -> Limits:
@@ -156,6 +165,6 @@ class Compactor:
             if segment.expiring:
                 due = segment.live & (segment.expires > 0) & (segment.expires <= now)
                 for row in np.flatnonzero(due).tolist():
-                    self.tree.drop(InSegment(segment, row))
+                    self.tree.give_up(InSegment(segment, row))
                     self.expired += 1
                 segment.expiring = bool((segment.live & (segment.expires > 0)).any())

@@ -76,6 +76,11 @@ class Keeper:
         over = self.tree.live_bytes + need - budget.live
         if over > 0:
             self._evict(over + int(budget.live * EVICT))
+            if self.tree.live_bytes + need > budget.live:
+                raise StorageError(
+                    f"{self.tree.files}: {need:,} bytes come, and {self.tree.live_bytes:,} of "
+                    f"{budget.live:,} may not be evicted"
+                )
         used = self.tree.used_bytes()
         self.short = used + need > budget.puts - self.options.file_bytes
         self.waiting = need if used + need > budget.puts else 0
@@ -97,7 +102,7 @@ class Keeper:
             self.expired += expired
             self.evicted += not expired
             self.evicted_bytes += int(values.costs[number])
-            self.tree.drop(living.found(number))
+            self.tree.give_up(living.found(number))
 
     # -- work --------------------------------------------------------------------------------------
 
@@ -287,7 +292,7 @@ class Keeper:
         if self.tree.active is not None and self.tree.active.entries:
             self.tree.retire_active()
             return True
-        return self.compactor.shed()
+        return self.compactor.shed(self.policy)
 
     # -- on request --------------------------------------------------------------------------------
 

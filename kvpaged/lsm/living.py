@@ -3,6 +3,7 @@
 import numpy as np
 
 from kvpaged.lsm.eviction import Candidates
+from kvpaged.lsm.segment import prefix_of
 from kvpaged.lsm.tree import Found, InLog, InSegment, Tree
 
 
@@ -33,16 +34,17 @@ class Living:
                 [row.entry.sequence for row in rows],
                 [row.cost for row in rows],
                 [row.entry.expires for row in rows],
+                [prefix_of(row.entry.key) for row in rows],
             )
             for log, rows in self.logs
         ] + [
-            (s.stamps[rows], s.sequences[rows], s.costs[rows], s.expires[rows])
+            (s.stamps[rows], s.sequences[rows], s.costs[rows], s.expires[rows], s.prefixes[rows])
             for s, rows in self.segments
         ]
         columns = (
             np.concatenate(
                 [np.asarray(part[n], np.uint64) for part in parts] or [np.empty(0, "u8")]
             )
-            for n in range(4)
+            for n in range(len(Candidates._fields))
         )
         return Candidates(*columns)

@@ -1,6 +1,6 @@
 """The reading face of a store, which its snapshots have as well."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -19,7 +19,7 @@ Value: TypeAlias = Any
 """What was put, a tensor or a dict of them by name, or `None` for nothing. Who reads a key knows
 which; types do not.
 """
-Destination = Tensor | Mapping[str, Tensor]
+Destination = Tensor | Mapping[str, Tensor] | Callable[[Entry], Tensor | Mapping[str, Tensor]]
 OnDamage = Literal["raise", "miss"]
 """What to do with a value that is not what its checksums say: raise an `IntegrityError` (or a
 `StorageError` where it can't be read at all), or take it for one that is not there."""
@@ -63,7 +63,8 @@ class Lookup:
             key: of the value.
             parts: names of the tensors that are wanted, of a value that is a dict; `None`: all.
             out: tensors to read into, of the same dtypes and shapes, contiguous, on the CPU; then
-                the names of `out` are the parts.
+                the names of `out` are the parts. Or a function that is given what is known of the
+                value (dtypes and shapes: `entry.forms`) and returns them.
             damaged: see `OnDamage`.
 
         Returns:
@@ -209,6 +210,13 @@ class Lookup:
             check_payload(entry, payload, found.where)
             yield entry, payload
 
+    def entries(self, prefix: bytes = b"") -> Iterator[Entry]:
+        """What is known of values without reading them, by ascending keys, as it was when this was
+        called.
+        """
+        found = self._scan(prefix)
+        return (one.entry for _, one in found)
+
     # -- how ---------------------------------------------------------------------------------------
 
     def _payload(self, found: Found, entry: Entry) -> Bytes:
@@ -302,5 +310,5 @@ def _prepare(one: Fetch, parts: Sequence[str] | None, out: Destination | None) -
         one.numbers = chosen(entry, parts)
         one.out = outputs(entry, one.numbers)
     else:
-        one.out = destination(out, entry)
+        one.out = destination(out(entry) if callable(out) else out, entry)
         one.numbers = list(one.out)

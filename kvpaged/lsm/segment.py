@@ -195,6 +195,7 @@ class Segment:
         step = 8 * self.count
         self._prefixes = view[INDEX_BYTES : INDEX_BYTES + step].cast("Q")
         self._ends = view[INDEX_BYTES + step : INDEX_BYTES + 2 * step].cast("Q")
+        self.prefixes = columns[0]
         self.sequences, self.costs, self.expires, self.numbers = columns[2:]
         self.heap = view[at : at + header.heap]
         self.filter: Bytes = raw[at + header.heap :]

@@ -57,6 +57,10 @@ class TensorStore(Lookup):
         read_only: see what is there; `refresh` looks again.
         options: the other dials.
         policy: which values go when there is no room.
+        on_gone: called with the key of each value that is given up by the store itself: evicted,
+            expired, damaged and dropped, or found and not written (durability `none`). Under the
+            store's lock, by any thread: it must be quick and not call the store. What expires
+            counts when that is noticed.
         files: the file system, for tests.
 
     Raises:
@@ -71,7 +75,8 @@ class TensorStore(Lookup):
     def __init__(
         self, path: str | os.PathLike[str], *, max_bytes: int | str | None = None,
         codec: str | None = None, durability: Durability | None = None, read_only: bool = False,
-        options: StoreOptions | None = None, policy: Policy = lru, files: Files | None = None,
+        options: StoreOptions | None = None, policy: Policy = lru,
+        on_gone: Callable[[bytes], None] | None = None, files: Files | None = None,
     ):  # fmt: skip
         given = options or StoreOptions()
         self.options = changed(
@@ -95,6 +100,7 @@ class TensorStore(Lookup):
             if isinstance(error, StorageError):
                 raise
             raise StorageError(f"{path} cannot be opened: {error}") from error
+        self._tree.on_gone = on_gone
         cond = StoreLock()
         reader = Reader(
             lambda: self._tree, threads=self.options.read_threads, direct=self.options.direct
@@ -258,13 +264,29 @@ class TensorStore(Lookup):
         with self._cond:
             self._reader.counts.damaged += 1
             if drop and self._tree.find(found.entry.key) == found:
-                self._tree.drop(found)
+                self._tree.give_up(found)
 
     def __len__(self) -> int:
         """Values, those that have expired and were not looked at since included."""
         with self._cond:
             self._check_open()
             return self._tree.live_values
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that values take up on disk."""
+        with self._cond:
+            return self._tree.live_bytes
+
+    def touch_many(self, keys: Iterable[bytes]) -> list[bool]:
+        """Whether there is a value of each key; those that are there count as asked for."""
+        with self._cond:
+            self._check_open()
+            found = [self._find(key) for key in keys]
+            for one in found:
+                if one is not None:
+                    self._touch(one)
+        return [one is not None for one in found]
 
     def snapshot(self) -> Snapshot:
         """The store as it is now, to be read while writes go on. Files it needs stay, and count
@@ -287,7 +309,9 @@ class TensorStore(Lookup):
             self._check_open()
             for _ in range(OPENINGS):
                 try:
-                    self._tree = follow(self._tree, self._clock())
+                    newer = follow(self._tree, self._clock())
+                    newer.on_gone = self._tree.on_gone
+                    self._tree = newer
                     return
                 except FileNotFoundError as error:
                     missing = error

@@ -71,6 +71,7 @@ class Tree:
 
     def __init__(self, files: Files, pool: SlabPool, *, writable: bool):
         self.files, self.pool, self.writable = files, pool, writable
+        self.on_gone: Callable[[bytes], None] | None = None
         self.opened = OpenFiles(files)
         self.active: Log | None = None
         self.sealing: list[Log] = []
@@ -162,6 +163,13 @@ class Tree:
         else:
             self.live_bytes -= found.row.cost
             found.log.kill(found.row.entry.key)
+
+    def give_up(self, found: Found) -> None:
+        """`drop` what nobody deleted or replaced: the store's owner is told, if it asked to be."""
+        key = found.entry.key if self.on_gone is not None else b""
+        self.drop(found)
+        if self.on_gone is not None:
+            self.on_gone(key)
 
     def commit(self, log: Log, row: Row, now: int) -> None:
         """A value has arrived (or a deletion): it takes the place of what was there."""

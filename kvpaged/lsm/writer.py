@@ -22,7 +22,7 @@ from kvpaged.lsm.filters import MOST_KEYS
 from kvpaged.lsm.layout import BLOCK, VALUE, up
 from kvpaged.lsm.log import Coming, Log, OpenGroup
 from kvpaged.lsm.options import StoreOptions
-from kvpaged.lsm.tree import Tree
+from kvpaged.lsm.tree import InLog, Tree
 from kvpaged.lsm.values import fill
 from kvpaged.lsm.writes import Batch, Begun, WriteCounts
 
@@ -317,9 +317,9 @@ class Writer:
 
     def _drop_failed(self, log: Log, start: int) -> None:
         """Values that were found before they were written (durability `none`) are lost."""
-        for key, row in list(log.live.items()):
+        for row in list(log.live.values()):
             if row.entry.offset >= start:
-                self.tree.kill(key)
+                self.tree.give_up(InLog(log, row))
                 self.counts.dropped += 1
         for key, row in list(log.rows.items()):
             if row.entry.offset >= start:

@@ -74,6 +74,10 @@ class PageAllocator(FreeRuns):
         self._cached: OrderedDict[int, int] = OrderedDict()  # page -> when it was released
         self._on_surrender = on_surrender
         self._leases: dict[int, int] = {}
+        self.reopened = 0
+        """Sealed pages that took tokens again, after a rewind."""
+        self.lost = 0
+        """Sealed pages that were freed with their last reference, not being kept."""
         frames.register(self)
 
     # -- asking ------------------------------------------------------------------------------------
@@ -96,6 +100,14 @@ class PageAllocator(FreeRuns):
     def oldest(self) -> int | None:
         """When the page that `evict_oldest` would take was released, or `None` without one."""
         return next(iter(self._cached.values()), None)
+
+    def oldest_cached(self, most: int) -> list[int]:
+        """The pages that will be evicted first, at most so many, the first of them first."""
+        return [page for page, _ in zip(self._cached, range(most), strict=False)]
+
+    def room(self) -> int:
+        """Pages that `alloc` could hand out without evicting any."""
+        return self.free_pages + self.pages_per_frame * self._frames.obtainable(self)
 
     def empty_frames(self) -> int:
         """Owned frames none of whose pages is in use."""
@@ -185,6 +197,11 @@ class PageAllocator(FreeRuns):
         assert bool(alive.all()), "only a page somebody holds, or a cached one, can be shared"
         np.add.at(self.refs, ids, 1)
 
+    def reopen(self, ids: Ids) -> None:
+        """Pages that one row holds take tokens again."""
+        self.reopened += int((self.states[ids] == SEALED).sum())
+        self.states[ids] = OPEN
+
     def keep(self, page: int, depth: int) -> None:
         """Keep a sealed page somebody holds for reuse, at this place (from 1) of its sequence."""
         assert self.states[page] == SEALED
@@ -211,6 +228,7 @@ class PageAllocator(FreeRuns):
             self._cache(dead[kept])
             dead = dead[~kept]
         if dead.size:
+            self.lost += int((self.states[dead] == SEALED).sum())
             self.states[dead] = FREE
             self.generations[dead] += 1
             if self._leases:
@@ -229,6 +247,7 @@ class PageAllocator(FreeRuns):
         if self.depths[page]:
             self._cache(np.array([page], np.int32))
         else:
+            self.lost += bool(self.states[page] == SEALED)
             self._free_one(page)
 
     def _free_one(self, page: int) -> None:
@@ -265,15 +284,11 @@ class PageAllocator(FreeRuns):
 
     def _make_room(self, count: int) -> None:
         """Evict what has waited longest, of any class, until `count` pages can be taken."""
-
-        def room() -> int:
-            return self.free_pages + self.pages_per_frame * self._frames.obtainable(self)
-
-        if count <= room():
+        if count <= self.room():
             return
         # A few more than asked: pages that are released together lie together, and make runs.
         aim = count + min(self.extent, self.capacity // 64)
-        while (count if not self._cached else aim) > room() and self._frames.evict_oldest():
+        while (count if not self._cached else aim) > self.room() and self._frames.evict_oldest():
             pass
 
     def surrender_frame(self) -> int | None:
@@ -286,8 +301,10 @@ class PageAllocator(FreeRuns):
     # -- copies in flight --------------------------------------------------------------------------
 
     def lease(self, ids: Ids) -> Lease:
-        """Keep these pages from being reused until `end_lease`, whoever releases them meanwhile."""
-        assert bool((self.refs[ids] > 0).all()), "only a page somebody holds can be leased"
+        """Keep these pages, held or cached, from being reused until `end_lease`, whoever releases
+        or evicts them meanwhile.
+        """
+        assert bool((self.states[ids] != FREE).all()), "a page that is free can't be leased"
         for page in ids.tolist():
             self._leases[page] = self._leases.get(page, 0) + 1
         return Lease(ids.copy(), self.generations[ids])

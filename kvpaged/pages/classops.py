@@ -11,6 +11,8 @@ from kvpaged.geometry import Kind
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass
 
+ALL_LAYERS = slice(None)
+
 
 def _kinds(page_class: PageClass) -> tuple[Kind, ...]:
     return ("k", "v") if page_class.geometry.v_width else ("k",)
@@ -36,19 +38,28 @@ def clear_pages(page_class: PageClass, ids: Ids) -> None:
             pieces[entry].zero_()
 
 
-def page_checksums(page_class: PageClass, ids: Ids, *, backend: Backend) -> Tensor:
+def page_checksums(
+    page_class: PageClass, ids: Ids, *, backend: Backend, layers: slice = ALL_LAYERS
+) -> Tensor:
     """Checksums of the slices of pages, int64 `[n, layers]`, K and V of a layer summed as one
-    slice.
+    slice; of some layers only if `layers` says so.
     """
+    entries = page_class.entry_tensor(ids)
+    return entry_checksums(page_class, entries, backend=backend, layers=layers)
+
+
+def entry_checksums(
+    page_class: PageClass, entries: Tensor, *, backend: Backend, layers: slice = ALL_LAYERS
+) -> Tensor:
+    """`page_checksums` of pages whose entries, int64 `[n]`, are on the device already."""
     geometry = page_class.geometry
     words = page_class.flat.view(torch.int32)
     size = words.numel() * 4
-    entries = page_class.entry_tensor(ids)
     total: Tensor | None = None
     for kind in _kinds(page_class):
         view = geometry.words(kind, pages=page_class.allocator.capacity, storage_bytes=size)
         first = 0 if kind == "k" else geometry.v_first_word
-        strided = words.as_strided(view.size, view.stride, view.offset)
+        strided = words.as_strided(view.size, view.stride, view.offset)[:, layers]
         part = ops.checksum(strided, entries, first_word=first, backend=backend)
         total = part if total is None else total + part
     assert total is not None

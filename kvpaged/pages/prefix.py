@@ -15,7 +15,7 @@ in another region, which no search of this one touches.
 import functools
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -224,6 +224,10 @@ class PrefixIndex:
         """Nodes that searches have looked at."""
         self.evicted = 0
         """Pages that went: memory was needed, or `clear` was called."""
+        self.on_enter: Callable[[Node, int, int], None] | None = None
+        """Called with each page that enters: node, group, page."""
+        self.on_leave: Callable[[Node, int, int], None] | None = None
+        """Called with each page that is to go, while its bytes are there."""
         for group, allocator in enumerate(allocators):
             allocator.on_evict = functools.partial(self._evict, group)
 
@@ -239,6 +243,20 @@ class PrefixIndex:
     def pages(self, group: int = 0) -> int:
         """Pages of a group in the trees."""
         return len(self._nodes[group])
+
+    def node_of(self, group: int, page: int) -> Node | None:
+        """The node that has a page of a group."""
+        return self._nodes[group].get(page)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer group: tokens a query sees, or `None`."""
+        return self._windows
+
+    @property
+    def page_size(self) -> int:
+        """Token slots a page."""
+        return self._size
 
     # -- searching ---------------------------------------------------------------------------------
 
@@ -311,6 +329,8 @@ class PrefixIndex:
                 held[group] = page
                 self._nodes[group][page] = node
                 self._allocators[group].keep(page, node.depth)
+                if self.on_enter is not None:
+                    self.on_enter(node, group, page)
         trail.node = node
         return node
 
@@ -323,12 +343,16 @@ class PrefixIndex:
     def _evict(self, group: int, page: int) -> None:
         """A cached page goes: the node loses it, and its other pages if it is of no use without."""
         node = self._nodes[group].pop(page)
+        if self.on_leave is not None:
+            self.on_leave(node, group, page)
         node.pages[group] = None
         self.evicted += 1
         if group in self._whole:
             for other, rest in enumerate(node.pages):
                 if rest is not None:
                     del self._nodes[other][rest]
+                    if self.on_leave is not None:
+                        self.on_leave(node, other, rest)
                     node.pages[other] = None
                     self._allocators[other].drop(rest)
                     self.evicted += 1

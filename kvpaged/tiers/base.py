@@ -10,7 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+from kvpaged.errors import ConfigError, KVPagedError
+
+MOST_KEY = 255
+MOST_HEAD = 64 << 10
 
 Demotion = Literal["write-through", "write-back", "second-use"]
 DEMOTIONS: tuple[Demotion, ...] = ("write-through", "write-back", "second-use")
@@ -22,8 +28,9 @@ class Record(NamedTuple):
     Attributes:
         key: 1 to 255 bytes. Bytes under a key never change: who puts a key again puts the same.
         head: what the record says of itself (`tiers.record.Head`); at most 64 KiB.
-        body: uint8 `[bytes]` on the CPU, contiguous; may be empty.
-        parent: the key of the record this one follows, empty for none: a hint, to lie beside it.
+        body: uint8 `[bytes]` on the CPU, contiguous unless it is put; may be empty.
+        parent: the key of the record this one follows, empty for none: a hint, to lie beside it;
+            what is read has none.
     """
 
     key: bytes
@@ -32,12 +39,31 @@ class Record(NamedTuple):
     parent: bytes = b""
 
 
+def check_records(records: Sequence[Record]) -> None:
+    """Raise `ConfigError` unless each is what `Record` says; at any stride, for a copy is made."""
+    for key, head, body, _ in records:
+        if not 0 < len(key) <= MOST_KEY:
+            raise ConfigError(f"a key has 1 to {MOST_KEY} bytes, not {len(key):,}")
+        if len(head) > MOST_HEAD:
+            raise ConfigError(f"a head has up to {MOST_HEAD:,} bytes, not {len(head):,}")
+        if body.dtype != torch.uint8 or body.dim() != 1 or not body.is_cpu:
+            raise ConfigError(
+                f"a body is uint8 [bytes] on the CPU, not {body.dtype} {tuple(body.shape)} on "
+                f"{body.device}"
+            )
+
+
+class TierDown(KVPagedError):
+    """A tier is not asked at present: it failed, or was too slow, and its time is not over."""
+
+
 class Usage(NamedTuple):
     """What a tier holds, by its own count.
 
     Attributes:
         records: how many.
-        bytes: of their bodies and heads.
+        bytes: that they take up, bodies and heads as they are stored with what goes with them; 0
+            for no records.
         capacity: bytes it may take, or `None`.
     """
 
@@ -69,7 +95,8 @@ class Tier(ABC):
             before they leave the level above; `"second-use"`: as soon as they are used again.
         persistent: what it holds outlives the process.
         gone: keys it has given up by itself (no room, damage), oldest first; its owner takes them
-            out. Appending and taking are atomic, so a thread of the tier's own may append.
+            out. Appending and taking are atomic, so a thread of the tier's own may append. A key
+            that was put again before its owner took it out may be there all the same.
     """
 
     name: str = "tier"
@@ -86,7 +113,8 @@ class Tier(ABC):
         Memory of the records is the caller's again when this returns.
 
         Returns:
-            For each, whether it is kept; what is larger than the tier is not.
+            For each, whether it is kept; what there is no room for (larger than the tier, or than
+            what it may give up) is not. A key that is there is kept, and counts as read.
         """
 
     @abstractmethod

@@ -9,20 +9,20 @@ without padding. The head, little-endian:
     10  2  layer group                 56 16  key of the page before
     12  2  format: 0, as the model     72  8 * layers  checksums of the slices, int64
     14  2  dtype: 0 bf16 1 fp16 2 fp32 ..  4 * page_size  token ids, big-endian
-    16  4  layers                      ..  8  xxh3-64 of all that stands before
+    16  4  layers                      ..  8  BLAKE2b-64 of all that stands before
     20  4  page_size
     24  4  kv_heads   28 4 k_width   32 4 v_width
 """
 
 import struct
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
-from kvpaged.errors import IntegrityError
+from kvpaged.errors import ConfigError, IntegrityError
 from kvpaged.geometry import PageGeometry
 from kvpaged.keys import KEY_BYTES, TOKEN_BYTES
 
@@ -36,9 +36,24 @@ _FIXED = struct.Struct("<8sHHHHIIIIII16s16s")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _sum(text: bytes) -> bytes:
+    return blake2b(text, digest_size=8).digest()
+
+
 def record_key(page_key: bytes, group: int) -> bytes:
     """The key of a page's record: `p`, the page key, the layer group's number (2 bytes)."""
     return PAGE + page_key + group.to_bytes(2, "little")
+
+
+def dtype_of(head: bytes) -> torch.dtype | None:
+    """What the numbers of a page record's body are, by its head or one that something was added to;
+    `None` if it is no such head.
+    """
+    if len(head) < _FIXED.size or head[:8] != MAGIC:
+        return None
+    _, version, _, form, dtype, *_ = _FIXED.unpack_from(head)
+    known = version == VERSION and form == EXACT and dtype < len(_DTYPES)
+    return _DTYPES[dtype] if known else None
 
 
 def body_bytes(geometry: PageGeometry) -> int:
@@ -75,7 +90,7 @@ class Head:
             of.kv_heads, of.k_width, of.v_width, self.depth, self.key, self.before,
         )  # fmt: skip
         text = fixed + self.sums.astype("<i8").tobytes() + self.tokens
-        return text + xxhash.xxh3_64_digest(text)
+        return text + _sum(text)
 
     @classmethod
     def decode(cls, text: bytes) -> "Head":
@@ -100,14 +115,17 @@ class Head:
                 f"the head of a page record of {layers} layers and {page_size} tokens has {size} "
                 f"bytes, this one {len(text)}"
             )
-        if xxhash.xxh3_64_digest(text[:-8]) != text[-8:]:
+        if _sum(text[:-8]) != text[-8:]:
             raise IntegrityError("the head of a page record does not match its checksum")
         if form != EXACT or dtype >= len(_DTYPES):
             raise IntegrityError(f"a page record of format {form} and dtype {dtype} is not known")
-        geometry = PageGeometry(
-            layers=layers, kv_heads=kv_heads, head_dim=k_width, v_dim=v_width,
-            page_size=page_size, dtype=_DTYPES[dtype],
-        )  # fmt: skip
+        try:
+            geometry = PageGeometry(
+                layers=layers, kv_heads=kv_heads, head_dim=k_width, v_dim=v_width,
+                page_size=page_size, dtype=_DTYPES[dtype],
+            )  # fmt: skip
+        except ConfigError as error:
+            raise IntegrityError(f"a page record of no page there can be: {error}") from error
         at = _FIXED.size + 8 * layers
         return cls(
             group=group, geometry=geometry, depth=depth, key=key, before=before,

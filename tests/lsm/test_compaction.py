@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpaged.errors import ConfigError
 from kvpaged.lsm.batch import Put
 from kvpaged.lsm.compaction import (
     FAN,
@@ -21,8 +22,9 @@ from kvpaged.lsm.compaction import (
     plan,
     plan_all,
 )
-from kvpaged.lsm.eviction import Candidates, lru
+from kvpaged.lsm.eviction import Candidates, lru, lru_except
 from kvpaged.lsm.order import Link, locality
+from kvpaged.lsm.segment import prefix_of
 from kvpaged.lsm.store import TensorStore
 from kvpaged.testing.compaction import Simulator
 from kvpaged.testing.faulty_files import FaultyFiles
@@ -155,12 +157,18 @@ def test_every_value_has_one_place_whatever_its_parent(pairs):
 def test_lru_takes_what_expired_then_the_oldest_then_the_tail():
     column = lambda *numbers: torch.tensor(numbers, dtype=torch.uint64).numpy()  # noqa: E731
     values = Candidates(
-        column(5, 5, 1, 9), column(1, 2, 3, 4), column(10, 10, 10, 10), column(0, 0, 0, 7)
-    )
+        column(5, 5, 1, 9), column(1, 2, 3, 4), column(10, 10, 10, 10), column(0, 0, 0, 7),
+        column(*(prefix_of(key) for key in (b"pa", b"s", b"sun and moon", b"p"))),
+    )  # fmt: skip
     assert lru(values, 1, now=8).tolist() == [3]
     assert lru(values, 25, now=8).tolist() == [3, 2, 1]
     assert lru(values, 25, now=6).tolist() == [2, 1, 0]
     assert lru(values, 10**9, now=6).tolist() == [2, 1, 0, 3]
+    assert lru_except(b"s")(values, 10**9, now=6).tolist() == [0, 3]
+    assert lru_except(b"s")(values, 5, now=8).tolist() == [3]
+    assert lru_except(b"sun")(values, 10**9, now=6).tolist() == [1, 0, 3]
+    with pytest.raises(ConfigError, match="1 to 8 bytes, not 9"):
+        lru_except(b"sun and m")
 
 
 # -- simulated -------------------------------------------------------------------------------------

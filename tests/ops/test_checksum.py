@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpaged_kernels.cpu.copy import checksum as checksum_cpu
 from kvpaged_kernels.gpu.checksum import checksum as checksum_gpu
 from kvpaged_kernels.gpu.checksum import checksum_launch
 from kvpaged_kernels.reference.checksum import checksum as checksum_reference
@@ -54,6 +55,7 @@ def test_all_implementations_agree_bit_for_bit(
     got = checksum_gpu(words, entries, first_word=first_word)
     assert got.dtype == torch.int64
     assert torch.equal(got, checksum_reference(words, entries, first_word=first_word))
+    assert torch.equal(got, checksum_cpu(words, entries, first_word=first_word))
     theirs = checksum_numpy(words.numpy(), entries.numpy(), first_word=first_word)
     assert theirs.dtype == np.int64
     assert np.array_equal(got.numpy(), theirs)
@@ -63,6 +65,7 @@ def test_all_implementations_agree_bit_for_bit(
 IMPLEMENTATIONS = [
     pytest.param(checksum_gpu, id="gpu"),
     pytest.param(checksum_reference, id="reference"),
+    pytest.param(checksum_cpu, id="cpu"),
 ]
 
 

@@ -89,6 +89,7 @@ SHIPPED = (
     Shipped("copy", "int64"),
     Shipped("copy", "int8"),
     Shipped("checksum", "int32", 128, 128, 64),
+    Shipped("transfer", "int64"),
     Shipped("plan", "int32"),
     Shipped("plan", "int32", 128, 128, 64, 8, 4, ("window", "queries")),
     Shipped("merge", "bfloat16", 128, 128),

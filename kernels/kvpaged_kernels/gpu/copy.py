@@ -37,21 +37,27 @@ def _copy_pages(
     tl.store(target + within + offset, values, mask=mask)
 
 
-def _as_words(pages: Tensor) -> Tensor:
-    """`pages` seen as the widest integers that its address, strides and length allow."""
-    size = pages.element_size()
-    extents = [pages.shape[2], pages.storage_offset(), pages.stride(0), pages.stride(1)]
-    address = 0 if pages.device.type == "meta" else pages.data_ptr()
+def as_words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one dtype, last stride 1, seen as the widest integers that the addresses, strides
+    and lengths of all of them allow.
+    """
+    size = tensors[0].element_size()
+    extents: list[int] = []
+    for t in tensors:
+        extents += [t.shape[-1], int(t.storage_offset()), *t.stride()[:-1]]
+    addresses = [0 if t.device.type == "meta" else t.data_ptr() for t in tensors]
     for word in _WIDE_FIRST:
         wide = word.itemsize
-        if address % wide == 0 and all(extent * size % wide == 0 for extent in extents):
-            return pages.view(word)
+        if not any(address % wide for address in addresses) and all(
+            extent * size % wide == 0 for extent in extents
+        ):
+            return tuple(t.view(word) for t in tensors)
     raise AssertionError("every tensor is a tensor of bytes")
 
 
 def copy_launch(pages: Tensor, src: Tensor, dst: Tensor) -> Launch:
     """The launch of `copy_pages`; reads shapes, strides and the alignment of `pages` only."""
-    words = _as_words(pages)
+    (words,) = as_words(pages)
     _, pieces, piece_len = words.shape
     chunks = triton.cdiv(piece_len, _BLOCK)
     return Launch(

@@ -1,0 +1,60 @@
+"""Rows that begin with pages of tiers: who waits for them, and what becomes of them."""
+
+from kvpaged.generate.rows import Rows
+from kvpaged.offload.promotion import LoadError
+from kvpaged.slot_batch import SlotBatch
+from kvpaged.step import Step
+
+
+class Loads:
+    """The promotions of an engine's rows. One thread at a time."""
+
+    def __init__(self, batch: SlotBatch, rows: Rows) -> None:
+        self._batch, self._rows = batch, rows
+
+    def settle(self) -> list[int]:
+        """Let rows whose promotion is over hold what has come; between steps.
+
+        Returns:
+            Rows that take no part in the next step: their pages have not begun to land.
+        """
+        held = []
+        for slot, promotion in list(self._batch.loading.items()):
+            ready = promotion.ready()
+            if promotion.over:
+                found = self._batch.settle_loading(slot)
+                reply = self._rows.replies[slot]
+                if reply is not None and not reply.completion.preemptions:
+                    for each in (reply, *(sibling for sibling, _ in reply.siblings)):
+                        each.completion.cached_tokens = found
+            elif not ready:
+                held.append(slot)
+        return held
+
+    def wait(self) -> None:
+        """Nothing else is to be done: wait until some row's pages begin to land, or are late."""
+        for promotion in self._batch.loading.values():
+            promotion.wait_ready()
+            return
+
+    def gate(self, step: Step) -> None:
+        """Have a step's attention wait for the layers that its rows' pages land by."""
+        step.gates = tuple(
+            promotion for slot, promotion in self._batch.loading.items() if step.counts[slot]
+        )
+
+    def check(self, step: Step) -> None:
+        """A pass has been made: see that all it read had come.
+
+        Raises:
+            LoadError: it had not; the step does not count.
+        """
+        for gate in step.gates:
+            outcome = gate.wait()
+            if outcome.error is not None:
+                raise LoadError(f"pages were not loaded: {outcome.error}")
+
+    def failed(self, step: Step) -> bool:
+        """Whether a step's pages have not come."""
+        outcomes = [gate.outcome for gate in step.gates]
+        return any(outcome is not None and outcome.error is not None for outcome in outcomes)

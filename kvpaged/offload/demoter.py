@@ -1,0 +1,418 @@
+"""Demotion: pages go down to the tiers."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from kvpaged.offload.options import OffloadOptions
+from kvpaged.offload.policy import pressing
+from kvpaged.offload.pool import PoolView
+from kvpaged.offload.stack import Stack
+from kvpaged.offload.staging import Countdown, Staging
+from kvpaged.offload.worker import Job
+from kvpaged.pages.prefix import Node
+from kvpaged.tiers.base import Demotion, Record
+from kvpaged.tiers.record import Head, record_key
+
+LOOKED_AT = 256
+"""Pages looked at in one go, of those that wait to be evicted; records, of a tier that fills."""
+FULL = 0.9
+"""Of its capacity: from there on a tier's records go down to the next."""
+
+
+class Due(NamedTuple):
+    """A page that is to go to some tiers."""
+
+    node: Node
+    group: int
+    page: int
+    since: float
+    targets: tuple[int, ...]
+
+
+class _Rescued(NamedTuple):
+    """A page that has left the pool, in staging."""
+
+    record: Record
+    targets: tuple[int, ...]
+    give_back: Callable[[], None]
+    counts: bool
+
+
+@dataclass(slots=True)
+class DemotionCounts:
+    """What became of pages that left the pool.
+
+    Attributes:
+        demoted: a tier had their bytes.
+        dropped: none had.
+        pending: being written.
+        lag_s, longest_lag_s: from a page's entry in the prefix index until a write-through tier
+            had it: of the latest, and of all.
+    """
+
+    demoted: int = 0
+    dropped: int = 0
+    pending: int = 0
+    lag_s: float = 0.0
+    longest_lag_s: float = 0.0
+
+
+class Demoter:
+    """Chooses pages, copies them out under leases, puts them to tiers.
+
+    `note_entered`, `note_used` and `note_leaving` come with the cache's lock held; `run` from the
+    mover's thread alone.
+    """
+
+    def __init__(
+        self, pool: PoolView, stack: Stack, staging: Staging, options: OffloadOptions,
+        wake: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._pool, self._stack, self._staging, self._options = pool, stack, staging, options
+        self._wake = wake
+        self._fresh: deque[tuple[Node, int, int, float]] = deque()
+        self._again: deque[tuple[Node, int, int, float]] = deque()  # used a second time
+        self._swept: deque[tuple[Node, int, int, float]] = deque()  # for the tiers of `_sweep_to`
+        self._sweep_to: set[int] = set()
+        self._parting: deque[tuple[Node, int, int, float]] = deque()  # for the first tier
+        self._ahead: deque[list[bytes]] = deque()  # keys that are soon asked for
+        self._rescued: deque[_Rescued] = deque()
+        self._busy = 0
+        self.counts = DemotionCounts()
+
+    def _with(self, policy: Demotion) -> list[int]:
+        return [n for n, tier in enumerate(self._stack.tiers) if tier.policy == policy]
+
+    # -- what happens in the pool ------------------------------------------------------------------
+
+    def note_entered(self, node: Node, group: int, page: int) -> None:
+        """A page has entered the prefix index."""
+        if self._with("write-through"):
+            self._fresh.append((node, group, page, time.monotonic()))
+            self._wake()
+
+    def note_used(self, nodes: list[Node]) -> None:
+        """A sequence begins with these pages."""
+        if not self._with("second-use"):
+            return
+        now = time.monotonic()
+        for node in nodes:
+            for group, page in enumerate(node.pages):
+                if page is not None:
+                    self._again.append((node, group, page, now))
+        self._wake()
+
+    def note_parting(self, node: Node) -> None:
+        """Nobody holds this page and those before it any more, and somebody will come back."""
+        now = time.monotonic()
+        while node.tokens and any(page is not None for page in node.pages):
+            for group, page in enumerate(node.pages):
+                if page is not None:
+                    self._parting.append((node, group, page, now))
+            if node.parent is None:
+                break
+            node = node.parent
+        self._wake()
+
+    def note_ahead(self, keys: list[bytes]) -> None:
+        """Records that will soon be asked for: they come up to the first tier."""
+        if keys:
+            self._ahead.append(keys)
+            self._wake()
+
+    def note_leaving(self, node: Node, group: int, page: int) -> None:
+        """A page nobody holds is about to be evicted: its bytes are there for the last time."""
+        self._wake()
+        self._stack.settle()
+        key = record_key(node.key, group)
+        below = self._stack.directory.has(key)
+        rescued = False
+        targets = self._last_chance(key) if self._pool.immediate[group] else ()
+        if targets:
+            rescued = self._rescue(node, group, page, targets, counts=not below)
+        if below:
+            self.counts.demoted += 1
+        elif not rescued:
+            self.counts.dropped += 1
+
+    def _last_chance(self, key: bytes) -> tuple[int, ...]:
+        """The tiers that a page which leaves the pool should be in, and is not."""
+        return tuple(
+            number
+            for number, tier in enumerate(self._stack.tiers)
+            if (tier.policy == "write-through" or (not number and tier.policy == "write-back"))
+            and key not in self._stack.directory.held[number]
+            and self._stack.workers[number].up
+        )
+
+    def _rescue(
+        self, node: Node, group: int, page: int, targets: tuple[int, ...], *, counts: bool
+    ) -> bool:
+        """Copy a page into staging for some tiers, now, if there is room; `counts`: none has it."""
+        taken = self._staging.take(1, self._pool.body_bytes(group))
+        if taken is None:
+            return False
+        room, give_back = taken
+        ticket = self._pool.copies[group].out(np.array([page], np.int32), room)
+        ticket.wait()
+        record = self._record(node, group, ticket.sums()[0], room[0])
+        self.counts.pending += counts
+        self._rescued.append(_Rescued(record, targets, give_back, counts))
+        return True
+
+    def _record(self, node: Node, group: int, sums: np.ndarray, body: object) -> Record:
+        before = node.parent
+        assert before is not None
+        head = Head(
+            group=group, geometry=self._pool.classes[group].geometry, depth=node.depth,
+            key=node.key, before=before.key, tokens=node.tokens, sums=sums,
+        )  # fmt: skip
+        parent = record_key(before.key, group) if node.depth > 1 else b""
+        return Record(record_key(node.key, group), head.encode(), body, parent)  # type: ignore[arg-type]
+
+    # -- the mover's thread ------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Pages that are to go down and have not."""
+        pages = len(self._fresh) + len(self._again) + len(self._swept) + len(self._parting)
+        return pages + len(self._rescued) + self._busy
+
+    def oldest(self) -> float | None:
+        """How long the page that has waited longest has waited, in seconds."""
+        try:
+            return time.monotonic() - self._fresh[0][3]
+        except IndexError:
+            return None
+
+    def run(self) -> bool:
+        """Move some; whether there was anything."""
+        self._stack.settle()
+        if self._rescued:
+            self._put_rescued()
+            return True
+        if self._ahead:
+            self._move_up(self._ahead.popleft())
+            return True
+        due = self._choose()
+        if due:
+            self._busy = len(due)
+            try:
+                self._demote(due)
+            finally:
+                self._busy = 0
+            return True
+        return self._spill()
+
+    def sweep(self, tiers: list[int]) -> None:
+        """Note every page of the index that one of some tiers lacks, to go there."""
+        now = time.monotonic()
+        with self._pool.lock, self._stack.lock:
+            self._sweep_to.update(tiers)
+            held = [self._stack.directory.held[n] for n in tiers]
+            for node in self._pool.index.nodes():
+                for group, page in enumerate(node.pages):
+                    key = record_key(node.key, group)
+                    if page is not None and any(key not in keys for keys in held):
+                        self._swept.append((node, group, page, now))
+        self._wake()
+
+    def _choose(self) -> list[Due]:
+        for number in self._with("write-through"):
+            if self._stack.incomplete[number] and self._stack.workers[number].up:
+                self._stack.incomplete[number] = False
+                self.sweep([number])
+        with self._pool.lock, self._stack.lock:
+            due: list[Due] = []
+            size = 0
+            for queue, targets in (
+                (self._fresh, self._with("write-through")),
+                (self._again, self._with("second-use")),
+                (self._swept, sorted(self._sweep_to)),
+                (self._parting, [0]),
+            ):
+                while queue and size < self._options.call_bytes:
+                    node, group, page, since = queue.popleft()
+                    if self._take(due, node, group, page, since, targets):
+                        size += self._pool.body_bytes(group)
+            if size < self._options.call_bytes and self._stack.tiers[0].policy == "write-back":
+                self._press(due, size)
+        return due
+
+    def _take(
+        self, due: list[Due], node: Node, group: int, page: int, since: float, targets: list[int]
+    ) -> bool:
+        """Note a page for the tiers that lack it."""
+        if node.pages[group] != page or not node.attached:
+            return False
+        key = record_key(node.key, group)
+        lacking = []
+        for number in targets:
+            if key in self._stack.directory.held[number]:
+                continue
+            if self._stack.workers[number].up:
+                lacking.append(number)
+            else:
+                self._stack.incomplete[number] = True
+        if lacking:
+            due.append(Due(node, group, page, since, tuple(lacking)))
+        return bool(lacking)
+
+    def _press(self, due: list[Due], size: int) -> None:
+        """Note pages that will be evicted first and are not in the first tier."""
+        if not self._stack.workers[0].up:
+            return
+        index, now = self._pool.index, time.monotonic()
+        for group, page_class in enumerate(self._pool.classes):
+            allocator = page_class.allocator
+            many = pressing(allocator.room(), allocator.capacity)
+            for page in allocator.oldest_cached(min(many, LOOKED_AT)):
+                if size >= self._options.call_bytes:
+                    return
+                node = index.node_of(group, page)
+                if node is not None and self._take(due, node, group, page, now, [0]):
+                    size += self._pool.body_bytes(group)
+
+    def _demote(self, due: list[Due]) -> None:
+        """Copy pages out and put them, those of a group and of the same tiers together."""
+        kinds: dict[tuple[int, tuple[int, ...]], list[Due]] = {}
+        for one in due:
+            kinds.setdefault((one.group, one.targets), []).append(one)
+        for (group, targets), some in kinds.items():
+            most = max(1, self._staging.size // 2 // self._pool.body_bytes(group))
+            for start in range(0, len(some), most):
+                self._demote_some(group, targets, some[start : start + most])
+
+    def _demote_some(self, group: int, targets: tuple[int, ...], due: list[Due]) -> None:
+        room = self._staging.take(
+            len(due), self._pool.body_bytes(group), self._options.write_deadline_s
+        )
+        if room is None:  # whoever has it all does not answer: these are tried again
+            for number in targets:
+                self._stack.incomplete[number] = True
+            return
+        bodies, give_back = room
+        allocator = self._pool.classes[group].allocator
+        with self._pool.lock:
+            due = [one for one in due if one.node.pages[group] == one.page]
+            ids = np.array([one.page for one in due], np.int32)
+            lease = allocator.lease(ids)
+        try:
+            ticket = self._pool.copies[group].out(ids, bodies[: len(ids)])
+            ticket.wait()
+            sums = ticket.sums()
+        except BaseException:
+            give_back()
+            raise
+        finally:
+            with self._pool.lock:
+                allocator.end_lease(lease)
+        records = [self._record(one.node, group, sums[n], bodies[n]) for n, one in enumerate(due)]
+        self._put(records, targets, give_back)
+        lag = time.monotonic() - min((one.since for one in due), default=time.monotonic())
+        if any(self._stack.tiers[number].policy == "write-through" for number in targets):
+            self.counts.lag_s = lag
+            self.counts.longest_lag_s = max(lag, self.counts.longest_lag_s)
+
+    def _put(
+        self, records: list[Record], targets: tuple[int, ...], give_back: Callable[[], None]
+    ) -> int:
+        """Put records to tiers and wait for each; how many of the tiers kept them all."""
+        one_less = Countdown(len(targets), give_back)
+        jobs: list[tuple[int, Job | None]] = []
+        for number in targets:
+            jobs.append((number, self._stack.put(number, records, one_less)))
+        kept = [self._stack.finish(number, job) for number, job in jobs]
+        return sum(count == len(records) for count in kept)
+
+    def _put_rescued(self) -> None:
+        """Put pages that were copied out as they left."""
+        targets = self._rescued[0].targets
+        some: list[_Rescued] = []
+        while self._rescued and self._rescued[0].targets == targets and len(some) < LOOKED_AT:
+            some.append(self._rescued.popleft())
+        counted = sum(one.counts for one in some)
+
+        def give_back() -> None:
+            for one in some:
+                one.give_back()
+
+        self._busy = len(some)
+        try:
+            kept = self._put([one.record for one in some], targets, give_back)
+        finally:
+            self._busy = 0
+        with self._pool.lock:
+            self.counts.pending -= counted
+            if kept:
+                self.counts.demoted += counted
+            else:
+                self.counts.dropped += counted
+
+    def _spill(self) -> bool:
+        """Copy what a tier that fills would give up next to the one below it."""
+        for number in range(len(self._stack.tiers) - 1):
+            below = self._stack.tiers[number + 1]
+            usage = self._stack.tiers[number].usage()
+            workers = self._stack.workers
+            if (
+                below.policy != "write-back" or not workers[number].up or not workers[number + 1].up
+                or usage.capacity is None or usage.bytes < FULL * usage.capacity
+            ):  # fmt: skip
+                continue
+            with self._stack.lock:
+                sizes = self._stack.directory.held[number]
+                keys, size = [], 0
+                for key in self._stack.directory.missing_below(number, LOOKED_AT):
+                    keys.append(key)
+                    size += sizes[key]
+                    if size >= self._options.call_bytes:
+                        break
+            if keys and self._move(number, keys, number + 1):
+                return True
+        return False
+
+    def _move_up(self, keys: list[bytes]) -> None:
+        """Copy records to the first tier from the tiers that have them."""
+        by_tier: dict[int, list[bytes]] = {}
+        with self._stack.lock:
+            up = self._stack.up()
+            for key in keys:
+                at = self._stack.where(key, up)
+                if at is not None and at[0]:
+                    by_tier.setdefault(at[0], []).append(key)
+        for number, some in by_tier.items():
+            self._move(number, some, 0)
+
+    def _move(self, number: int, keys: list[bytes], to: int) -> bool:
+        """Copy records of a tier to another; whether any went."""
+        with self._stack.lock:
+            sizes = [self._stack.directory.held[number].get(key, 0) for key in keys]
+        keys = keys[: max(1, self._staging.size // 2 // max(*sizes, 1))]
+        taken = self._staging.take(len(keys), max(sizes))
+        if taken is None:
+            return False
+        rooms, give_back = taken
+        records: list[Record] = []
+
+        def read(tier: object) -> None:
+            with self._stack.tiers[number].read(keys, list(rooms)) as found:
+                for record, room in zip(found, rooms, strict=True):
+                    if record is not None:
+                        body = room[: record.body.numel()]
+                        if body.data_ptr() != record.body.data_ptr():
+                            body.copy_(record.body)
+                        records.append(record._replace(body=body))
+
+        done = Countdown(2, give_back)  # the call, and what is done with what it read
+        try:
+            self._stack.call(number, read, self._options.write_deadline_s, done)
+        except Exception:  # whatever a tier raises; a call that hangs keeps the room
+            done()
+            return False
+        return self._put(records, (to,), done) > 0 and bool(records)

@@ -1,0 +1,449 @@
+"""Promotion: pages of one sequence come up from the tiers."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kvpaged.errors import IntegrityError, KVPagedError
+from kvpaged.offload.copies import InTicket, Sums
+from kvpaged.offload.options import OffloadOptions
+from kvpaged.offload.policy import patience
+from kvpaged.offload.pool import PoolView
+from kvpaged.offload.stack import Stack, log
+from kvpaged.offload.staging import Countdown, Staging
+from kvpaged.offload.worker import Job, TierDownError
+from kvpaged.pages.extents import Ids
+from kvpaged.tiers.base import Record
+from kvpaged.tiers.record import Head, record_key
+
+
+class LoadError(KVPagedError):
+    """Pages that a pass reads have not come, or not as they were sealed."""
+
+
+class Wanted(NamedTuple):
+    """A page to load.
+
+    Attributes:
+        place: its place in its sequence.
+        group: the layer group.
+        key, tokens: its page key, and its encoded tokens.
+        tier, size: who has it, and the bytes it takes there.
+        page: where it is to go.
+    """
+
+    place: int
+    group: int
+    key: bytes
+    tokens: bytes
+    tier: int
+    size: int
+    page: int = -1
+
+
+class Outcome(NamedTuple):
+    """How a promotion ended.
+
+    Attributes:
+        pages: of those asked for, how many from the first on are there, in every group.
+        seconds: it took.
+        predicted_s: what had been expected; `None`: nothing.
+        error: why it ended early, or `None`.
+    """
+
+    pages: int
+    seconds: float
+    predicted_s: float | None
+    error: str | None
+
+
+class Rooms(Sequence[Tensor]):
+    """Staging for the records of a call, taken when a tier first asks for it: those of a group side
+    by side.
+    """
+
+    def __init__(self, staging: Staging, sizes: Sequence[int], timeout: float) -> None:
+        self._staging, self._sizes, self._timeout = staging, sizes, timeout
+        self._rooms: list[Tensor] | None = None
+        self.give_back: Callable[[], None] = _nothing
+
+    def _take(self) -> list[Tensor]:
+        taken = self._staging.take(1, sum(self._sizes), self._timeout)
+        if taken is None:
+            raise MemoryError(f"no {sum(self._sizes):,} bytes of staging in {self._timeout:g} s")
+        room, self.give_back = taken
+        return list(room[0].split(list(self._sizes)))
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, place: int | slice) -> Tensor | Sequence[Tensor]:
+        if self._rooms is None:
+            self._rooms = self._take()
+        return self._rooms[place]
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
+class Stack2D(NamedTuple):
+    """Records of a group that lie at one stride, and the pages they go to."""
+
+    group: int
+    bodies: Tensor
+    sums: Sums
+    ids: Ids
+
+
+class Promotion:
+    """Records on their way into pages that a row holds, by the threads of the tiers.
+
+    Calls follow one another. What the last one gives is copied layer by layer, so that a pass may
+    begin once `ready` says so and wait for each layer (`wait_layer`). Nothing is valid before it
+    was summed where it lies. The pages stay leased until no call can write to them any more,
+    however long that takes.
+
+    `start`, `ready`, `poll`, `wait` and `wait_layer` come from whoever computes; none holds the
+    cache's lock.
+    """
+
+    def __init__(
+        self, pool: PoolView, stack: Stack, staging: Staging, options: OffloadOptions,
+        wanted: Sequence[Wanted], *, predicted_s: float | None,
+        compute: Callable[[int], float | None], on_end: Callable[["Promotion"], None],
+    ) -> None:  # fmt: skip
+        """The cache's lock is held.
+
+        Args:
+            wanted: pages, by ascending places; each held by the row they are for.
+            predicted_s: what all of it should take.
+            compute: what computing so many pages would take, in seconds.
+            on_end: told when it is over, on whichever thread.
+        """
+        self._pool, self._stack, self._staging, self._options = pool, stack, staging, options
+        self._compute, self._on_end, self._predicted = compute, on_end, predicted_s
+        self._first = wanted[0].place
+        self._missing: npt.NDArray[np.int64] = np.zeros(
+            wanted[-1].place + 1 - self._first, np.int64
+        )
+        for one in wanted:
+            self._missing[one.place - self._first] += 1
+        self._calls = self._cut(wanted)
+        leases = []
+        for group, page_class in enumerate(pool.classes):
+            ids = np.array([one.page for one in wanted if one.group == group], np.int32)
+            if len(ids):
+                leases.append((page_class.allocator, page_class.allocator.lease(ids)))
+
+        def end_leases() -> None:
+            with pool.lock:
+                for allocator, lease in leases:
+                    allocator.end_lease(lease)
+
+        self._free = Countdown(1 + len(self._calls), end_leases)
+        self._cond = threading.Condition()
+        self._turn = 0
+        self._job: tuple[int, Job] | None = None
+        self._tickets: dict[tuple[int, int], list[InTicket]] = {}  # of layers that were begun
+        self._landing = False
+        self._began = self._moved = time.monotonic()
+        self.outcome: Outcome | None = None
+
+    def _cut(self, wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+        """Calls: of one tier each, all at once if that should not take long."""
+        calls: list[list[Wanted]] = []
+        size = most = 0
+        for one in wanted:
+            if not calls or calls[-1][-1].tier != one.tier or size + one.size > most:
+                rest = sum(each.size for each in wanted if each.tier == one.tier)
+                expected = self._stack.loads[one.tier].at(rest)
+                quick = expected is not None and expected < self._options.deadline_s / 2
+                most = self._staging.size // 2 if quick else self._options.call_bytes
+                most = min(most, self._staging.size // 2)
+                calls.append([])
+                size = 0
+            calls[-1].append(one)
+            size += one.size
+        return calls
+
+    # -- for whoever computes ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin."""
+        self._began = self._moved = time.monotonic()
+        self._submit()
+
+    @property
+    def over(self) -> bool:
+        """`outcome` says how it ended."""
+        return self.outcome is not None
+
+    def ready(self) -> bool:
+        """Whether a pass may begin: all is there, or comes layer by layer."""
+        self.poll()
+        return self.over or self._landing
+
+    def wait(self) -> Outcome:
+        """Wait until it is over, as long as its deadline allows."""
+        while True:
+            with self._cond:
+                left = self._left()
+                if self.outcome is None and left > 0:
+                    self._cond.wait(left)
+                if self.outcome is not None:
+                    return self.outcome
+            self.poll()
+
+    def wait_ready(self) -> None:
+        """Wait until `ready`, as long as its deadline allows."""
+        with self._cond:
+            if not (self.over or self._landing):
+                self._cond.wait(max(self._left(), 0.0))
+        self.poll()
+
+    def poll(self) -> None:
+        """Give it up if it is late."""
+        if self.outcome is None and self._left() <= 0:
+            self.cancel(f"no progress in {self._options.deadline_s:g} s")
+
+    def wait_layer(self, group: int, place: int) -> None:
+        """Have what the caller does next come after a layer has landed.
+
+        Raises:
+            LoadError: it has not come, or not as it was sealed.
+        """
+        with self._cond:
+            while (group, place) not in self._tickets and self.outcome is None:
+                if not self._cond.wait(max(self._left(), 0.0)) and self._left() <= 0:
+                    break
+            tickets = self._tickets.get((group, place), [])
+            outcome = self.outcome
+        if outcome is not None and outcome.error is None:
+            return
+        if outcome is not None or not tickets:
+            self.poll()
+            raise LoadError(f"pages were not loaded: {outcome.error if outcome else 'too late'}")
+        for ticket in tickets:
+            ticket.order()
+
+    def cancel(self, why: str) -> None:
+        """Nobody waits for it any more, or it takes too long."""
+        with self._cond:
+            job = self._job
+            if self.outcome is not None:
+                return
+            self._end(why)
+        if job is not None:
+            number, one = job
+            worker = self._stack.workers[number]
+            if why:
+                worker.timeouts += 1
+                worker.health.failed(why)
+            worker.cancel(one)
+
+    def _left(self) -> float:
+        """Seconds that it still has."""
+        now, arrived = time.monotonic(), self._arrived()
+        saved = self._compute(max(arrived, 1))
+        if saved is not None and not arrived:
+            saved = 0.0
+        total = patience(self._options.deadline_s, now - self._began, saved)
+        return min(total, self._options.deadline_s - (now - self._moved))
+
+    def _arrived(self) -> int:
+        """Pages from the first on that are there."""
+        missing = np.flatnonzero(self._missing)
+        return int(missing[0]) if len(missing) else len(self._missing)
+
+    def _end(self, error: str | None) -> None:
+        """It is over; the condition is held."""
+        if self.outcome is not None:
+            return
+        seconds = time.monotonic() - self._began
+        self.outcome = Outcome(self._arrived(), seconds, self._predicted, error)
+        self._cond.notify_all()
+        for _ in range(self._turn, len(self._calls)):  # calls that will not be made
+            self._free()
+        self._free()
+        self._on_end(self)
+
+    # -- the tiers' threads ------------------------------------------------------------------------
+
+    def _submit(self) -> None:
+        """Make the next call, or end."""
+        with self._cond:
+            if self.outcome is not None:
+                return
+            if self._turn == len(self._calls):
+                self._end(None)
+                return
+            call = self._calls[self._turn]
+            number = call[0].tier
+            self._turn += 1
+            try:
+                job = self._stack.workers[number].submit(
+                    lambda job: self._run(job, call), urgent=True, undo=self._free
+                )
+            except TierDownError as error:
+                self._turn -= 1
+                self._end(str(error))
+                return
+            self._job = (number, job)
+
+    def _run(self, job: Job, call: list[Wanted]) -> None:
+        """A call of a tier, and what it gave into pages."""
+        number, start = call[0].tier, time.monotonic()
+        tier, worker = self._stack.tiers[number], self._stack.workers[number]
+        keys = [record_key(one.key, one.group) for one in call]
+        rooms = Rooms(
+            self._staging, [self._pool.body_bytes(one.group) for one in call],
+            self._options.deadline_s,
+        )  # fmt: skip
+        error: str | None = None
+        try:
+            with tier.read(keys, rooms) as found:
+                good = self._usable(number, call, found)
+                if good and not job.cancelled:
+                    bad = self._land(job, call[:good], found, last=call is self._calls[-1])
+                    self._forget(number, [keys[n] for n in bad])
+                    good = min(bad, default=good)
+                if job.cancelled:
+                    good = 0  # its pages may not be all there, and nobody asks
+            worker.health.succeeded()
+        except Exception as failure:  # whatever a tier raises: what has not come is computed
+            good, error = 0, f"tier {tier.name}: {failure!r}"
+            worker.health.failed(repr(failure))
+        finally:
+            rooms.give_back()
+        seconds = time.monotonic() - start
+        size = sum(one.size for one in call[:good])
+        with self._stack.lock:
+            flow = self._stack.flows[number]
+            flow.promoted += good
+            flow.promoted_bytes += size
+            flow.missed += len(call) - good
+            if good == len(call):
+                self._stack.loads[number].add(size, seconds)
+        with self._cond:
+            self._moved = time.monotonic()
+            for one in call[:good]:
+                self._missing[one.place - self._first] -= 1
+            if good < len(call):
+                self._end(error or f"tier {tier.name} has lost a page, or its bytes")
+        self._submit()
+
+    def _usable(self, number: int, call: list[Wanted], found: list[Record | None]) -> int:
+        """How many of a call's records, from the first on, are what was asked for; the tier forgets
+        the first that is not.
+        """
+        for place, (one, record) in enumerate(zip(call, found, strict=True)):
+            key = record_key(one.key, one.group)
+            if record is None:
+                with self._stack.lock:
+                    self._stack.directory.remove(number, [key])
+                return place
+            try:
+                head = Head.decode(record.head)
+                if (head.key, head.group, head.tokens) != (one.key, one.group, one.tokens):
+                    raise IntegrityError("the record is of another page")
+                if not head.fits(self._pool.classes[one.group].geometry):
+                    raise IntegrityError(f"the record is of pages of {head.geometry}")
+                if record.body.numel() != self._pool.body_bytes(one.group):
+                    raise IntegrityError(f"the record has {record.body.numel()} bytes")
+            except IntegrityError as error:
+                log.warning("tier %s, %s: %s", self._stack.tiers[number].name, key.hex(), error)
+                self._forget(number, [key])
+                return place
+        return len(call)
+
+    def _forget(self, number: int, keys: list[bytes]) -> None:
+        """Have a tier delete records that are wrong; on its own thread."""
+        if not keys:
+            return
+        with self._stack.lock:
+            self._stack.directory.remove(number, keys)
+        self._stack.incomplete[number] = True  # it may be put again from the pool
+        self._stack.tiers[number].delete(keys)
+
+    def _land(
+        self, job: Job, call: list[Wanted], found: list[Record | None], *, last: bool
+    ) -> list[int]:
+        """Copy records into pages; returns the places within the call of those that are wrong."""
+        stacks = [
+            (group, stack)
+            for group in range(len(self._pool.classes))
+            for stack in _stacks(group, call, found)
+        ]
+        wrong: set[int] = set()
+        if not last:
+            for group, stack in stacks:
+                layers = slice(0, self._pool.classes[group].geometry.layers)
+                ticket = self._pool.copies[group].into(stack.ids, stack.bodies, stack.sums, layers)
+                ticket.wait()
+                wrong.update(stack.ids[ticket.wrong()].tolist())
+            return [n for n, one in enumerate(call) if one.page in wrong]
+        begun: list[tuple[Stack2D, InTicket]] = []
+        for group, place in self._pool.order:
+            if job.cancelled:
+                break
+            tickets: list[InTicket] = []
+            for of, stack in stacks:
+                if of == group:
+                    into = self._pool.copies[group].into
+                    ticket = into(stack.ids, stack.bodies, stack.sums, slice(place, place + 1))
+                    if self._pool.immediate[group]:
+                        wrong.update(stack.ids[ticket.wrong()].tolist())
+                    else:
+                        begun.append((stack, ticket))
+                    tickets.append(ticket)
+            if wrong:
+                break
+            with self._cond:
+                self._landing = True
+                self._moved = time.monotonic()
+                self._tickets[group, place] = tickets
+                self._cond.notify_all()
+        for stack, ticket in begun:
+            ticket.wait()
+            wrong.update(stack.ids[ticket.wrong()].tolist())
+        return [n for n, one in enumerate(call) if one.page in wrong]
+
+
+def _nothing() -> None:
+    """Nothing is to be given back."""
+
+
+def _stacks(group: int, call: list[Wanted], found: list[Record | None]) -> list[Stack2D]:
+    """The records of a group, those at one stride from each other together."""
+    mine = [
+        (one, record) for one, record in zip(call, found, strict=False)
+        if one.group == group and record is not None
+    ]  # fmt: skip
+    stacks: list[Stack2D] = []
+    start = 0
+    while start < len(mine):
+        stop, stride = start + 1, 0
+        base = mine[start][1].body
+        while stop < len(mine):
+            body, before = mine[stop][1].body, mine[stop - 1][1].body
+            step = body.data_ptr() - before.data_ptr()
+            same = body.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+            if not same or step < base.numel() or (stride and step != stride):
+                break
+            stride, stop = step, stop + 1
+        some = mine[start:stop]
+        size = base.numel()
+        bodies = base.as_strided((len(some), size), (stride or size, 1), base.storage_offset())
+        sums = np.stack([Head.decode(record.head).sums for _, record in some])
+        ids = np.array([one.page for one, _ in some], np.int32)
+        stacks.append(Stack2D(group, bodies, sums, ids))
+        start = stop
+    return stacks

@@ -1,0 +1,154 @@
+"""The tiers of a cache, their threads, and what is known of them."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvpaged.errors import ConfigError
+from kvpaged.offload.directory import Directory
+from kvpaged.offload.options import OffloadOptions
+from kvpaged.offload.policy import Line
+from kvpaged.offload.worker import Job, TierDownError, TierWorker
+from kvpaged.tiers.base import DEMOTIONS, Record, Stored, Tier
+
+log = logging.getLogger("kvpaged.offload")
+
+SCAN_S = 60.0
+"""What opening waits for a tier to say what it holds."""
+
+
+@dataclass(slots=True)
+class Flow:
+    """What went to and from a tier: records, and bytes of their bodies."""
+
+    demoted: int = 0
+    demoted_bytes: int = 0
+    refused: int = 0
+    promoted: int = 0
+    promoted_bytes: int = 0
+    missed: int = 0
+
+
+class Stack:
+    """Tiers from the fastest down, asked through a thread each, with what each holds.
+
+    Any thread may call; `lock` guards the directory and the figures, and is never held in a call
+    of a tier. Where the cache's lock is held too, that was taken first.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], options: OffloadOptions) -> None:
+        for tier in tiers:
+            if not isinstance(tier, Tier):
+                raise ConfigError(f"a tier is a kvpaged.tiers.Tier, not {type(tier).__name__}")
+            if tier.policy not in DEMOTIONS:
+                raise ConfigError(
+                    f"tier {tier.name}: policy is one of {DEMOTIONS}, not {tier.policy!r}"
+                )
+        self.tiers = tuple(tiers)
+        self.options = options
+        self.lock = threading.RLock()
+        self.directory = Directory(tiers)
+        self.flows = [Flow() for _ in tiers]
+        self.loads = [Line() for _ in tiers]
+        self.workers = [TierWorker(tier) for tier in tiers]
+        self.incomplete = [False] * len(tiers)
+        """Tiers that may lack pages they should have: a call failed, or was not made."""
+        for number in range(len(tiers)):
+            self._scan(number)
+
+    def _scan(self, number: int) -> None:
+        def work(_: Job) -> None:
+            found: list[Stored] = list(self.tiers[number].scan())
+            with self.lock:
+                for one in found:
+                    self.directory.add(number, one.key, one.head_bytes + one.body_bytes)
+
+        worker = self.workers[number]
+        try:
+            worker.wait(worker.submit(work, urgent=True), SCAN_S)
+        except Exception as error:  # the cache works without it
+            log.warning("tier %s does not say what it holds: %r", worker.tier.name, error)
+
+    # -- asking ------------------------------------------------------------------------------------
+
+    def up(self) -> list[bool]:
+        """Of each tier, whether it may be asked now."""
+        return [worker.up for worker in self.workers]
+
+    def where(self, key: bytes, allowed: Sequence[bool]) -> tuple[int, int] | None:
+        """The first tier, of those allowed, that has a key, and the bytes it takes there; the lock
+        is held.
+        """
+        number = self.directory.where(key, allowed)
+        return None if number is None else (number, self.directory.held[number][key])
+
+    def settle(self) -> None:
+        """Take note of what tiers have given up."""
+        with self.lock:
+            self.directory.settle()
+
+    def put(
+        self, number: int, records: Sequence[Record], undo: Callable[[], None] | None = None
+    ) -> Job | None:
+        """Begin to put records to a tier; `None`, after `undo`, if it is not asked now."""
+
+        def work(_: Job) -> int:
+            kept = self.tiers[number].put(records)
+            with self.lock:
+                flow = self.flows[number]
+                for record, good in zip(records, kept, strict=True):
+                    if not good:
+                        flow.refused += 1
+                        continue
+                    size = len(record.head) + record.body.numel()
+                    self.directory.add(number, record.key, size)
+                    flow.demoted += 1
+                    flow.demoted_bytes += record.body.numel()
+                self.directory.settle()
+            return sum(kept)
+
+        try:
+            return self.workers[number].submit(work, urgent=False, undo=undo)
+        except TierDownError:
+            self.incomplete[number] = True
+            if undo is not None:
+                undo()
+            return None
+
+    def finish(self, number: int, job: Job | None) -> int | None:
+        """How many records a `put` kept; `None`: it failed."""
+        if job is None:
+            return None
+        try:
+            kept: int = self.workers[number].wait(job, self.options.write_deadline_s)
+            return kept
+        except Exception as error:  # whatever a tier raises: the page has not gone there
+            self.incomplete[number] = True
+            log.debug("tier %s: %r", self.tiers[number].name, error)
+            return None
+
+    def call(
+        self, number: int, work: Callable[[Tier], Any], timeout: float,
+        undo: Callable[[], None] | None = None,
+    ) -> Any:  # fmt: skip
+        """Have a tier do something, and wait; `undo` is called when that is over.
+
+        Raises:
+            Exception: what the tier raises, `TimeoutError`, `TierDownError`.
+        """
+        worker = self.workers[number]
+        try:
+            job = worker.submit(lambda _: work(self.tiers[number]), urgent=True, undo=undo)
+        except TierDownError:
+            if undo is not None:
+                undo()
+            raise
+        return worker.wait(job, timeout)
+
+    def close(self) -> None:
+        """Close the tiers; one that does not answer is left to itself."""
+        for worker in self.workers:
+            if not worker.close(self.options.close_s):
+                log.warning("tier %s does not answer: left open", worker.tier.name)

@@ -1,0 +1,244 @@
+"""Calls of a tier, by one thread of its own, each with a deadline."""
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from kvpaged.errors import KVPagedError
+from kvpaged.tiers.base import Tier
+
+log = logging.getLogger("kvpaged.offload")
+
+FAILURES = 3
+"""In a row, after which a tier is left alone for a while."""
+REST_S, LONGEST_REST_S = 1.0, 60.0
+
+
+class TierDownError(KVPagedError):
+    """A tier is not asked now: it fails, or a call of it has not returned."""
+
+
+class Health:
+    """Whether a tier is asked. After some failures in a row it is left alone, then asked once
+    more; the rest doubles with each time that fails.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._clock = name, clock
+        self.failures = 0
+        self._row = 0
+        self._rest = REST_S
+        self._until = 0.0
+
+    @property
+    def resting(self) -> bool:
+        """It is left alone now."""
+        return self._clock() < self._until
+
+    def succeeded(self) -> None:
+        """A call gave what was asked for."""
+        if self._row >= FAILURES:
+            log.warning("tier %s answers again", self._name)
+        self._row, self._rest, self._until = 0, REST_S, 0.0
+
+    def failed(self, why: object) -> None:
+        """A call failed, or did not return in time."""
+        self.failures += 1
+        self._row += 1
+        if self._row == 1:
+            log.warning("tier %s: %s", self._name, why)
+        if self._row >= FAILURES:
+            if self._row == FAILURES:
+                log.warning("tier %s is left alone for a while: %s", self._name, why)
+            self._until = self._clock() + self._rest
+            self._rest = min(2 * self._rest, LONGEST_REST_S)
+
+
+class Job:
+    """One piece of work for a tier's thread."""
+
+    def __init__(self, work: Callable[["Job"], Any], undo: Callable[[], None] | None) -> None:
+        self._work, self._undo = work, undo
+        self._done = threading.Event()
+        self.cancelled = False
+        self.started = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """On the tier's thread."""
+        try:
+            self.result = self._work(self)
+        except BaseException as error:  # whatever a tier raises: whoever waits is told
+            self.error = error
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """It is over: let go of what it held."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+        self._done.set()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Whether it ended in time."""
+        return self._done.wait(timeout)
+
+
+class TierWorker:
+    """The one thread that calls a tier; made when first needed.
+
+    A call that does not return in time costs this thread: nothing more is asked of the tier until
+    it does, so there is never more than one such thread a tier. Reads go before writes.
+    """
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
+        self.health = Health(tier.name)
+        self.timeouts = 0
+        self._cond = threading.Condition()
+        self._jobs: tuple[deque[Job], deque[Job]] = (deque(), deque())  # urgent ones, others
+        self._running: Job | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def parked(self) -> bool:
+        """Its thread is in a call that nobody waits for any more."""
+        return self._running is not None and self._running.cancelled
+
+    @property
+    def up(self) -> bool:
+        """It may be asked."""
+        return not (self._closed or self.parked or self.health.resting)
+
+    def submit(
+        self, work: Callable[[Job], Any], *, urgent: bool, undo: Callable[[], None] | None = None
+    ) -> Job:
+        """Have the tier's thread do something; `undo` is called when it is over, however it ends,
+        also where it never began.
+
+        Raises:
+            TierDownError: it is not asked now; nothing is called.
+        """
+        job = Job(work, undo)
+        with self._cond:
+            if not self.up:
+                raise TierDownError(f"tier {self.tier.name} is not asked now")
+            self._jobs[not urgent].append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_serve, args=(weakref.ref(self), self._cond), daemon=True,
+                    name=f"kvpaged {self.tier.name}",
+                )  # fmt: skip
+                self._thread.start()
+            self._cond.notify_all()
+        return job
+
+    def wait(self, job: Job, timeout: float | None) -> Any:
+        """What a job gives.
+
+        Raises:
+            TimeoutError: it did not end in time; it is cancelled.
+            BaseException: what the tier raised.
+        """
+        if not job.wait(timeout) and self._abandon(job):
+            self.timeouts += 1
+            error = TimeoutError(f"no answer in {timeout or 0:.3g} s")
+            self.health.failed(error)
+            raise error
+        if job.error is not None:
+            if not isinstance(job.error, TierDownError):
+                self.health.failed(repr(job.error))
+            raise job.error
+        self.health.succeeded()
+        return job.result
+
+    def _abandon(self, job: Job) -> bool:
+        """Stop waiting for a job; false if it has ended after all."""
+        with self._cond:
+            if job.wait(0):
+                return False
+            job.cancelled = True
+            for jobs in self._jobs:
+                if job in jobs:
+                    jobs.remove(job)
+            running = job.started
+        if not running:
+            job.end()
+        return True
+
+    def cancel(self, job: Job) -> None:
+        """Nobody needs a job any more; no failure of the tier."""
+        self._abandon(job)
+
+    def take(self) -> Job | None:
+        """The next job, for its thread; the condition is held."""
+        self._running = None
+        for jobs in self._jobs:
+            if jobs:
+                self._running = jobs.popleft()
+                self._running.started = True
+                return self._running
+        return None
+
+    @property
+    def closed(self) -> bool:
+        """Its thread is to end."""
+        return self._closed
+
+    def close(self, timeout: float) -> bool:
+        """End its thread, and close the tier; false if that did not happen in time (the thread is
+        left to itself).
+        """
+        with self._cond:
+            if self._closed:
+                return True
+            waiting = [job for jobs in self._jobs for job in jobs]
+            for jobs in self._jobs:
+                jobs.clear()
+        for job in waiting:
+            job.cancelled = True
+            job.end()
+        try:
+            job = self.submit(lambda _: self.tier.close(), urgent=True)
+            self.wait(job, timeout)
+            ended = True
+        except TierDownError:
+            ended = False
+            if not self.parked:  # resting: it has no call under way
+                self._quietly_close()
+                ended = True
+        except Exception as error:  # a tier's own: there is nothing left to lose
+            log.warning("tier %s did not close: %s", self.tier.name, error)
+            ended = not isinstance(error, TimeoutError)
+        with self._cond:
+            self._closed = True
+            self._cond.notify_all()
+        return ended
+
+    def _quietly_close(self) -> None:
+        try:
+            self.tier.close()
+        except Exception as error:  # as above
+            log.warning("tier %s did not close: %s", self.tier.name, error)
+
+
+def _serve(of: "weakref.ref[TierWorker]", cond: threading.Condition) -> None:
+    while True:
+        with cond:
+            worker = of()
+            if worker is None or (worker.closed and not any(worker._jobs)):
+                return
+            job = worker.take()
+            del worker
+            if job is None:
+                cond.wait(1.0)
+                continue
+        job.run()
+        del job
