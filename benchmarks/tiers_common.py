@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import common
+from kvpaged.bench.common import PAGE_SIZE
 
 NAME = "tiers"
 """Of the document."""
+
+
+def page_bytes(dtype: torch.dtype) -> int:
+    """Of a page of SmolLM2: 30 layers, K and V, 3 heads of 64 numbers."""
+    return 30 * 2 * 3 * PAGE_SIZE * 64 * dtype.itemsize
 
 
 def publish_part(part: str, document: Mapping[str, Any], folder: Path) -> Path:

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import common, prefix
 from benchmarks.systems import load_model
-from benchmarks.tiers_common import drop_page_cache, publish_part, read_bandwidth
+from benchmarks.tiers_common import drop_page_cache, page_bytes, publish_part, read_bandwidth
 from benchmarks.tiers_report import report, report_ceiling
 from benchmarks.tiers_systems import OURS, SYSTEMS, System, Work, make_systems
 from kvpaged.bench.common import PAGE_SIZE
@@ -287,11 +287,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(report(document))
     publish_part("first_token", document, chosen.out)
-
-
-def page_bytes(dtype: torch.dtype) -> int:
-    """Of a page of SmolLM2: 30 layers, K and V, 3 heads of 64 numbers."""
-    return 30 * 2 * 3 * PAGE_SIZE * 64 * dtype.itemsize
 
 
 def same_replies(lives: Sequence[Life]) -> dict[str, bool]:
