@@ -169,7 +169,7 @@ def test_a_new_cache_finds_what_an_earlier_one_left(tmp_path, groups, layout):
     with cache_of([disk(tmp_path)], pages=20, groups=groups, layout=layout) as cache:
         run(cache, prompt)
     other = LAYOUTS[LAYOUTS.index(layout) - 1]
-    with cache_of([disk(tmp_path)], pages=20, groups=groups, layout=other) as cache:  # type: ignore[arg-type]
+    with cache_of([disk(tmp_path)], pages=20, groups=groups, layout=other) as cache:
         assert run(cache, prompt) == 7 * PAGE
         stats = check(cache)
         assert stats.loaded == stats.tiers[0].promoted > 0
