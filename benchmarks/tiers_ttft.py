@@ -267,8 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measuring = Runs(setting)
     runs = measuring.measure(systems, rounds)
     exact = {name: runs[name] for name in runs if name in OURS}
-    if dtype != torch.float32:
-        ours = [name for name in chosen.systems if name in OURS]
+    ours = [name for name in chosen.systems if name in OURS]
+    if ours and dtype != torch.float32:
         exact = Runs(setting).measure(made(torch.float32, ours), 1)
     document = {
         "environment": where,
