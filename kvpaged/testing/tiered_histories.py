@@ -1,6 +1,7 @@
 """Any history of a cache over tiers that fail, hang, lie and recover, beside plain dense arrays."""
 
 import threading
+import time
 from collections import Counter
 
 from kvpaged.offload.options import OffloadOptions
@@ -90,6 +91,9 @@ class TieredHistories(Histories):
         for held in self._held:
             held.batch.close()
         self._held.clear()
+        for worker in self.mover.stack.workers:
+            while worker.parked:
+                time.sleep(0.001)
         assert self.cache.flush(30), "it does not recover"
         self.mover.demoter.run()
         self.cache.clear()
