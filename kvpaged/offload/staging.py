@@ -42,7 +42,7 @@ class Staging:
         """Room for some records, uint8 `[records, record_bytes]`, and what gives it back (once; a
         second call is nothing); `None` if there is none within `timeout` seconds.
         """
-        size = records * record_bytes + ALIGNED
+        size = -(-records * record_bytes // ALIGNED) * ALIGNED  # so that all begin aligned
         with self._cond:
             found: list[int] = []
 
@@ -54,7 +54,7 @@ class Staging:
 
             if size > self.size or not self._cond.wait_for(room, timeout):
                 return None
-            offset = -(-found[0] // ALIGNED) * ALIGNED
+            offset = found[0]
             self.used += size
 
         def give_back() -> None:

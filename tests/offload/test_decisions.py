@@ -179,34 +179,34 @@ def test_the_directory_beside_plain_sets():
 
 
 def test_staging_is_never_exceeded_and_comes_back_once():
-    staging = Staging(4096, pin=False)
-    assert staging.take(1, 8192) is None
-    first = staging.take(2, 1024)
-    second = staging.take(1, 2048)
+    staging = Staging(16384, pin=False)
+    assert staging.take(1, 32768) is None
+    first = staging.take(2, 4096)
+    second = staging.take(1, 8192)
     assert first is not None
     assert second is not None
     room, give_back = first
-    assert (tuple(room.shape), staging.used) == ((2, 1024), 4096)
+    assert (tuple(room.shape), staging.used) == ((2, 4096), 16384)
     room.fill_(1)
     second[0].fill_(2)
-    assert int(room.sum()) == 2048, "rooms overlap"
-    assert staging.take(1, 256) is None
+    assert int(room.sum()) == 8192, "rooms overlap"
+    assert staging.take(1, 1024) is None
     give_back()
     give_back()
-    assert staging.used == 2048
-    assert staging.take(1, 4096) is None
+    assert staging.used == 8192
+    assert staging.take(1, 16384) is None
     second[1]()
     assert staging.used == 0
-    assert staging.take(1, 4096) is not None
+    assert staging.take(1, 16384) is not None
 
 
 def test_who_waits_for_staging_gets_it_when_it_comes_back():
-    staging = Staging(2048, pin=False)
-    taken = staging.take(1, 2048)
+    staging = Staging(8192, pin=False)
+    taken = staging.take(1, 8192)
     assert taken is not None
-    assert staging.take(1, 256, timeout=0.01) is None
+    assert staging.take(1, 1024, timeout=0.01) is None
     threading.Timer(0.05, taken[1]).start()
-    assert staging.take(1, 2048, timeout=30) is not None
+    assert staging.take(1, 8192, timeout=30) is not None
 
 
 def test_a_countdown_acts_once_from_any_threads():

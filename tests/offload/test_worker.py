@@ -177,7 +177,8 @@ def test_urgent_jobs_go_first():
 def test_undo_is_called_exactly_once(end):
     worker, gate, undo = worker_of(), threading.Event(), Undone()
     if end in ("waiting", "closed"):
-        worker.submit(lambda _: gate.wait(5), urgent=True)
+        first = worker.submit(lambda _: gate.wait(5), urgent=True)
+        until(lambda: first.started)
     work = {"raises": fails, "late": lambda _: gate.wait()}.get(end, lambda _: None)
     job = worker.submit(work, urgent=False, undo=undo)
     if end == "well":
