@@ -341,6 +341,7 @@ def test_pages_before_a_wrong_one_are_whole(monkeypatch, page, layer, simulated)
 
 def test_a_copy_that_fails_is_waited_for_with_the_others(monkeypatch):
     """The result of one raised, and leases ended while others were in flight."""
+    monkeypatch.setattr(pool, "TOGETHER", 1)
     device = Device(monkeypatch, "hand")
     prompt = words(1, 3 * PAGE)
     cache = filled(device, host(policy="write-through"), prompt)
@@ -367,14 +368,16 @@ def test_layers_land_one_by_one_and_say_so(monkeypatch):
     """`wait_layer` of a layer whose group has nothing in the last call is over at once; after a
     wrong byte it raises.
     """
+    monkeypatch.setattr(pool, "TOGETHER", 1)
     device = Device(monkeypatch, "hand")
     prompt = words(1, 8 * PAGE)
     cache = filled(device, host(policy="write-through"), prompt, pages=20, groups="full and window")
     batch, promotion = loading(cache, prompt)
     promotion.start()
     device.land_until(promotion.ready)
-    for group, place in cache.mover.pool.order:  # type: ignore[union-attr]
-        promotion.wait_layer(group, place)
+    for block in cache.mover.pool.blocks:  # type: ignore[union-attr]
+        for group, layers in block:
+            promotion.wait_layer(group, layers.start)
     device.land_until(lambda: promotion.over)
     batch.close()
     nothing_left(cache, device)
