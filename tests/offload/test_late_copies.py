@@ -253,6 +253,7 @@ def test_a_row_that_goes_while_its_pages_come_leaves_nothing(monkeypatch, how, w
         device.land_until(lambda: not cache.mover.staging.used)  # type: ignore[union-attr]
         return
     nothing_left(cache, device)
+    until(lambda: not cache.mover.stack.workers[0].parked)  # type: ignore[union-attr]
     assert run_beside(cache, device, prompt) == 6 * PAGE - 1
     cache.close()
 
