@@ -286,7 +286,7 @@ def open_systems(
         stack.callback(made["continuous"].forget)
     if "vllm" in names and vllm is not None:
         with phase("starting vLLM, which may compile for a minute"):
-            engine = VLLMEngine(vllm, work.dtype, **sizes)
+            engine = VLLMEngine(vllm, work.dtype, rows=work.rows, length=work.length)
         stack.callback(engine.close)
         made["vllm"] = VLLM(engine)
     return made, plain

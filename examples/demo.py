@@ -8,12 +8,15 @@ The first run fetches SmolLM2-135M-Instruct (93 MB) and converts it once to the 
 import argparse
 import functools
 import shutil
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 QUESTIONS = (
@@ -152,17 +155,21 @@ def table(rows: list[tuple[str, str, str]]) -> str:
 
 @dataclass(slots=True)
 class Side:
-    """One of the two caches: how to open it for a prompt, the answers over it, what it filled."""
+    """One of the two caches: how to open it for a prompt, the answers over it, what it filled, and
+    what it was asked.
+    """
 
     open: Callable[[Any], Any]
     answers: list[Answer] = field(default_factory=list)
     filled: list[Any] = field(default_factory=list)
+    asked: list[Any] = field(default_factory=list)
 
     def ask(self, model: Any, tokenizer: Any, prompt: Any, *, new_tokens: int, show: bool) -> None:
         """Answer `prompt` and keep the answer and its cache."""
         given, past = answer(
             model, tokenizer, prompt, lambda: self.open(prompt), new_tokens=new_tokens, show=show
         )
+        self.asked.append(prompt)
         self.answers.append(given)
         self.filled.append(past)
 
@@ -187,9 +194,12 @@ def ask_both(
             return_dict=True,
         )
         if number == 1:  # the first calls of a process choose kernels: not in the figures
+            end = {
+                name: part[:, -48:] for name, part in prompt.items()
+            }  # begins as no question does
             for side in (theirs, ours):
-                warm = functools.partial(side.open, prompt)
-                _, past = answer(model, tokenizer, prompt, warm, new_tokens=2, show=False)
+                warm = functools.partial(side.open, end)
+                _, past = answer(model, tokenizer, end, warm, new_tokens=2, show=False)
             past.close()
             forget()
         print(textwrap.fill(f"{number}/{len(questions)}   {question}", 88))
@@ -221,8 +231,25 @@ def comparison(ours: Side, theirs: Side, *, held: int, pages: int) -> str:
     )
 
 
+def restart(folder: Path, prompt: Any) -> None:
+    """Have another process answer a prompt over the pages that this one left on disk."""
+    print("\nThe same prompt in a new process:", flush=True)
+    ids = folder / "prompt"
+    ids.write_text(" ".join(map(str, prompt["input_ids"][0].tolist())))
+    script = Path(__file__).with_name("restart.py")
+    command = [sys.executable, str(script), str(folder / "kv"), "--prompt", str(ids)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    print(textwrap.indent(textwrap.fill(done.stdout.strip(), 86), "  "))
+
+
 def main() -> None:
-    """Ask every question twice, then compare."""
+    """Ask every question twice, then compare, then start again."""
+    with ExitStack() as stack:
+        run(stack)
+
+
+def run(stack: ExitStack) -> None:
+    """`main`; what `stack` closes lives until its end."""
     parser = argparse.ArgumentParser(description="A real model through the paged KV cache.")
     parser.add_argument("--new-tokens", type=int, default=48, help="at most, an answer")
     parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="how many to ask")
@@ -236,14 +263,17 @@ def main() -> None:
         import torch
         from transformers import DynamicCache
 
-        from kvpaged import PagedKVCache
+        from kvpaged import DiskTier, PagedKVCache
         from kvpaged.testing import models
 
     models.path("smollm2")
     # In fp32 both must say the same; in bf16 rounding alone parts answers after a dozen tokens.
     with phase("loading SmolLM2-135M-Instruct"):
         model, tokenizer = models.load("smollm2", dtype=torch.float32)
-        cache = PagedKVCache.for_model(model, memory="256MiB", page_size=PAGE_SIZE)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvpaged-demo-")))
+        cache = PagedKVCache.for_model(
+            model, memory="256MiB", page_size=PAGE_SIZE, tiers=[DiskTier(folder / "kv", "1GiB")]
+        )
     print(f"SmolLM2-135M-Instruct, fp32, {torch.get_num_threads()} CPU threads, greedy\n")
 
     with cache, ExitStack() as sessions:
@@ -260,7 +290,9 @@ def main() -> None:
         )  # fmt: skip
         group = cache.stats().groups[0]
         pages = group.open_pages + group.sealed_pages
-        print(comparison(ours, theirs, held=pages * group.page_bytes, pages=pages))
+        print(comparison(ours, theirs, held=pages * group.page_bytes, pages=pages), flush=True)
+    if questions:
+        restart(folder, theirs.asked[-1])
 
 
 if __name__ == "__main__":

@@ -327,6 +327,15 @@ class Batch(Sequences):
         for rows, ids_sealed in zip(self._groups, sealed, strict=True):
             rows.sum_sealed(ids_sealed)
 
+    def settle_computed(self) -> None:
+        """Have what is computed count, as far as a step may be unfinished where it is called.
+
+        Raises:
+            UsageError: a step is running.
+        """
+        if self.step is not None:
+            raise UsageError("a forward pass is running: its tokens do not count yet")
+
     def drop_step(self) -> None:
         """Forget a step that is not to count; its pages go back with the next step."""
         self._last = None

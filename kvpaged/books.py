@@ -17,7 +17,7 @@ from kvpaged.group_rows import GroupRows, Ints
 from kvpaged.keys import Salt, encode_salt
 from kvpaged.offload.mover import Mover
 from kvpaged.offload.options import OffloadOptions
-from kvpaged.offload.pool import view_of
+from kvpaged.offload.pool import PoolView, view_of
 from kvpaged.offload.report import OffloadStats, report
 from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED
@@ -123,6 +123,8 @@ class CacheBooks:
         }  # fmt: skip
         self.lock = threading.RLock()
         self._returned = threading.Condition(self.lock)  # nobody says so: copies are short
+        self.saving = threading.Lock()
+        """Held while what is saved under a name changes; tiers are waited for under it."""
         self.index = PrefixIndex(
             [page_class.allocator for page_class in self.classes],
             [group.window for group in self.groups],
@@ -133,11 +135,10 @@ class CacheBooks:
         self.closed = False
         self._garbage: deque[list[BlockTable]] = deque()
         self._batches: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._view: PoolView | None = None
         self.mover: Mover | None = None
         if tiers:
-            order = [self._places[layer] for layer in self.layers]
-            view = view_of(self.lock, self.index, self.classes, self.backends, order)
-            self.mover = Mover(view, tiers, offload or OffloadOptions())
+            self.mover = Mover(self.page_view(), tiers, offload or OffloadOptions())
 
     def _make_pools(self) -> tuple[PagePool, ...]:
         """One pool a device; the budget is divided by the bytes a token takes on each."""
@@ -274,6 +275,7 @@ class CacheBooks:
             self.index = PrefixIndex([], [], self.config.page_size)
             self.pools = ()
             self.classes = ()
+            self._view = None
 
     def check_open(self) -> None:
         """Raise `UsageError` once closed."""
@@ -337,8 +339,8 @@ class CacheBooks:
             UsageError: not as many salts as rows, or one is not a salt.
         """
         self.check_open()
-        salts = [encode_salt(s) for s in _one_each("salt", salt, rows, (bytes, str, type(None)))]
-        starts = _one_each("salt_from", salt_from, rows, (int, np.integer))
+        salts = [encode_salt(s) for s in one_each("salt", salt, rows, (bytes, str, type(None)))]
+        starts = one_each("salt_from", salt_from, rows, (int, np.integer))
         if any(start < 0 for start in starts):
             raise UsageError(f"salt_from is a token's place, 0 or more, got {min(starts)}")
         identity, namespace, private = self.current()
@@ -356,7 +358,7 @@ class CacheBooks:
         self, salts: Salt | Sequence[Salt], asked: Sequence[int], reused: Sequence[int]
     ) -> None:
         """Note what sequences asked for and what was found, for each salt too."""
-        each = _one_each("salt", salts, len(asked), (bytes, str, type(None)))
+        each = one_each("salt", salts, len(asked), (bytes, str, type(None)))
         with self.lock:
             for salt, wanted, found in zip(map(encode_salt, each), asked, reused, strict=True):
                 tenant = self._tenants.setdefault(salt, Counters())
@@ -381,6 +383,13 @@ class CacheBooks:
             return self._homes[layer]
         except KeyError:
             raise UsageError(f"layer {layer} is not cached; cached are {self.layers}") from None
+
+    def page_view(self) -> PoolView:
+        """Its pages, for whoever copies them out of the pool or into it."""
+        if self._view is None:  # on a GPU copies are measured when they are made
+            order = [self._places[layer] for layer in self.layers]
+            self._view = view_of(self.lock, self.index, self.classes, self.backends, order)
+        return self._view
 
     def make_rows(self, rows: int) -> list[GroupRows]:
         """For a new batch: its rows in each group, without pages."""
@@ -464,7 +473,7 @@ class CacheBooks:
         self._batches.discard(batch)
 
 
-def _one_each(name: str, given: Any, rows: int, kinds: tuple[type, ...]) -> list[Any]:
+def one_each(name: str, given: Any, rows: int, kinds: tuple[type, ...]) -> list[Any]:
     """`given` for each of `rows` rows: itself, or the one of each."""
     if isinstance(given, kinds):
         return [given] * rows

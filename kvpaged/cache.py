@@ -1,5 +1,6 @@
 """PagedKVCache: the KV cache of one model, in pages."""
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,13 @@ from torch import Tensor
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.config import Backend, Layout
+from kvpaged.documents import export_document, import_document
 from kvpaged.errors import ConfigError, UsageError
 from kvpaged.keys import Salt
 from kvpaged.offload.options import OffloadOptions
+from kvpaged.saved import SavedSessions
 from kvpaged.tiers.base import Tier
-from kvpaged.token_batch import TokenBatch
+from kvpaged.token_batch import TokenBatch, as_ids
 
 if TYPE_CHECKING:
     from kvpaged.integrations.transformers import ModelIdentity, Preparation, SessionCache
@@ -196,6 +199,76 @@ class PagedKVCache(CacheBooks):
                 self._epoch += namespace != self._namespace
                 self._namespace = bytes(namespace)
 
+    # -- kept beyond the process -------------------------------------------------------------------
+
+    @property
+    def sessions(self) -> "SavedSessions[SessionCache]":
+        """Sessions saved under names, which outlive the process: `save`, `restore`, `list`,
+        `delete`.
+        """
+        return SavedSessions(self, None if self._preparation is None else self.session)
+
+    def export_document(
+        self, path: str | os.PathLike[str], input_ids: Tensor | Sequence[int],
+        salt: Salt = None, *, salt_from: int = 0,
+    ) -> int:  # fmt: skip
+        """Write the computed pages of a document to one file, which a cache of the same model can
+        import, on another machine and in another layout too. It contains the tokens and what was
+        computed of them, not the salt.
+
+        Args:
+            path: the file; it comes into being at the end, whole.
+            input_ids: ints `[tokens]` or `[1, tokens]`: the document. Its full pages are exported.
+            salt, salt_from: what it was computed under, see `session`.
+
+        Returns:
+            How many tokens the file has: those of full pages.
+
+        Raises:
+            UsageError: not all of it is computed, or there no longer (the message says how many
+                tokens are), or it is less than a page, or nothing is kept for others now.
+            StorageError: the file can't be written, or a tier does not answer.
+            IntegrityError: bytes are not what was sealed.
+        """
+        self.check_open()
+        ids = as_ids(_flat(input_ids), 0)
+        extra: bytes | None = b""
+        if self._preparation is not None:
+            extra = self._preparation.lengths.regime(len(ids))
+        if extra is None:
+            raise UsageError(
+                "the rotary embedding's angles at this length are of one pass only: nothing of it "
+                "is kept"
+            )
+        trail = self.trails(1, salt, salt_from, extra=extra)[0]
+        return export_document(self, path, ids, trail, extra)
+
+    def import_document(
+        self, path: str | os.PathLike[str], salt: Salt = None, *, salt_from: int = 0
+    ) -> int:
+        """Take in a document that `export_document` wrote: sessions and batches that begin with its
+        tokens begin with its pages. They go into the pool as far as there is room, and into the
+        tiers, if there are some: all into the lowest persistent one.
+
+        The whole file is checked before anything is taken from it.
+
+        Args:
+            path: the file.
+            salt, salt_from: under which it is to be found, see `session`; whoever exported it may
+                have used another.
+
+        Returns:
+            How many of its tokens are there now.
+
+        Raises:
+            UsageError: it is of another model, or of other pages, or nothing is kept for others.
+            IntegrityError: it is damaged; the message says where. StorageError: it can't be read.
+        """
+        self.check_open()
+        return import_document(
+            self, path, lambda extra: self.trails(1, salt, salt_from, extra=extra)[0]
+        )
+
     # -- in a loop of one's own --------------------------------------------------------------------
 
     def batch(
@@ -292,3 +365,10 @@ class PagedKVCache(CacheBooks):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _flat(input_ids: Tensor | Sequence[int]) -> Tensor | Sequence[int]:
+    """The tokens of one sequence, given as one row or as a vector."""
+    if isinstance(input_ids, Tensor) and input_ids.ndim == 2 and len(input_ids) == 1:
+        return input_ids[0]
+    return input_ids

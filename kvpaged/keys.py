@@ -43,6 +43,11 @@ def encode_known(ids: npt.NDArray[np.integer]) -> bytes:
     return ids.astype(">u4").tobytes()
 
 
+def namespace_digest(namespace: bytes) -> bytes:
+    """16 bytes that tell a namespace from others, where something is kept for one by name."""
+    return blake2b(namespace, digest_size=KEY_BYTES, person=b"kvpaged name").digest()
+
+
 def encode_salt(salt: Salt) -> bytes | None:
     """A salt as bytes (`str`: UTF-8); `None` stays.
 

@@ -265,6 +265,14 @@ class Sequences:
         ids = self.logs[row].ids
         return None if ids is None else ids[start:]
 
+    def trail_of(self, row: int) -> Trail | None:
+        """Where a row stands in the prefix index; `None`: nothing of it goes there."""
+        return self._trails[row]
+
+    def is_of(self, cache: object) -> bool:
+        """Whether its pages are those of a cache."""
+        return self._cache is cache
+
     def is_current(self) -> bool:
         """Whether what makes its pages valid is as it was when it began."""
         return self.private is not None or self._cache.is_identity(self._identity)

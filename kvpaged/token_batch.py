@@ -35,7 +35,7 @@ class TokenBatch(Batch):
         salt: Salt | Sequence[Salt] = None,
         salt_from: int | Sequence[int] = 0,
     ) -> None:
-        ids = [_as_ids(sequence, row) for row, sequence in enumerate(sequences)]
+        ids = [as_ids(sequence, row) for row, sequence in enumerate(sequences)]
         trails = cache.trails(len(ids), salt, salt_from)
         super().__init__(cache, len(ids), trails)
         self._pending: list[np.ndarray] = []
@@ -67,7 +67,7 @@ class TokenBatch(Batch):
         rows: list[Sequence[int]] = [[x] if isinstance(x, int | np.integer) else x for x in tokens]  # type: ignore[list-item]
         if len(rows) != self.rows:
             raise UsageError(f"extend takes tokens for {self.rows} rows, got {len(rows)}")
-        self._prepare([_as_ids(row, i) for i, row in enumerate(rows)])
+        self._prepare([as_ids(row, i) for i, row in enumerate(rows)])
 
     def fork(self, row: int) -> int:
         """Add a sequence that shares everything row `row` holds; returns its row number.
@@ -128,6 +128,12 @@ class TokenBatch(Batch):
         """Count the tokens of a step all of whose layers have attended; without one, nothing."""
         self._settle()
 
+    def settle_computed(self) -> None:
+        """Count the tokens of a step all of whose layers have attended; those of another wait."""
+        self.check_open()
+        if self._complete():
+            self._settle()
+
     def _settle(self) -> None:
         self.check_open()
         if self.step is None:
@@ -152,7 +158,7 @@ class TokenBatch(Batch):
         self.cu_seqlens = step.cu_seqlens
 
 
-def _as_ids(tokens: Sequence[int] | Tensor, row: int) -> Ids:
+def as_ids(tokens: Sequence[int] | Tensor, row: int) -> Ids:
     """Token ids as int64, checked."""
     array = np.asarray(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import common, cpu_decode, cpu_native, generate, host, prefix, store
+from benchmarks import common, cpu_decode, cpu_native, generate, host, prefix, store, tiers
 from benchmarks.store_peers import SYSTEMS as SYSTEMS_ON_DISK
 from benchmarks.systems import SYSTEMS
 
@@ -128,6 +128,19 @@ def test_the_environment_names_machine_and_versions():
     assert where["torch"].startswith("2.")
     assert {"cpu", "cores", "commit", "date", "python", "transformers"} <= set(where)
     assert where["commit"] in common.describe(where)
+
+
+def test_tiers_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
+    tiers.main(["--quick", "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "out" / "tiers_copy.json").read_text())
+    phases = ["host put", "host read"]
+    phases += [] if document["left_out"] else ["disk put", "disk cold read"]
+    assert [row["phase"] for row in document["rows"]] == 2 * phases
+    assert all(row["ours_over_ceiling"] > 0 for row in document["rows"])
+    assert out.index("ceilings") < out.index("ours/ceiling")
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
 def test_store_runs_tiny_and_ends_with_its_document(tmp_path, capsys):

@@ -21,6 +21,8 @@ EXPECTED = {
             r"\[DynamicCache: the same \d+ tokens\]",
             r"\[[1-9]\d+ of \d+ prompt tokens were there",
             r"tokens/s +[\d.]+ +[\d.]+",
+            r"a new process found [67]\d\d of \d+ prompt tokens on disk",
+            r"times\s+as\s+fast;\s+the\s+same\s+token:\s+True",
         ],
     ),
     "tree.py": (
@@ -74,8 +76,8 @@ EXPECTED = {
     "hf_generate.py": ([], [r"Paris", r"\d+ pages, [\d,]+ bytes of K and V"]),
 }
 
-# Those that need something to work on; tests/lsm/test_format.py runs them.
-ELSEWHERE = {"read_segment.py"}
+# Those that need something to work on; tests/lsm/test_format.py and the demo run them.
+ELSEWHERE = {"read_segment.py", "restart.py"}
 
 
 def run(name: str, arguments: list[str]) -> str:

@@ -2,26 +2,33 @@
 
 import json
 import os
-import subprocess
-import tempfile
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvpaged.bench.common import PAGE_SIZE
+from kvpaged.bench.engine_process import EngineProcess
 from kvpaged.testing import models
 
 
-class VLLMEngine:
+class VLLMEngine(EngineProcess):
     """vLLM with automatic prefix caching, alive and idle between calls. One thread only.
 
     Attributes:
         about: its versions, and tokens a block.
     """
 
-    def __init__(self, python: Path, dtype: torch.dtype, *, rows: int, length: int) -> None:
+    def __init__(
+        self,
+        python: Path,
+        dtype: torch.dtype,
+        *,
+        rows: int,
+        length: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start it over SmolLM2, which may take minutes.
 
         Args:
@@ -29,6 +36,7 @@ class VLLMEngine:
             dtype: of weights and cache.
             rows: requests it serves at a time, at most.
             length: tokens of a request, reply included, at most.
+            options: more keyword arguments of its `LLM`; they go through JSON.
 
         Raises:
             RuntimeError: it ended; the message has its last words.
@@ -36,73 +44,8 @@ class VLLMEngine:
         """
         script = Path(__file__).with_name("vllm_runner.py")
         about = [models.path("smollm2"), str(dtype).removeprefix("torch.")]
-        self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115 - close() does
-        try:
-            self._process = subprocess.Popen(
-                [str(part) for part in (python, script, *about, length, rows, PAGE_SIZE)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
-                env=environment(python),
-            )
-        except OSError:
-            self._log.close()
-            raise
-        self._reset = True
-        try:
-            self.about: dict[str, Any] = self._answer()
-        except BaseException:
-            self.close()
-            raise
-
-    def forget(self) -> None:
-        """Have the next call reset its cache."""
-        self._reset = True
-
-    def ask(self, prompts: list[list[int]], new: int | list[int]) -> Any:
-        """Prompts of any lengths at once; the answer as it comes (`vllm_runner`).
-
-        Raises:
-            RuntimeError: it ended; the message has its last words.
-        """
-        request = {"prompts": prompts, "new": new, "reset": self._reset}
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._ended() from None
-        self._reset = False
-        return self._answer()
-
-    def close(self) -> None:
-        """End its process, which the end of its input does; it has a minute for that."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._log.close()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._ended()
-        return json.loads(line)
-
-    def _ended(self) -> RuntimeError:
-        status = self._process.wait()
-        self._log.seek(0)
-        words = [line.strip() for line in self._log if line.strip()] or ["it said nothing"]
-        last = next((line for line in reversed(words) if "Error" in line), words[-1])
-        return RuntimeError(f"vLLM ended with exit status {status}: {last}")
+        command = [python, script, *about, length, rows, PAGE_SIZE, json.dumps(dict(options or {}))]
+        super().__init__("vLLM", command, environment(python))
 
 
 def environment(python: Path) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 Run by its path, by an interpreter that has vLLM, and nothing of kvpaged (`vllm_engine` does it):
 
-    python vllm_runner.py MODEL DTYPE LENGTH ROWS BLOCK
+    python vllm_runner.py MODEL DTYPE LENGTH ROWS BLOCK OPTIONS
+
+OPTIONS is a JSON object of more arguments of `vllm.LLM`. The first line on stdout says what runs.
 
 A request is `{"prompts": [[ids]], "new": n, "reset": true}` (`n`: a number, or one each): greedy,
 without an end of sequence, with an empty prefix cache if `reset`. The answer to it is one line:
@@ -21,7 +23,9 @@ from typing import Any, TextIO
 MEMORY_GIB = 4
 
 
-def make_engine(folder: str, dtype: str, length: int, rows: int, block: int) -> Any:
+def make_engine(
+    folder: str, dtype: str, length: int, rows: int, block: int, options: dict[str, Any]
+) -> Any:
     """vLLM's engine in this process, with automatic prefix caching."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its loop runs in `serve`
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(MEMORY_GIB))
@@ -34,6 +38,7 @@ def make_engine(folder: str, dtype: str, length: int, rows: int, block: int) -> 
         max_num_seqs=rows,
         block_size=block,
         enable_prefix_caching=True,
+        **options,
     )
     return llm.llm_engine
 
@@ -71,11 +76,11 @@ def serve(engine: Any, number: int, request: dict[str, Any]) -> dict[str, Any]:
 
 def main(answers: TextIO) -> None:
     """Say what runs, then answer until stdin ends."""
-    folder, dtype, *sizes = sys.argv[1:]
-    engine = make_engine(folder, dtype, *map(int, sizes))
-    block = engine.vllm_config.cache_config.block_size
+    folder, dtype, length, rows, block, options = sys.argv[1:]
+    engine = make_engine(folder, dtype, int(length), int(rows), int(block), json.loads(options))
+    size = engine.vllm_config.cache_config.block_size
     hello = {name: import_module(name).__version__ for name in ("vllm", "torch")}
-    print(json.dumps({**hello, "block_size": block}), file=answers, flush=True)
+    print(json.dumps({**hello, "block_size": size}), file=answers, flush=True)
     for number, line in enumerate(sys.stdin):
         answer = serve(engine, number, json.loads(line))
         print(json.dumps(answer), file=answers, flush=True)

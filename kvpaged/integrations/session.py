@@ -22,6 +22,7 @@ from kvpaged.integrations.prompts import (
     own_positions,
 )
 from kvpaged.offload.clock import PassClock
+from kvpaged.saved import SavedSessions
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
 
@@ -159,6 +160,10 @@ class SessionCache(Cache, ServedCache):
         """
         self._write_logs()
         return self.batch.logs[row].ids
+
+    def save(self, name: str) -> None:
+        """Save it under a name: see `kvpaged.saved.SavedSessions`, which restores it."""
+        SavedSessions[SessionCache](self._cache).save(name, self)
 
     # -- a forward pass ----------------------------------------------------------------------------
 

@@ -356,7 +356,11 @@ class Demoter:
         """Put pages that were copied out as they left."""
         targets = self._rescued[0].targets
         some: list[_Rescued] = []
-        while self._rescued and self._rescued[0].targets == targets and len(some) < LOOKED_AT:
+        size = 0
+        while self._rescued and self._rescued[0].targets == targets:
+            size += self._rescued[0].record.body.numel()
+            if some and size > self._options.call_bytes:
+                break
             some.append(self._rescued.popleft())
         counted = sum(one.counts for one in some)
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from kvpaged.config import Backend
 from kvpaged.offload.copies import Copies
 from kvpaged.offload.cpu_copies import CpuCopies
+from kvpaged.offload.cuda_copies import CudaCopies
 from kvpaged.pages.pool import PageClass
 from kvpaged.pages.prefix import PrefixIndex
 from kvpaged.tiers.record import body_bytes
+
+TOGETHER = 6
+"""Layers that land together on a CPU, where a call costs as much as copying some pages' layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class PoolView:
         classes: pages.
         copies: how they are copied.
         immediate: copies of a class are made within the call that begins them.
-        order: the layers of a model in its order: group, and place among the group's.
+        blocks: the layers of a model in its order, those that land together together: of each
+            block, groups and places among their layers.
     """
 
     lock: threading.RLock
@@ -30,7 +35,7 @@ class PoolView:
     classes: tuple[PageClass, ...]
     copies: tuple[Copies, ...]
     immediate: tuple[bool, ...]
-    order: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[tuple[int, slice], ...], ...]
 
     def body_bytes(self, group: int) -> int:
         """Bytes of the record of a group's page, its head apart."""
@@ -41,20 +46,35 @@ def copies_of(page_class: PageClass, backend: Backend) -> Copies:
     """Copies for the pages of a class, by its device."""
     device = page_class.flat.device
     if device.type == "cuda":
-        from kvpaged.offload.cuda_copies import CudaCopies
-
-        return CudaCopies(page_class, backend, device)
+        copies = CudaCopies(page_class, backend, device)
+        copies.calibrate()
+        return copies
     return CpuCopies(page_class, backend)
+
+
+def blocks_of(
+    order: Sequence[tuple[int, int]], together: int
+) -> tuple[tuple[tuple[int, slice], ...], ...]:
+    """Layers in order, `together` at a time: of each block the places of each group it has."""
+    blocks = []
+    for start in range(0, len(order), together):
+        places: dict[int, list[int]] = {}
+        for group, place in order[start : start + together]:
+            places.setdefault(group, []).append(place)
+        blocks.append(tuple((g, slice(min(of), max(of) + 1)) for g, of in places.items()))
+    return tuple(blocks)
 
 
 def view_of(
     lock: threading.RLock, index: PrefixIndex, classes: Sequence[PageClass],
     backends: Sequence[Backend], order: Sequence[tuple[int, int]],
 ) -> PoolView:  # fmt: skip
-    """The view of a cache's pages; `order`: see `PoolView`."""
+    """The view of a cache's pages; `order`: a model's layers in order, each its group and its place
+    among the group's.
+    """
+    immediate = tuple(c.flat.device.type == "cpu" for c in classes)
     return PoolView(
         lock, index, tuple(classes),
         tuple(copies_of(c, b) for c, b in zip(classes, backends, strict=True)),
-        tuple(c.flat.device.type == "cpu" for c in classes),
-        tuple(order),
+        immediate, blocks_of(order, TOGETHER if all(immediate) else 1),
     )  # fmt: skip

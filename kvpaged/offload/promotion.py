@@ -431,22 +431,21 @@ class Promotion:
         pages before it.
         """
         wrong = False
-        for group, place in self._pool.order:
+        for block in self._pool.blocks:
             if self.over:
                 return
-            tickets: list[InTicket] = []
-            for stack in stacks:
-                if stack.group == group:
-                    tickets.append(self._into(stack, slice(place, place + 1)))
-                    begun.append((stack, tickets[-1]))
-            if self._pool.immediate[group]:
-                wrong = wrong or any(ticket.wrong().any() for ticket in tickets)
-            if not wrong:
-                with self._cond:
-                    self._landing = True
-                    self._moved = time.monotonic()
-                    self._tickets[group, place] = tickets
-                    self._cond.notify_all()
+            for group, layers in block:
+                tickets = [self._into(stack, layers) for stack in stacks if stack.group == group]
+                begun += zip((s for s in stacks if s.group == group), tickets, strict=True)
+                if self._pool.immediate[group]:
+                    wrong = wrong or any(ticket.wrong().any() for ticket in tickets)
+                if not wrong:
+                    with self._cond:
+                        self._landing = True
+                        self._moved = time.monotonic()
+                        for place in range(layers.start, layers.stop):
+                            self._tickets[group, place] = tickets
+                        self._cond.notify_all()
 
 
 def _nothing() -> None:

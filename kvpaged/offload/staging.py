@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kvpaged.tiers.arena import Arena
 
+ALIGNED = 4096
+"""What room begins at a multiple of: a disk is read into it directly."""
+
 
 class Countdown:
     """Does something once it was called so many times, from whichever threads."""
@@ -39,7 +42,7 @@ class Staging:
         """Room for some records, uint8 `[records, record_bytes]`, and what gives it back (once; a
         second call is nothing); `None` if there is none within `timeout` seconds.
         """
-        size = records * record_bytes
+        size = records * record_bytes + ALIGNED
         with self._cond:
             found: list[int] = []
 
@@ -51,18 +54,18 @@ class Staging:
 
             if size > self.size or not self._cond.wait_for(room, timeout):
                 return None
-            offset = found[0]
+            offset = -(-found[0] // ALIGNED) * ALIGNED
             self.used += size
 
         def give_back() -> None:
             with self._cond:
                 if found:
-                    found.clear()
-                    self._arena.free(offset, size)
+                    self._arena.free(found.pop(), size)
                     self.used -= size
                     self._cond.notify_all()
 
-        return self._arena.memory[offset : offset + size].view(records, record_bytes), give_back
+        memory = self._arena.memory[offset : offset + records * record_bytes]
+        return memory.view(records, record_bytes), give_back
 
     def close(self) -> None:
         """Let the memory go, once nobody uses it."""

@@ -141,6 +141,15 @@ class Trail:
         other.node = self.node
         return other
 
+    def page_keys(self, tokens: bytes, page_size: int) -> list[bytes]:
+        """The keys of the full pages of encoded `tokens`, from the sequence's first on."""
+        region, end = self.root.region, self.salt_page * page_size * TOKEN_BYTES
+        if self.salt is None or len(tokens) <= end:
+            return list(region.page_keys(tokens, page_size))
+        keys = list(region.page_keys(tokens[:end], page_size))
+        salted = region.salted(self.salt, keys[-1] if keys else region.first)
+        return keys + list(salted.page_keys(tokens[end:], page_size))
+
     def cut(self, depth: int) -> None:
         """Go back to the first `depth` pages."""
         while self.node.depth > depth and self.node.parent is not None:

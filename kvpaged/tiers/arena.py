@@ -36,6 +36,7 @@ class Arena:
         1. Holes are sorted, not empty, do not touch each other, and begin and end at multiples of
            `ALIGN`.
         2. What is no hole was given out, or is the rest of less than `ALIGN` bytes at the end.
+        3. No hole is larger than `_most`.
 
     Attributes:
         bytes: of the memory.
@@ -72,6 +73,7 @@ class Arena:
         self.memory: Tensor = torch.frombuffer(system, dtype=torch.uint8)
         whole = bytes // ALIGN * ALIGN
         self._starts, self._ends = ([0], [whole]) if whole else ([], [])
+        self._most = whole
         self._closed = False
         self._pinner = _Pinner(self.memory) if pin and torch.cuda.is_available() else None
 
@@ -85,7 +87,9 @@ class Arena:
         of `ALIGN`; `None` if there is none.
         """
         assert size > 0
-        need = rounded(size)
+        need, largest = rounded(size), 0
+        if need > self._most:
+            return None
         for number, start in enumerate(self._starts):
             left = self._ends[number] - start - need
             if left >= 0:
@@ -94,6 +98,8 @@ class Arena:
                 else:
                     del self._starts[number], self._ends[number]
                 return start
+            largest = max(largest, left + need)
+        self._most = largest
         return None
 
     def free(self, offset: int, size: int) -> None:
@@ -115,6 +121,8 @@ class Arena:
         else:
             self._starts.insert(at, offset)
             self._ends.insert(at, end)
+        at -= before
+        self._most = max(self._most, self._ends[at] - self._starts[at])
 
     def free_bytes(self) -> int:
         """Bytes of all holes."""
@@ -130,6 +138,8 @@ class Arena:
         for start, end in zip(self._starts, self._ends, strict=True):
             if start % ALIGN or end % ALIGN or not last < start < end <= self.bytes:
                 raise IntegrityError(f"the hole [{start}, {end}) after one that ends at {last}")
+            if end - start > self._most:
+                raise IntegrityError(f"the hole [{start}, {end}) is larger than {self._most}")
             last = end
         if pieces is None:
             return

@@ -46,7 +46,7 @@ def check_records(records: Sequence[Record]) -> None:
             raise ConfigError(f"a key has 1 to {MOST_KEY} bytes, not {len(key):,}")
         if len(head) > MOST_HEAD:
             raise ConfigError(f"a head has up to {MOST_HEAD:,} bytes, not {len(head):,}")
-        if body.dtype != torch.uint8 or body.dim() != 1 or body.device.type != "cpu":
+        if body.dtype != torch.uint8 or body.dim() != 1 or not body.is_cpu:
             raise ConfigError(
                 f"a body is uint8 [bytes] on the CPU, not {body.dtype} {tuple(body.shape)} on "
                 f"{body.device}"

@@ -33,9 +33,10 @@ OVERHEAD = 16 * BLOCK
 class DiskTier(Tier):
     """Records in a store on disk, which gives up what was not read or put for longest.
 
-    Each is a value of two tensors, `head`, uint8, and `kv`, the body in the dtype that its head
-    names, else uint8, so that codecs know what the numbers are (docs/format.md). What is damaged is
-    no longer there, and named in `gone`.
+    Each is a value of two tensors, `kv`, the body in the dtype that its head names, else uint8, so
+    that codecs know what the numbers are, and `head`, uint8 (docs/format.md). Raw bodies are read
+    straight into rooms whose address is a multiple of 4,096. What is damaged is no longer there,
+    and named in `gone`.
 
     Any thread may call; the store reads and writes with threads of its own.
 
@@ -164,7 +165,7 @@ def _value(record: Record) -> dict[str, Tensor]:
     if dtype is not None and body.numel() % dtype.itemsize == 0:
         body = (body if _aligned(body, dtype) else body.clone()).view(dtype)
     head = torch.frombuffer(bytearray(record.head), dtype=torch.uint8) if record.head else _NONE
-    return {HEAD: head, BODY: body}
+    return {BODY: body, HEAD: head}
 
 
 _NONE = torch.empty(0, dtype=torch.uint8)
@@ -184,7 +185,7 @@ def _destination(room: Tensor, entry: Entry) -> dict[str, Tensor]:
         into = into.view(body.dtype)
     else:  # by way of memory of its own
         into = torch.empty(body.nbytes // body.dtype.itemsize, dtype=body.dtype)
-    return {HEAD: torch.empty(head.nbytes, dtype=torch.uint8), BODY: into}
+    return {BODY: into, HEAD: torch.empty(head.nbytes, dtype=torch.uint8)}
 
 
 def _aligned(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -17,20 +17,18 @@ Key = bytes
 
 
 class _Slot:
-    """A record's place: its body's bytes, its head, and how many contexts read it."""
+    """A record's place: its body's bytes, its head, how many contexts read it, and what it takes of
+    the tier's bytes.
+    """
 
-    __slots__ = ("body", "gone", "head", "offset", "pins", "size")
+    __slots__ = ("body", "cost", "gone", "head", "offset", "pins", "size")
 
     def __init__(self, offset: int, size: int, head: bytes) -> None:
         self.offset, self.size, self.head = offset, size, head
         self.pins = 0
         self.gone = False
+        self.cost = rounded(size) + len(head)
         self.body: Tensor | None = None
-
-    @property
-    def cost(self) -> int:
-        """Bytes it takes of the tier's."""
-        return rounded(self.size) + len(self.head)
 
 
 class HostTier(Tier):
@@ -91,7 +89,8 @@ class HostTier(Tier):
         with self._lock:
             for number, slot in coming:
                 self._publish(records[number].key, slot)
-            there = [self._find(record.key) is not None for record in records]
+            used, kept = self._used, self._kept
+            there = [record.key in used or record.key in kept for record in records]
             self._release(held)
         return there
 
@@ -167,8 +166,10 @@ class HostTier(Tier):
         target = source = size = 0
         keep = []  # what was made contiguous, until it is copied
         for record, slot in coming:
-            body = record.body.detach().contiguous()
-            keep.append(body)
+            body = record.body
+            if not body.is_contiguous():
+                body = body.contiguous()
+                keep.append(body)
             to, come = self._start + slot.offset, body.data_ptr()
             if to == target + size and come == source + size:
                 size += slot.size

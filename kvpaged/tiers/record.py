@@ -21,8 +21,10 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from kvpaged.errors import IntegrityError
+from kvpaged import ops
+from kvpaged.errors import ConfigError, IntegrityError
 from kvpaged.geometry import PageGeometry
 from kvpaged.keys import KEY_BYTES, TOKEN_BYTES
 
@@ -33,7 +35,7 @@ EXACT = 0
 PAGE = b"p"
 """What keys of page records begin with."""
 _FIXED = struct.Struct("<8sHHHHIIIIII16s16s")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _sum(text: bytes) -> bytes:
@@ -52,13 +54,28 @@ def dtype_of(head: bytes) -> torch.dtype | None:
     if len(head) < _FIXED.size or head[:8] != MAGIC:
         return None
     _, version, _, form, dtype, *_ = _FIXED.unpack_from(head)
-    known = version == VERSION and form == EXACT and dtype < len(_DTYPES)
-    return _DTYPES[dtype] if known else None
+    known = version == VERSION and form == EXACT and dtype < len(DTYPES)
+    return DTYPES[dtype] if known else None
 
 
 def body_bytes(geometry: PageGeometry) -> int:
     """Bytes of the body of a page of this geometry."""
     return geometry.layers * geometry.slice_bytes
+
+
+def head_bytes(geometry: PageGeometry) -> int:
+    """Bytes of the head of a page of this geometry."""
+    return _FIXED.size + 8 * geometry.layers + TOKEN_BYTES * geometry.page_size + 8
+
+
+def body_sums(bodies: Tensor, geometry: PageGeometry) -> npt.NDArray[np.int64]:
+    """The checksums of the slices of bodies, uint8 `[n, bytes]` on the CPU, contiguous: int64
+    `[n, layers]`, as of the same pages in a pool.
+    """
+    words = bodies.view(torch.int32).view(len(bodies), geometry.layers, 1, -1)
+    places = torch.arange(len(bodies))
+    found: npt.NDArray[np.int64] = ops.checksum(words, places, first_word=0, backend="cpu").numpy()
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,7 +103,7 @@ class Head:
         """The head in bytes."""
         of = self.geometry
         fixed = _FIXED.pack(
-            MAGIC, VERSION, self.group, EXACT, _DTYPES.index(of.dtype), of.layers, of.page_size,
+            MAGIC, VERSION, self.group, EXACT, DTYPES.index(of.dtype), of.layers, of.page_size,
             of.kv_heads, of.k_width, of.v_width, self.depth, self.key, self.before,
         )  # fmt: skip
         text = fixed + self.sums.astype("<i8").tobytes() + self.tokens
@@ -117,12 +134,15 @@ class Head:
             )
         if _sum(text[:-8]) != text[-8:]:
             raise IntegrityError("the head of a page record does not match its checksum")
-        if form != EXACT or dtype >= len(_DTYPES):
+        if form != EXACT or dtype >= len(DTYPES):
             raise IntegrityError(f"a page record of format {form} and dtype {dtype} is not known")
-        geometry = PageGeometry(
-            layers=layers, kv_heads=kv_heads, head_dim=k_width, v_dim=v_width,
-            page_size=page_size, dtype=_DTYPES[dtype],
-        )  # fmt: skip
+        try:
+            geometry = PageGeometry(
+                layers=layers, kv_heads=kv_heads, head_dim=k_width, v_dim=v_width,
+                page_size=page_size, dtype=DTYPES[dtype],
+            )  # fmt: skip
+        except ConfigError as error:
+            raise IntegrityError(f"a page record of no page there can be: {error}") from error
         at = _FIXED.size + 8 * layers
         return cls(
             group=group, geometry=geometry, depth=depth, key=key, before=before,

@@ -25,6 +25,13 @@ def conversations(count, turns, seed=0):
     return asked
 
 
+def figures(cache):
+    """Of the tiers of a cache."""
+    offload = cache.stats().offload
+    assert offload is not None
+    return offload
+
+
 def page_bytes(model):
     probe = PagedKVCache.for_model(model, "8MiB", page_size=16)
     with probe:
@@ -82,7 +89,7 @@ def test_a_working_set_larger_than_the_pool_is_served_from_host_memory(name, pol
             cache.check_integrity()
         assert_greedy(model, done, asked, wanted)
         assert cache.flush()
-        stats = cache.stats().offload
+        stats = figures(cache)
         assert stats.tiers[0].promoted > 0
         assert stats.demoted > 0
         assert sum(one.cached_tokens for one in done) > 0.5 * sum(map(len, asked)) - 5 * 90
@@ -102,18 +109,26 @@ def test_pages_land_layer_by_layer_under_a_pass():
         assert cache.flush()
         cache.clear()
         waits: list[tuple[int, int]] = []
-        promote = cache.mover.promote
+        mover = cache.mover
+        assert mover is not None
+        promote = mover.promote
 
         def gated(wanted, load_s):
             promotion = promote(wanted, load_s)
             wait_layer, ready = promotion.wait_layer, promotion.ready
-            promotion.ready = lambda: ready() or promotion._turn > 0  # as soon as it was asked for
-            promotion.wait_layer = lambda group, place: (
-                waits.append((group, place)), wait_layer(group, place)
-            )  # fmt: skip
+
+            def waiting(group, place):
+                waits.append((group, place))
+                wait_layer(group, place)
+
+            def early():  # as soon as it was asked for
+                return ready() or promotion._turn > 0
+
+            promotion.ready = early  # type: ignore[method-assign]
+            promotion.wait_layer = waiting  # type: ignore[method-assign]
             return promotion
 
-        cache.mover.promote = gated
+        mover.promote = gated  # type: ignore[method-assign]
         done = generator.generate([prompt], max_new_tokens=5)
         assert_greedy(model, done, [prompt], wanted)
         assert waits == [(0, layer) for layer in range(model.config.num_hidden_layers)]
@@ -136,7 +151,7 @@ def test_pages_that_are_damaged_are_computed(name):
         cache.clear()
         tier.damages = True
         assert_greedy(model, generator.generate(asked, max_new_tokens=5), asked, wanted)
-        stats = cache.stats().offload
+        stats = figures(cache)
         assert stats.promotions_failed > 0
         assert stats.tiers[0].missed > 0
         tier.damages = False
@@ -159,7 +174,7 @@ def test_a_tier_that_hangs_costs_a_deadline_and_no_reply():
         cache.clear()
         tier.open.clear()
         assert_greedy(model, generator.generate(asked, max_new_tokens=5), asked, wanted)
-        stats = cache.stats().offload
+        stats = figures(cache)
         assert stats.tiers[0].parked
         assert tier.reads == 1  # nothing is asked of it until that call returns
         cache.check_integrity()
@@ -168,7 +183,7 @@ def test_a_tier_that_hangs_costs_a_deadline_and_no_reply():
         cache.clear()
         done = generator.generate(asked, max_new_tokens=5)
         assert_greedy(model, done, asked, wanted)
-        assert not cache.stats().offload.tiers[0].parked
+        assert not figures(cache).tiers[0].parked
         assert all(one.cached_tokens for one in done)
         cache.check_integrity()
 
@@ -185,6 +200,8 @@ def test_cancelling_while_pages_come_leaves_nothing_behind():
         assert cache.flush()
         cache.clear()
         tier.open.clear()
+        mover = cache.mover
+        assert mover is not None
         request = generator._requests([prompt], None, {}, salt=None, priority=0, deadline_s=None)
         generator._add(request)
         generator._engine._admit()
@@ -194,11 +211,11 @@ def test_cancelling_while_pages_come_leaves_nothing_behind():
         assert cache.classes[0].allocator.used_pages() == 0  # what comes too late is not copied
         tier.open.set()
         for _ in range(1000):
-            if not cache.mover.stack.workers[0].parked:
+            if not mover.stack.workers[0].parked:
                 break
             threading.Event().wait(0.01)
         assert cache.classes[0].allocator.used_pages() == 0
-        assert cache.mover.staging.used == 0
+        assert mover.staging.used == 0
         cache.check_integrity()
 
 
@@ -215,5 +232,5 @@ def test_what_is_set_back_for_want_of_pages_comes_back_from_a_tier():
         done = generator.generate(asked, max_new_tokens=40, ignore_eos=True)
         assert_greedy(model, done, asked, wanted)
         assert generator.stats().preemptions > 0
-        assert cache.stats().offload.tiers[0].promoted > 0
+        assert figures(cache).tiers[0].promoted > 0
         cache.check_integrity()
