@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UsageError
+from kvpaged.group_rows import Flags, Growth
 from kvpaged.ops import Options
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Trail
@@ -132,7 +133,7 @@ class Batch(Sequences):
             )
         self.drop_step()
         self._note_dropped()
-        cache, growths = self._cache, []
+        cache = self._cache
         touched = self._touched if self._odd else None
         with cache.lock:
             cache.collect_garbage()
@@ -140,15 +141,9 @@ class Batch(Sequences):
                 rows.trim(self.lengths)
             self._loose = False
             try:
-                needs = [rows.needs(self.lengths, counts, touched) for rows in self._groups]
-                for rows, need in zip(self._groups, needs, strict=True):
-                    growths.append(rows.take(need))
+                growths = cache.with_room(lambda: self._take(counts, touched))
             except OutOfPagesError as error:
-                for rows, growth in zip(self._groups, growths, strict=False):
-                    rows.give_back(growth)
-                raise self._cache.shortage(
-                    error, self.memory_bytes(), counts, self.lengths
-                ) from None
+                raise cache.shortage(error, self.memory_bytes(), counts, self.lengths) from None
             for rows, growth in zip(self._groups, growths, strict=True):
                 rows.enter(growth, self.lengths, counts, touched)
         self._begun = counts
@@ -175,6 +170,35 @@ class Batch(Sequences):
         )  # fmt: skip
         return self.step
 
+    def _take(self, counts: Ints, touched: Flags | None) -> list[Growth]:
+        """The pages of a step, in each group; the lock is held.
+
+        Raises:
+            OutOfPagesError: there is no room; nothing is held.
+        """
+        needs = [rows.needs(self.lengths, counts, touched) for rows in self._groups]
+        growths: list[Growth] = []
+        try:
+            for rows, need in zip(self._groups, needs, strict=True):
+                growths.append(rows.take(need))
+        except OutOfPagesError:
+            for rows, growth in zip(self._groups, growths, strict=False):
+                rows.give_back(growth)
+            raise
+        return growths
+
+    def _take_each(self, full: Ints) -> list[Ids]:
+        """The same for a page for each of some rows."""
+        taken: list[Ids] = []
+        try:
+            for rows in self._groups:
+                taken.append(rows.take_each(full))
+        except OutOfPagesError:
+            for rows, ids in zip(self._groups, taken, strict=False):
+                rows.page_class.allocator.release(ids)
+            raise
+        return taken
+
     def again(self, more: npt.NDArray[np.int32] | None = None) -> Step | None:
         """`begin` for one more token of each row that the step before gave one, at a fraction of
         its cost; `None`, and nothing changed, where that does not hold: `begin` is to be called.
@@ -192,15 +216,11 @@ class Batch(Sequences):
         if last is None or self._odd or self._loose or self._begun is not None:
             return None
         if len(full):
-            taken: list[Ids] = []
             with cache.lock:
                 cache.collect_garbage()
                 try:
-                    for rows in self._groups:
-                        taken.append(rows.take_each(full))
+                    taken = cache.with_room(lambda: self._take_each(full))
                 except OutOfPagesError as error:
-                    for rows, ids in zip(self._groups, taken, strict=False):
-                        rows.page_class.allocator.release(ids)
                     raise cache.shortage(
                         error, self.memory_bytes(), last.counts, self.lengths
                     ) from None

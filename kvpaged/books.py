@@ -1,10 +1,11 @@
 """The books of a cache: its memory, where layers live, who holds what."""
 
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from kvpaged.pages.table import BlockTable
 from kvpaged.stats import CacheStats, Counters, GroupStats, ReuseStats
 from kvpaged.tiers.base import Tier
 
+T = TypeVar("T")
+LEASES_S = 1.0
+"""What a step waits for copies that keep pages from being taken, if there is no other room."""
 MAX_TENANTS = 4096
 """Salts whose figures are kept, the latest."""
 
@@ -118,6 +122,7 @@ class CacheBooks:
             for layer, (number, place) in self._places.items()
         }  # fmt: skip
         self.lock = threading.RLock()
+        self._returned = threading.Condition(self.lock)  # nobody says so: copies are short
         self.saving = threading.Lock()
         """Held while what is saved under a name changes; tiers are waited for under it."""
         self.index = PrefixIndex(
@@ -405,6 +410,28 @@ class CacheBooks:
     def batches_alive(self) -> int:
         """How many batches and sessions hold rows now."""
         return len(self._batches)
+
+    def with_room(self, take: Callable[[], T]) -> T:
+        """What `take` gives, which takes pages, or nothing where it raises `OutOfPagesError`. Where
+        copies in flight have the pages that it lacks, they are waited for; the lock is held, and
+        let go meanwhile.
+
+        Raises:
+            OutOfPagesError: there is no room.
+        """
+        until: float | None = None
+        while True:
+            try:
+                return take()
+            except OutOfPagesError as error:
+                until = time.monotonic() + LEASES_S if until is None else until
+                held = sum(page_class.allocator.held_back() for page_class in self.classes)
+                lacking = (error.needed or 0) - (error.available or 0)
+                if lacking > held or time.monotonic() > until:
+                    raise
+                self._returned.wait(0.001)
+                if self.closed:
+                    raise
 
     def shortage(
         self, error: OutOfPagesError, mine: int, counts: Ints, lengths: Ints

@@ -84,10 +84,14 @@ class PageAllocator(FreeRuns):
 
     def available(self) -> int:
         """Pages that `alloc` could still hand out: free ones, cached ones, and those of frames that
-        are empty or hold nothing but cached pages.
+        are empty or hold nothing but cached pages. Cached ones with a lease count: a copy is short.
         """
         frames = self._frames.obtainable(self) + self._frames.emptiable(self)
         return self.free_pages + len(self._cached) + self.pages_per_frame * frames
+
+    def held_back(self) -> int:
+        """Pages that nobody holds and that will be free, or could be, once a lease ends."""
+        return sum(self.states[page] in (FREE, CACHED) for page in self._leases)
 
     def used_pages(self) -> int:
         """Pages with a reference, or free but for a lease."""
@@ -179,8 +183,9 @@ class PageAllocator(FreeRuns):
 
     def check_room(self, count: int) -> None:
         """Raise `OutOfPagesError` unless `alloc` could hand out `count` pages; nothing changes."""
-        room = self.free_pages + len(self._cached)
-        if count > room and count > (room := self.available()):
+        held = sum(page in self._cached for page in self._leases)  # evicted, they are not free yet
+        room = self.free_pages + len(self._cached) - held
+        if count > room and count > (room := self.available() - held):
             raise OutOfPagesError(
                 f"{count} more pages are needed and {room} of {self.capacity} are free",
                 needed=count,

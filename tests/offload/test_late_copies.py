@@ -196,6 +196,46 @@ def test_the_same_without_leases_is_seen_to_be_wrong(monkeypatch, history):
         history(Device(monkeypatch, "hand"))
 
 
+@pytest.mark.parametrize("step", ["prompt", "decode"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_step_waits_for_a_copy_that_has_the_pages_it_needs(monkeypatch, step, ends):
+    """Pages that wait to be evicted counted as room though a copy had them: an assertion failed."""
+    device = Device(monkeypatch, "hand")
+    monkeypatch.setattr(books, "LEASES_S", 30.0 if ends else 0.1)
+    cache = cache_of([host(policy="write-through")], options=OPTIONS)
+    other, batch = words(2, 8 * PAGE), None
+    if step == "decode":
+        _, batch = run(cache, other, keep=True)
+        flushed(cache, device)
+    run(cache, words(1, 4 * PAGE))
+    until(lambda: leased(cache) == 4)
+    lander = threading.Timer(0.1, device.land)
+    if ends:
+        lander.start()
+    if batch is None:
+        if ends:
+            assert run(cache, words(3, 12 * PAGE)) == 0
+        else:
+            with pytest.raises(OutOfPagesError, match="12 more pages are needed and 8 of 12"):
+                cache.batch([words(3, 12 * PAGE)])
+    else:
+        with cache.lock:
+            cache.index.clear()  # all of them: no page is free now
+        if ends:
+            batch.extend([[1]])
+        else:
+            with pytest.raises(OutOfPagesError, match="1 more pages are needed and 0 of 12"):
+                batch.extend([[1]])
+    if ends:
+        lander.join()
+    device.land()
+    if batch is not None:
+        batch.close()
+    gc.collect()
+    nothing_left(cache, device)
+    cache.close()
+
+
 # -- cancellation ----------------------------------------------------------------------------------
 
 
