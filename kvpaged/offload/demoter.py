@@ -11,11 +11,11 @@ import numpy as np
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.policy import pressing
 from kvpaged.offload.pool import PoolView
-from kvpaged.offload.stack import Stack
+from kvpaged.offload.stack import Stack, log
 from kvpaged.offload.staging import Countdown, Staging
 from kvpaged.offload.worker import Job
 from kvpaged.pages.prefix import Node
-from kvpaged.tiers.base import Demotion, Record
+from kvpaged.tiers.base import KEPT, Demotion, Record
 from kvpaged.tiers.record import Head, record_key
 
 LOOKED_AT = 256
@@ -381,7 +381,11 @@ class Demoter:
                 self.counts.dropped += counted
 
     def _spill(self) -> bool:
-        """Copy what a tier that fills would give up next to the one below it."""
+        """Move what a tier that fills would give up next to the one below it.
+
+        It does not stay: having been read it would be the last to be given up, and what has no copy
+        below the first.
+        """
         for number in range(len(self._stack.tiers) - 1):
             workers, below = self._stack.workers, self._stack.tiers[number + 1]
             up = workers[number].up and workers[number + 1].up
@@ -391,13 +395,26 @@ class Demoter:
                 sizes = self._stack.directory.held[number]
                 keys, size = [], 0
                 for key in self._stack.directory.missing_below(number, LOOKED_AT):
+                    if key.startswith(KEPT):
+                        continue
                     keys.append(key)
                     size += sizes[key]
                     if size >= self._options.call_bytes:
                         break
-            if keys and self._move(number, keys, number + 1):
+            if keys and (moved := self._move(number, keys, number + 1)):
+                self._drop(number, moved)
                 return True
         return False
+
+    def _drop(self, number: int, keys: list[bytes]) -> None:
+        """Have a tier forget records."""
+        try:
+            self._stack.call(number, lambda tier: tier.delete(keys), self._options.write_deadline_s)
+        except Exception as error:  # whatever a tier raises: it gives them up when it has to
+            log.debug("tier %s: %r", self._stack.tiers[number].name, error)
+            return
+        with self._stack.lock:
+            self._stack.directory.remove(number, keys)
 
     def _fills(self, number: int) -> bool:
         """Whether a tier may soon give something up: the next call may come with `call_bytes`."""
@@ -421,14 +438,14 @@ class Demoter:
         for number, some in by_tier.items():
             self._move(number, some, 0)
 
-    def _move(self, number: int, keys: list[bytes], to: int) -> bool:
-        """Copy records of a tier to another; whether any went."""
+    def _move(self, number: int, keys: list[bytes], to: int) -> list[bytes]:
+        """Copy records of a tier to another; the keys that went, none if not all did."""
         with self._stack.lock:
             sizes = [self._stack.directory.held[number].get(key, 0) for key in keys]
         keys = keys[: max(1, self._staging.size // 2 // max(*sizes, 1))]
         taken = self._staging.take(len(keys), max(sizes))
         if taken is None:
-            return False
+            return []
         rooms, give_back = taken
         records: list[Record] = []
 
@@ -446,10 +463,10 @@ class Demoter:
             self._stack.call(number, read, self._options.write_deadline_s, done)
         except Exception:  # whatever a tier raises; a call that hangs keeps the room
             done()
-            return False
-        there = {record.key for record in records}
+            return []
+        there = [record.key for record in records]
         with self._stack.lock:
             self._stack.directory.remove(number, [key for key in keys if key not in there])
             for key in there:  # for the tier they were read, and go last
                 self._stack.directory.touch(number, key)
-        return self._put(records, (to,), done) > 0 and bool(records)
+        return there if self._put(records, (to,), done) else []

@@ -169,6 +169,7 @@ class Search:
                     continue
                 at = self._stack.where(record_key(keys[place], group), up)
                 assert at is not None
+                self._stack.directory.touch(at[0], record_key(keys[place], group))  # not to go down
                 text = tokens[place * width : (place + 1) * width]
                 wanted.append(Wanted(place, group, keys[place], text, *at))
         amounts: dict[int, int] = {}

@@ -33,6 +33,7 @@ from tests.offload.tiered import (
     host,
     row_of,
     run,
+    scramble,
     until,
     words,
 )
@@ -104,6 +105,7 @@ def filled(device: Device, tier: Tier, prompt: list[int], **options) -> PagedKVC
     run(cache, prompt)
     flushed(cache, device)
     cache.clear()
+    scramble(cache)
     return cache
 
 
@@ -353,20 +355,22 @@ class Spoiling(HostTier):
         return super().read(keys, room)
 
 
-@pytest.mark.parametrize("simulated", [False, True])
+@pytest.mark.parametrize(("simulated", "together"), [(False, 6), (False, 1), (True, 1)])
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("page", range(6))
-def test_pages_before_a_wrong_one_are_whole(monkeypatch, page, layer, simulated):
+def test_pages_before_a_wrong_one_are_whole(monkeypatch, page, layer, simulated, together):
     """Copying ended at the wrong layer, and the pages before counted with their last ones missing.
     Pages come in calls of four, so in the last call and in one before it.
     """
     device = Device(monkeypatch, "wait") if simulated else None
+    monkeypatch.setattr(pool, "TOGETHER", together)
     tier = Spoiling(256 * PAGE_BYTES, policy="write-through", pin=False)
     prompt = words(1, 6 * PAGE + 1)
     cache = cache_of([tier], options=OPTIONS)
     run(cache, prompt)
     assert cache.flush(10)
     cache.clear()
+    scramble(cache)
     tier.page, tier.layer = page, layer
     assert run(cache, prompt) == page * PAGE
     stats = check(cache)
@@ -458,6 +462,7 @@ def history(device: Device, seed: int, steps: int, groups: str) -> dict[str, int
         if rng.random() < 0.5:
             cache.flush(0.2)
             cache.clear()
+            scramble(cache)
     stats = check(cache)
     found |= {"promoted": stats.tiers[0].promoted, "failed": stats.promotions_failed}
     for copies in device.copies:

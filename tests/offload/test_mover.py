@@ -1,5 +1,6 @@
 """Pages go down and come up by every policy, through stacks of tiers, in any geometry."""
 
+import random
 import threading
 
 import numpy as np
@@ -13,7 +14,8 @@ from kvpaged.offload import demoter
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.testing.dense import PAGE
 from kvpaged.testing.tier_faults import Faulty
-from kvpaged.tiers.base import DEMOTIONS
+from kvpaged.tiers.base import DEMOTIONS, KEPT, Record
+from kvpaged.tiers.host import HostTier
 from tests.offload.tiered import (
     GROUPS,
     PAGE_BYTES,
@@ -23,6 +25,7 @@ from tests.offload.tiered import (
     disk,
     host,
     run,
+    scramble,
     until,
     words,
 )  # fmt: skip
@@ -104,6 +107,7 @@ def test_second_use_takes_what_was_used_twice():
         settled(cache)
         assert tier.usage().records == 2
         cache.clear()
+        scramble(cache)
         assert run(cache, prompt) == 2 * PAGE
 
 
@@ -120,11 +124,41 @@ def test_a_host_tier_that_fills_spills_to_the_disk(tmp_path, monkeypatch):
             settled(cache)
             until(lambda: not cache.mover._working)  # type: ignore[union-attr]
         cache.clear()
+        scramble(cache)
         settled(cache)
         found = [run(cache, prompt) for prompt in prompts]
         assert found == [4 * PAGE] * 12
         agrees(cache)
         assert check(cache).tiers[1].promoted > 0
+
+
+def test_what_is_given_up_is_below(tmp_path):
+    """Whatever order they are put and used in: records of a first tier that go are in the second,
+    but for those of saved sessions, which never go.
+    """
+    lost: list[bytes] = []
+    below = disk(tmp_path, "write-back")
+
+    class Watched(HostTier):
+        def _drop(self, key):
+            lost.extend([key] * (key not in {one.key for one in below.scan()}))
+            super()._drop(key)
+
+    upper = Watched(12 * (PAGE_BYTES + 256), policy="write-back", pin=False)
+    saved = [Record(KEPT + bytes([n]), b"", torch.zeros(64, dtype=torch.uint8)) for n in range(2)]
+    upper.put(saved)
+    rng = random.Random(0)
+    with cache_of([upper, below], pages=12) as cache:
+        for _ in range(40):
+            run(cache, words(rng.randrange(12), 4 * PAGE + 1))
+            if rng.random() < 0.3:
+                cache.clear()
+                settled(cache)
+        assert not lost
+        assert below.usage().records > 12
+        keys = {one.key for one in upper.scan()}
+        assert {one.key for one in saved} <= keys
+        assert not keys & {one.key for one in below.scan() if one.key.startswith(KEPT)}
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -187,6 +221,7 @@ def test_only_the_same_namespace_salt_and_geometry_find_it(tmp_path):
         assert run(cache, prompt, namespace=b"two") == 0
         cache.refresh(b"one")
         cache.clear()
+        scramble(cache)
         assert run(cache, prompt, salt=b"mine") == 4 * PAGE
         assert run(cache, prompt) == 4 * PAGE
     geometry = PageGeometry(layers=2, kv_heads=2, head_dim=8, page_size=16, dtype=torch.float32)
@@ -227,6 +262,7 @@ def test_a_load_that_ends_early_gives_the_pages_before_that(groups, lost):
         run(cache, prompt)
         settled(cache)
         cache.clear()
+        scramble(cache)
         assert run(cache, prompt[: 3 * PAGE + 1]) == 3 * PAGE
         if len(cache.classes) == 2:
             with cache.lock:
@@ -308,6 +344,7 @@ def test_a_tier_that_was_slow_is_tried_again():
         found = []
         for _ in range(32):
             cache.clear()
+            scramble(cache)
             found.append(run(cache, prompt))
         assert found[:8] == [0] * 8, "computing is quicker"
         assert 4 * PAGE in found

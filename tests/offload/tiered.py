@@ -13,6 +13,7 @@ from kvpaged.config import Layout
 from kvpaged.errors import IntegrityError
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.report import OffloadStats
+from kvpaged.pages.allocator import FREE
 from kvpaged.testing.dense import DIM, LAYERS, PAGE, Origin, Row, attention
 from kvpaged.testing.witness import NAMESPACES, Shape
 from kvpaged.tiers.base import Demotion, Tier
@@ -134,6 +135,18 @@ def row_of(ids: Sequence[int], salt: bytes | None = None, namespace: bytes = NAM
     row = Row(Origin(namespace, salt, 0))
     row.add(list(ids), row.next(list(ids), namespace))
     return row
+
+
+def scramble(cache: PagedKVCache) -> None:
+    """Free pages have other bytes than those they had: what is not copied into them shows."""
+    with cache.lock:
+        for page_class in cache.classes:
+            free = np.flatnonzero(page_class.allocator.states == FREE).astype(np.int32)
+            free = free[[page not in page_class.allocator._leases for page in free.tolist()]]
+            for layer in page_class.layers:
+                for pages in (layer.k_pages, layer.v_pages):
+                    if pages is not None:
+                        pages[page_class.entries(free).tolist()] = torch.nan
 
 
 def until(condition: Callable[[], object], what: str = "it did not come to that") -> None:
