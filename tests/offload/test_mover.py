@@ -41,11 +41,15 @@ def settled(cache: PagedKVCache) -> None:
 
 
 def agrees(cache: PagedKVCache) -> None:
-    """What is known of each tier is what it says itself."""
-    for tier in check(cache).tiers:
+    """What is known of each tier is what it says itself; of one in memory in its order, too."""
+    assert cache.mover is not None
+    for number, tier in enumerate(check(cache).tiers):
         assert tier.records == tier.known_records
         if tier.name == "host":  # a file has more than records in it
             assert tier.bytes == tier.known_bytes
+            stack = cache.mover.stack
+            keys = [one.key for one in stack.tiers[number].scan()]
+            assert keys == list(stack.directory.held[number]), "another goes first than is known"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,6 +163,37 @@ def test_what_is_given_up_is_below(tmp_path):
         keys = {one.key for one in upper.scan()}
         assert {one.key for one in saved} <= keys
         assert not keys & {one.key for one in below.scan() if one.key.startswith(KEPT)}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_spilling_step_by_step(full):
+    """Four records at a time into a tier of ten, with a turn of the mover between. What the lower
+    tier refuses stays, as long as there is room.
+    """
+    upper, lower = host(10), Faulty(host())
+    with cache_of([upper, lower]) as cache:
+        mover = cache.mover
+        assert mover is not None
+        mover._stop.set()
+        mover._woken.set()
+        mover._thread.join()
+        lower.full = full
+        put: list[bytes] = []
+        for batch in range(6):
+            body = torch.full((PAGE_BYTES,), batch, dtype=torch.uint8)
+            records = [Record(b"p" + bytes([batch, n]), b"", body) for n in range(4)]
+            put += [record.key for record in records]
+            assert mover.stack.finish(0, mover.stack.put(0, records)) == 4
+            above = {one.key for one in upper.scan()}
+            below = {one.key for one in lower.scan()}
+            if full:
+                assert len(above) == min(len(put), upper.capacity // PAGE_BYTES)
+                assert not mover.demoter.run(), "it is refused, and comes again"
+            else:
+                assert above | below == set(put), "what was given up has no copy"
+                assert not above & below
+                assert mover.demoter.run() == (batch > 0)
+        agrees(cache)
 
 
 @pytest.mark.parametrize("groups", GROUPS)

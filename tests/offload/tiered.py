@@ -138,11 +138,22 @@ def row_of(ids: Sequence[int], salt: bytes | None = None, namespace: bytes = NAM
 
 
 def scramble(cache: PagedKVCache) -> None:
-    """Free pages have other bytes than those they had: what is not copied into them shows."""
+    """Free pages have other bytes than those they had: what is not copied into them shows. Pages
+    that nobody has held are zeros, and those of other groups' frames are none of a class's.
+    """
     with cache.lock:
         for page_class in cache.classes:
-            free = np.flatnonzero(page_class.allocator.states == FREE).astype(np.int32)
-            free = free[[page not in page_class.allocator._leases for page in free.tolist()]]
+            allocator = page_class.allocator
+            free = np.array(
+                [
+                    page
+                    for page in np.flatnonzero(allocator.states == FREE).tolist()
+                    if page // allocator.pages_per_frame in allocator._used
+                    and page not in allocator._leases
+                    and allocator.generations[page]
+                ],
+                np.int32,
+            )
             for layer in page_class.layers:
                 for pages in (layer.k_pages, layer.v_pages):
                     if pages is not None:
