@@ -20,12 +20,14 @@ from tests.offload.tiered import cache_of, disk, run, words
 
 LENGTH = 6 * PAGE + 1
 """Tokens of a sequence."""
+SIZE = "512MiB"
+"""Of the tier: with room for all there is."""
 
 
 def main(path: str, seed: int) -> None:
     torch.set_num_threads(1)
     said = os.open(path + ".said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    with cache_of([disk(Path(path))], pages=40, options=OffloadOptions()) as cache:
+    with cache_of([disk(Path(path), size=SIZE)], pages=40, options=OffloadOptions()) as cache:
         entered = cache.index.on_enter
         assert entered is not None
 

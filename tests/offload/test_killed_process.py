@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvpaged.testing.dense import PAGE
-from tests.offload.killed import LENGTH
+from tests.offload.killed import LENGTH, SIZE
 from tests.offload.tiered import cache_of, disk, run, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_what_had_entered_a_second_before_is_found(tmp_path, kills):
                 known.add(key)
                 fresh += 1
         assert fresh > 20, "it computed too little to say anything"
-        tier = disk(path)
+        tier = disk(path, size=SIZE)
         there = {one.key.hex() for one in tier.scan()}
         assert not known - there, f"{len(known - there)} of {len(known)} pages are lost"
         with cache_of([tier], pages=40) as cache:

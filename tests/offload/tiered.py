@@ -45,8 +45,8 @@ def host(pages: int = 256, policy: Demotion = "write-back") -> HostTier:
     return HostTier(pages * (PAGE_BYTES + 256), policy=policy, pin=False)
 
 
-def disk(path: Path, policy: Demotion = "write-through", **options: Any) -> DiskTier:
-    return DiskTier(path, "16MiB", policy=policy, **options)
+def disk(path: Path, policy: Demotion = "write-through", size: str = "16MiB") -> DiskTier:
+    return DiskTier(path, size, policy=policy)
 
 
 def words(seed: int, count: int) -> list[int]:
