@@ -229,6 +229,13 @@ def test_what_is_set_back_for_want_of_pages_comes_back_from_a_tier():
         PagedKVCache.for_model(model, memory, page_size=16, tiers=[HostTier("16MiB")]) as cache,
         Generator(model, cache, max_running=4) as generator,
     ):
+        set_back = generator._engine._set_back
+
+        def written(error):  # a tiny model would be back before the mover has begun
+            set_back(error)
+            assert cache.flush()
+
+        generator._engine._set_back = written  # type: ignore[method-assign]
         done = generator.generate(asked, max_new_tokens=40, ignore_eos=True)
         assert_greedy(model, done, asked, wanted)
         assert generator.stats().preemptions > 0
