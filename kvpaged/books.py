@@ -1,18 +1,18 @@
 """The books of a cache: its memory, where layers live, who holds what."""
 
 import threading
-import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from kvpaged.config import Backend, CacheConfig, Layout, format_bytes, parse_bytes
+from kvpaged.config import Backend, Layout, format_bytes
 from kvpaged.errors import ConfigError, IntegrityError, OutOfPagesError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
+from kvpaged.given import as_groups, config_of, one_each
 from kvpaged.group_rows import GroupRows, Ints
 from kvpaged.keys import Salt, encode_salt
 from kvpaged.offload.mover import Mover
@@ -25,13 +25,12 @@ from kvpaged.pages.classops import verify_pages
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.pool import PageClass, PagePool
 from kvpaged.pages.prefix import PrefixIndex, Trail
+from kvpaged.pages.room import wait_for_room
 from kvpaged.pages.table import BlockTable
 from kvpaged.stats import CacheStats, Counters, GroupStats, ReuseStats
 from kvpaged.tiers.base import Tier
 
 T = TypeVar("T")
-LEASES_S = 1.0
-"""What a step waits for copies that keep pages from being taken, if there is no other room."""
 MAX_TENANTS = 4096
 """Salts whose figures are kept, the latest."""
 
@@ -95,8 +94,8 @@ class CacheBooks:
             ConfigError: an option is impossible, or memory is more than the device has or less than
                 one page.
         """
-        groups = _as_groups(geometry, torch.device(device))
-        self.config = _config(groups, memory, layout, backend, checksums)
+        groups = as_groups(geometry, torch.device(device))
+        self.config = config_of(groups, memory, layout, backend, checksums)
         self._namespace = bytes(namespace)
         self._epoch = 0
         self.groups = tuple(
@@ -186,13 +185,7 @@ class CacheBooks:
         """Of the tiers, and what became of sealed pages; the lock is held."""
         if self.mover is None:
             return None
-        resident = reopened = lost = 0
-        for page_class in self.classes:
-            allocator = page_class.allocator
-            resident += int((allocator.states >= SEALED).sum())
-            reopened += allocator.reopened
-            lost += allocator.lost
-        return report(self.mover, self.counters.sealed, resident, reopened, lost)
+        return report(self.mover, self.counters.sealed)
 
     def _group_stats(self, number: int, alive: list[Holder]) -> GroupStats:
         group, allocator = self.groups[number], self.classes[number].allocator
@@ -419,19 +412,8 @@ class CacheBooks:
         Raises:
             OutOfPagesError: there is no room.
         """
-        until: float | None = None
-        while True:
-            try:
-                return take()
-            except OutOfPagesError as error:
-                until = time.monotonic() + LEASES_S if until is None else until
-                held = sum(page_class.allocator.held_back() for page_class in self.classes)
-                lacking = (error.needed or 0) - (error.available or 0)
-                if lacking > held or time.monotonic() > until:
-                    raise
-                self._returned.wait(0.001)
-                if self.closed:
-                    raise
+        allocators = [page_class.allocator for page_class in self.classes]
+        return wait_for_room(take, self._returned, allocators, lambda: self.closed)
 
     def shortage(
         self, error: OutOfPagesError, mine: int, counts: Ints, lengths: Ints
@@ -471,45 +453,3 @@ class CacheBooks:
     def unregister(self, batch: Holder) -> None:
         """Forget a closed batch."""
         self._batches.discard(batch)
-
-
-def one_each(name: str, given: Any, rows: int, kinds: tuple[type, ...]) -> list[Any]:
-    """`given` for each of `rows` rows: itself, or the one of each."""
-    if isinstance(given, kinds):
-        return [given] * rows
-    if not isinstance(given, Sequence) or len(given) != rows:
-        raise UsageError(f"{name} is one for all rows or a sequence of {rows}, got {given!r}")
-    wrong = [each for each in given if not isinstance(each, kinds)]
-    if wrong:
-        raise UsageError(f"{name} of a row can't be {wrong[0]!r}")
-    return list(given)
-
-
-def _config(
-    groups: list[LayerGroup],
-    memory: int | str,
-    layout: Layout | None,
-    backend: Backend | None,
-    checksums: bool,
-) -> CacheConfig:
-    sizes = {group.geometry.page_size for group in groups}
-    if len(sizes) != 1:
-        raise ConfigError(f"the groups of a cache have one page size, got {sorted(sizes)}")
-    return CacheConfig(
-        memory=parse_bytes(memory),
-        page_size=sizes.pop(),
-        layout=layout,
-        backend=backend,
-        checksums=checksums,
-    )
-
-
-def _as_groups(
-    geometry: PageGeometry | Sequence[LayerGroup], device: torch.device
-) -> list[LayerGroup]:
-    if isinstance(geometry, PageGeometry):
-        return [LayerGroup(geometry=geometry, layers=tuple(range(geometry.layers)), device=device)]
-    groups = list(geometry)
-    if not groups:
-        raise ConfigError("a cache has at least one layer group")
-    return groups

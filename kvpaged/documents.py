@@ -43,7 +43,7 @@ def export_document(
     tokens = encode_tokens(ids[: pages * size])
     view, stack = cache.page_view(), None if cache.mover is None else cache.mover.stack
     firsts = _firsts(cache, pages)
-    plain = Trail(trail.root).page_keys(tokens, size)
+    plain = list(Trail(trail.root).page_keys(tokens, size))
     header = Header(
         namespace_digest(cache.namespace), extra, tokens, size,
         tuple(
@@ -81,7 +81,7 @@ def import_document(
         header = reader.header
         trail = _shared(cache, trail_of(header.extra))
         _check_kind(cache, header, path)
-        plain = Trail(trail.root).page_keys(header.tokens, header.page_size)
+        plain = list(Trail(trail.root).page_keys(header.tokens, header.page_size))
         reader.check(plain)
         return _Import(cache, reader, trail, plain).run()
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvpaged.batch import Batch
-from kvpaged.books import CacheBooks, one_each
+from kvpaged.books import CacheBooks
 from kvpaged.errors import IntegrityError, StorageError, UsageError
+from kvpaged.given import one_each
 from kvpaged.keys import KEY_BYTES, Salt, encode_salt, encode_tokens, namespace_digest
 from kvpaged.offload.gather import Gathering, Piece, ask, locate, put
 from kvpaged.offload.mover import Mover

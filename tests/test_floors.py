@@ -42,6 +42,7 @@ FLOORS = {
     "kvpaged.tokens": 6,
     "kvpaged.stats": 6,
     "kvpaged.loading": 6,
+    "kvpaged.given": 6,
     "kvpaged.saved": 6,
     "kvpaged.documents": 6,
     "kvpaged.generate": 7,

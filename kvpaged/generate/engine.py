@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from kvpaged.generate.requests import Line, Reply, Request
 from kvpaged.generate.rows import Rows
 from kvpaged.generate.sampling import Choice, Picked, StepSampler
 from kvpaged.generate.stepping import Made, StepMaker
-from kvpaged.generate.totals import EngineStats
+from kvpaged.generate.totals import EngineStats, now
 from kvpaged.offload.clock import PassClock
 from kvpaged.offload.promotion import LoadError
 from kvpaged.pages.extents import Ids
@@ -88,7 +87,7 @@ class Engine:
         self.stats = EngineStats()
         self._look = True  # something has changed for those who wait
         self._deadline = np.inf  # no request ends before it
-        self._loads = Loads(batch, self.rows)
+        self._loads = Loads(batch, self.rows, needs)
         self._clock = PassClock(batch.device, needs.note_pass)
         self._maker = StepMaker(batch, self.rows, self.sampler, budget, chunk)
         self._flight: Flight | None = None
@@ -208,6 +207,7 @@ class Engine:
             return
         free = self.rows.free()
         if not free:
+            self._loads.call_ahead(self.line[: scheduler.WINDOW])
             return
         self._look = False
         running = self.rows.running()
@@ -217,15 +217,12 @@ class Engine:
             front,
             slots=len(free),
             room=self.needs.room(self.batch, running, self.rows.prefilling),
-            computing=self._computing(),
+            computing=self._loads.computing(),
             prospect=lambda place: self.needs.prospect(
                 front[place].reply, trails[place], front[place].slots, self.chunk
             ),
         )
-        for place, line in enumerate(front):
-            if place not in chosen and not line.called:
-                line.called = True
-                self.needs.ahead(line.reply, trails[place])
+        self._loads.call_ahead([line for n, line in enumerate(front) if n not in chosen])
         for place in sorted(chosen, reverse=True):
             del self.line[place]
         for place in chosen:
@@ -241,15 +238,6 @@ class Engine:
             lack = self.needs.shortage(line.reply)
             for reply in (line.reply, *line.others):
                 self._end(reply, "error", lack)
-
-    def _computing(self) -> set[int]:
-        """What stands for the pages that running prompts have still to compute."""
-        found: set[int] = set()
-        for slot in np.flatnonzero(self.rows.prefilling).tolist():
-            reply = self.rows.replies[slot]
-            if reply is not None:
-                found.update(reply.chain[self.batch.certain(slot) // self.needs.page_size :])
-        return found
 
     def _begin(self, line: Line, slots: list[int], trail: Trail | None) -> None:
         """Let a reply run in the first of `slots`; the others are kept for its siblings."""
@@ -460,19 +448,11 @@ class Engine:
 
     def totals(self) -> EngineStats:
         """Its figures now."""
-        running = sum(reply is not None for reply in self.rows.replies)
-        kept = int(self.rows.taken.sum()) - running
-        waiting = kept + sum(line.slots for line in self.line)
-        return replace(self.stats, running=running, waiting=waiting)
+        return now(self.stats, self.rows, self.line)
 
     def page_map(self, group: int) -> dict[tuple[int, int], Ids]:
         """See `Generator.page_map`."""
-        pages = self.batch.page_map(group)
-        return {
-            (reply.request.number, reply.index): pages[slot]
-            for slot, reply in enumerate(self.rows.replies)
-            if reply is not None
-        }
+        return self.rows.by_reply(self.batch.page_map(group))
 
     def check(self) -> None:
         """Raise `UsageError` unless it can take requests."""

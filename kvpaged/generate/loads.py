@@ -1,5 +1,11 @@
 """Rows that begin with pages of tiers: who waits for them, and what becomes of them."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvpaged.generate.pages import PageNeeds
+from kvpaged.generate.requests import Line
 from kvpaged.generate.rows import Rows
 from kvpaged.offload.promotion import LoadError
 from kvpaged.slot_batch import SlotBatch
@@ -9,8 +15,27 @@ from kvpaged.step import Step
 class Loads:
     """The promotions of an engine's rows. One thread at a time."""
 
-    def __init__(self, batch: SlotBatch, rows: Rows) -> None:
-        self._batch, self._rows = batch, rows
+    def __init__(self, batch: SlotBatch, rows: Rows, needs: PageNeeds) -> None:
+        self._batch, self._rows, self._needs = batch, rows, needs
+
+    def call_ahead(self, lines: Sequence[Line]) -> None:
+        """Have what lower tiers have of those that wait come up, once for each."""
+        new = [line for line in lines if not line.called]
+        if not new or not self._needs.has_tiers:
+            return
+        trails = self._needs.trails([line.reply for line in new])
+        for line, trail in zip(new, trails, strict=True):
+            line.called = True
+            self._needs.ahead(line.reply, trail)
+
+    def computing(self) -> set[int]:
+        """What stands for the pages that running prompts have still to compute, or to load."""
+        found: set[int] = set()
+        for slot in np.flatnonzero(self._rows.prefilling).tolist():
+            reply = self._rows.replies[slot]
+            if reply is not None:
+                found.update(reply.chain[self._batch.certain(slot) // self._needs.page_size :])
+        return found
 
     def settle(self) -> list[int]:
         """Let rows whose promotion is over hold what has come; between steps.

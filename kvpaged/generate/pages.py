@@ -25,6 +25,11 @@ class PageNeeds:
         self._cache = cache
         self.page_size = cache.config.page_size
 
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there is anything below the pool."""
+        return self._cache.mover is not None
+
     def note_pass(self, tokens: int, seconds: float) -> None:
         """See `CacheBooks.note_pass`."""
         self._cache.note_pass(tokens, seconds)

@@ -1,5 +1,8 @@
 """What the engine knows of each running row, as arrays: a step touches no object of a request."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -7,6 +10,7 @@ from kvpaged.generate.requests import Reply
 from kvpaged.generate.sampler import uniforms
 
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 NONE = -1
 
 COUNTED = ("prefilling", "lookup", "temperature", "talks", "first", "processors", "logprobs")
@@ -66,6 +70,14 @@ class Rows:
     def running(self) -> Ints:
         """Rows with a reply in them."""
         return np.flatnonzero(self.taken)
+
+    def by_reply(self, of_rows: Sequence[T]) -> dict[tuple[int, int], T]:
+        """What there is of each row, by the request's number and the reply's index."""
+        return {
+            (reply.request.number, reply.index): of_rows[slot]
+            for slot, reply in enumerate(self.replies)
+            if reply is not None
+        }
 
     def enter(self, slot: int, reply: Reply, stops: tuple[int, ...]) -> None:
         """Write down what a reply wants, for its row."""

@@ -1,6 +1,10 @@
 """What a generator has done so far."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvpaged.generate.requests import Line
+from kvpaged.generate.rows import Rows
 
 
 @dataclass(slots=True)
@@ -25,3 +29,10 @@ class EngineStats:
     waiting: int = 0
     host_s: float = 0.0
     device_s: float = 0.0
+
+
+def now(stats: EngineStats, rows: Rows, line: Sequence[Line]) -> EngineStats:
+    """The figures, with who runs and who waits now."""
+    running = sum(reply is not None for reply in rows.replies)
+    kept = int(rows.taken.sum()) - running
+    return replace(stats, running=running, waiting=kept + sum(each.slots for each in line))

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
+from kvpaged.offload.levels import Levels
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.policy import pressing
 from kvpaged.offload.pool import PoolView
-from kvpaged.offload.stack import Stack, log
-from kvpaged.offload.staging import Countdown, Staging
-from kvpaged.offload.worker import Job
+from kvpaged.offload.stack import Stack
+from kvpaged.offload.staging import Staging
 from kvpaged.pages.prefix import Node
-from kvpaged.tiers.base import KEPT, Demotion, Record
+from kvpaged.tiers.base import Demotion, Record
 from kvpaged.tiers.record import Head, record_key
 
 LOOKED_AT = 256
-"""Pages looked at in one go, of those that wait to be evicted; records, of a tier that fills."""
-FULL = 0.9
-"""Of its capacity: from there on a tier's records go down to the next."""
+"""Pages looked at in one go, of those that wait to be evicted."""
 
 
 class Due(NamedTuple):
@@ -74,6 +73,7 @@ class Demoter:
         wake: Callable[[], None],
     ) -> None:  # fmt: skip
         self._pool, self._stack, self._staging, self._options = pool, stack, staging, options
+        self._levels = Levels(stack, staging, options)
         self._wake = wake
         self._fresh: deque[tuple[Node, int, int, float]] = deque()
         self._again: deque[tuple[Node, int, int, float]] = deque()  # used a second time
@@ -167,15 +167,13 @@ class Demoter:
         self._rescued.append(_Rescued(record, targets, give_back, counts))
         return True
 
-    def _record(self, node: Node, group: int, sums: np.ndarray, body: object) -> Record:
+    def _record(self, node: Node, group: int, sums: np.ndarray, body: Tensor) -> Record:
         before = node.parent
         assert before is not None
-        head = Head(
+        return Head(
             group=group, geometry=self._pool.classes[group].geometry, depth=node.depth,
             key=node.key, before=before.key, tokens=node.tokens, sums=sums,
-        )  # fmt: skip
-        parent = record_key(before.key, group) if node.depth > 1 else b""
-        return Record(record_key(node.key, group), head.encode(), body, parent)  # type: ignore[arg-type]
+        ).record(body)  # fmt: skip
 
     # -- the mover's thread ------------------------------------------------------------------------
 
@@ -205,12 +203,12 @@ class Demoter:
     def run(self) -> bool:
         """Move some; whether there was anything."""
         self._stack.settle()
-        spilled = self._spill()  # before more is put: what is put costs a full tier as much
+        spilled = self._levels.spill()  # before more is put: what is put costs a full tier as much
         if self._rescued:
             self._put_rescued()
             return True
         if self._ahead:
-            self._move_up(self._ahead.popleft())
+            self._levels.bring_up(self._ahead.popleft())
             return True
         due = self._choose()
         if due:
@@ -335,22 +333,11 @@ class Demoter:
             with self._pool.lock:
                 allocator.end_lease(lease)
         records = [self._record(one.node, group, sums[n], bodies[n]) for n, one in enumerate(due)]
-        self._put(records, targets, give_back)
+        self._stack.put_to(targets, records, give_back)
         lag = time.monotonic() - min((one.since for one in due), default=time.monotonic())
         if any(self._stack.tiers[number].policy == "write-through" for number in targets):
             self.counts.lag_s = lag
             self.counts.longest_lag_s = max(lag, self.counts.longest_lag_s)
-
-    def _put(
-        self, records: list[Record], targets: tuple[int, ...], give_back: Callable[[], None]
-    ) -> int:
-        """Put records to tiers and wait for each; how many of the tiers kept them all."""
-        one_less = Countdown(len(targets), give_back)
-        jobs: list[tuple[int, Job | None]] = []
-        for number in targets:
-            jobs.append((number, self._stack.put(number, records, one_less)))
-        kept = [self._stack.finish(number, job) for number, job in jobs]
-        return sum(count == len(records) for count in kept)
 
     def _put_rescued(self) -> None:
         """Put pages that were copied out as they left."""
@@ -370,7 +357,7 @@ class Demoter:
 
         self._busy = len(some)
         try:
-            kept = self._put([one.record for one in some], targets, give_back)
+            kept = self._stack.put_to(targets, [one.record for one in some], give_back)
         finally:
             self._busy = 0
         with self._pool.lock:
@@ -379,94 +366,3 @@ class Demoter:
                 self.counts.demoted += counted
             else:
                 self.counts.dropped += counted
-
-    def _spill(self) -> bool:
-        """Move what a tier that fills would give up next to the one below it.
-
-        It does not stay: having been read it would be the last to be given up, and what has no copy
-        below the first.
-        """
-        for number in range(len(self._stack.tiers) - 1):
-            workers, below = self._stack.workers, self._stack.tiers[number + 1]
-            up = workers[number].up and workers[number + 1].up
-            if below.policy != "write-back" or not up or not self._fills(number):
-                continue
-            with self._stack.lock:
-                sizes = self._stack.directory.held[number]
-                keys, size = [], 0
-                for key in self._stack.directory.missing_below(number, LOOKED_AT):
-                    if key.startswith(KEPT):
-                        continue
-                    keys.append(key)
-                    size += sizes[key]
-                    if size >= self._options.call_bytes:
-                        break
-            if keys and (moved := self._move(number, keys, number + 1)):
-                self._drop(number, moved)
-                return True
-        return False
-
-    def _drop(self, number: int, keys: list[bytes]) -> None:
-        """Have a tier forget records."""
-        try:
-            self._stack.call(number, lambda tier: tier.delete(keys), self._options.write_deadline_s)
-        except Exception as error:  # whatever a tier raises: it gives them up when it has to
-            log.debug("tier %s: %r", self._stack.tiers[number].name, error)
-            return
-        with self._stack.lock:
-            self._stack.directory.remove(number, keys)
-
-    def _fills(self, number: int) -> bool:
-        """Whether a tier may soon give something up: the next call may come with `call_bytes`."""
-        try:
-            _, size, capacity = self._stack.tiers[number].usage()
-        except Exception:  # a tier's own: whoever calls it next will see
-            return False
-        if capacity is None:
-            return False
-        return size >= min(FULL * capacity, max(capacity - self._options.call_bytes, capacity // 2))
-
-    def _move_up(self, keys: list[bytes]) -> None:
-        """Copy records to the first tier from the tiers that have them."""
-        by_tier: dict[int, list[bytes]] = {}
-        with self._stack.lock:
-            up = self._stack.up()
-            for key in keys:
-                at = self._stack.where(key, up)
-                if at is not None and at[0]:
-                    by_tier.setdefault(at[0], []).append(key)
-        for number, some in by_tier.items():
-            self._move(number, some, 0)
-
-    def _move(self, number: int, keys: list[bytes], to: int) -> list[bytes]:
-        """Copy records of a tier to another; the keys that went, none if not all did."""
-        with self._stack.lock:
-            sizes = [self._stack.directory.held[number].get(key, 0) for key in keys]
-        keys = keys[: max(1, self._staging.size // 2 // max(*sizes, 1))]
-        taken = self._staging.take(len(keys), max(sizes))
-        if taken is None:
-            return []
-        rooms, give_back = taken
-        records: list[Record] = []
-
-        def read(tier: object) -> None:
-            with self._stack.tiers[number].read(keys, list(rooms)) as found:
-                for record, room in zip(found, rooms, strict=True):
-                    if record is not None:
-                        body = room[: record.body.numel()]
-                        if body.data_ptr() != record.body.data_ptr():
-                            body.copy_(record.body)
-                        records.append(record._replace(body=body))
-
-        done = Countdown(2, give_back)  # the call, and what is done with what it read
-        try:
-            self._stack.call(number, read, self._options.write_deadline_s, done)
-        except Exception:  # whatever a tier raises; a call that hangs keeps the room
-            done()
-            return []
-        there = [record.key for record in records]
-        with self._stack.lock:
-            self._stack.directory.remove(number, [key for key in keys if key not in there])
-            for key in there:  # for the tier they were read, and go last
-                self._stack.directory.touch(number, key)
-        return there if self._put(records, (to,), done) else []

@@ -109,8 +109,7 @@ def record_of(view: PoolView, one: Gathered) -> Record:
         group=piece.group, geometry=view.classes[piece.group].geometry, depth=piece.place + 1,
         key=piece.key, before=piece.before, tokens=piece.tokens, sums=one.sums,
     )  # fmt: skip
-    parent = record_key(piece.before, piece.group) if piece.place else b""
-    return Record(record_key(piece.key, piece.group), head.encode(), one.body, parent)
+    return head.record(one.body)
 
 
 class Gathering:
@@ -203,10 +202,8 @@ class Gathering:
             if text is None:
                 raise StorageError(f"tier {name} has lost page {piece.place}, layer group {group}")
             head = Head.decode(text)
-            if (head.key, head.group, head.tokens) != (piece.key, group, piece.tokens):
-                raise IntegrityError(f"tier {name} has another page for page {piece.place}")
-            if not head.fits(self._view.classes[group].geometry):
-                raise IntegrityError(f"tier {name} has pages of {head.geometry}")
+            geometry = self._view.classes[group].geometry
+            head.check(piece.key, group, piece.tokens, geometry, rooms.shape[1])
             sums.append(head.sums)
         return np.stack(sums)
 

@@ -11,11 +11,12 @@ import torch
 
 from kvpaged.config import format_bytes
 from kvpaged.errors import ConfigError
+from kvpaged.offload.arrivals import Wanted
 from kvpaged.offload.demoter import Demoter
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.policy import Line
 from kvpaged.offload.pool import PoolView
-from kvpaged.offload.promotion import Promotion, Wanted
+from kvpaged.offload.promotion import Promotion
 from kvpaged.offload.search import Search
 from kvpaged.offload.stack import Stack
 from kvpaged.offload.staging import Staging

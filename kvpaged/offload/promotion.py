@@ -3,48 +3,27 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from kvpaged.errors import IntegrityError, KVPagedError
-from kvpaged.offload.copies import InTicket, Sums
+from kvpaged.offload.arrivals import Bundle, Rooms, Wanted, bundles
+from kvpaged.offload.copies import InTicket
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.policy import patience
 from kvpaged.offload.pool import PoolView
 from kvpaged.offload.stack import Stack, log
 from kvpaged.offload.staging import Staging
-from kvpaged.offload.worker import Job, TierDownError
+from kvpaged.offload.worker import Job
 from kvpaged.pages.allocator import Lease, PageAllocator
-from kvpaged.pages.extents import Ids
-from kvpaged.tiers.base import Record
+from kvpaged.tiers.base import Record, TierDownError
 from kvpaged.tiers.record import Head, record_key
 
 
 class LoadError(KVPagedError):
     """Pages that a pass reads have not come, or not as they were sealed."""
-
-
-class Wanted(NamedTuple):
-    """A page to load.
-
-    Attributes:
-        place: its place in its sequence.
-        group: the layer group.
-        key, tokens: its page key, and its encoded tokens.
-        tier, size: who has it, and the bytes it takes there.
-        page: where it is to go.
-    """
-
-    place: int
-    group: int
-    key: bytes
-    tokens: bytes
-    tier: int
-    size: int
-    page: int = -1
 
 
 class Outcome(NamedTuple):
@@ -61,47 +40,6 @@ class Outcome(NamedTuple):
     seconds: float
     predicted_s: float | None
     error: str | None
-
-
-class Rooms(Sequence[Tensor]):
-    """Staging for the records of a call, taken when a tier first asks for it: those of a group side
-    by side.
-    """
-
-    def __init__(self, staging: Staging, sizes: Sequence[int], timeout: float) -> None:
-        self._staging, self._sizes, self._timeout = staging, sizes, timeout
-        self._rooms: list[Tensor] | None = None
-        self.give_back: Callable[[], None] = _nothing
-
-    def _take(self) -> list[Tensor]:
-        taken = self._staging.take(1, sum(self._sizes), self._timeout)
-        if taken is None:
-            raise MemoryError(f"no {sum(self._sizes):,} bytes of staging in {self._timeout:g} s")
-        room, self.give_back = taken
-        return list(room[0].split(list(self._sizes)))
-
-    @overload
-    def __getitem__(self, place: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Tensor]: ...
-
-    def __getitem__(self, place: int | slice) -> Tensor | Sequence[Tensor]:
-        if self._rooms is None:
-            self._rooms = self._take()
-        return self._rooms[place]
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-
-class Stack2D(NamedTuple):
-    """Records of a group that lie at one stride, and the pages they go to."""
-
-    group: int
-    bodies: Tensor
-    sums: Sums
-    ids: Ids
 
 
 class Promotion:
@@ -330,7 +268,7 @@ class Promotion:
                 worker.health.succeeded()
         except Exception as failure:  # whatever a tier raises: what has not come is computed
             good, error = 0, f"tier {tier.name}: {failure!r}"
-            if not self.over:
+            if not (self.over or isinstance(failure, TierDownError)):
                 worker.health.failed(repr(failure))
         finally:
             rooms.give_back()
@@ -378,13 +316,9 @@ class Promotion:
                     self._stack.directory.remove(number, [key])
                 return place
             try:
+                geometry = self._pool.classes[one.group].geometry
                 head = Head.decode(record.head)
-                if (head.key, head.group, head.tokens) != (one.key, one.group, one.tokens):
-                    raise IntegrityError("the record is of another page")
-                if not head.fits(self._pool.classes[one.group].geometry):
-                    raise IntegrityError(f"the record is of pages of {head.geometry}")
-                if record.body.numel() != self._pool.body_bytes(one.group):
-                    raise IntegrityError(f"the record has {record.body.numel()} bytes")
+                head.check(one.key, one.group, one.tokens, geometry, record.body.numel())
             except IntegrityError as error:
                 log.warning("tier %s, %s: %s", self._stack.tiers[number].name, key.hex(), error)
                 self._forget(number, [key])
@@ -405,8 +339,8 @@ class Promotion:
         copy is under way when this returns or raises.
         """
         groups = range(len(self._pool.classes))
-        stacks = [stack for group in groups for stack in _stacks(group, call, found)]
-        begun: list[tuple[Stack2D, InTicket]] = []
+        stacks = [one for group in groups for one in bundles(group, call, found)]
+        begun: list[tuple[Bundle, InTicket]] = []
         try:
             if last:
                 self._land_layers(stacks, begun)
@@ -422,11 +356,11 @@ class Promotion:
             wrong.update((stack.group, page) for page in stack.ids[ticket.wrong()].tolist())
         return [n for n, one in enumerate(call) if (one.group, one.page) in wrong]
 
-    def _into(self, stack: Stack2D, layers: slice) -> InTicket:
+    def _into(self, stack: Bundle, layers: slice) -> InTicket:
         copies = self._pool.copies[stack.group]
         return copies.into(stack.ids, stack.bodies, stack.sums, layers)
 
-    def _land_layers(self, stacks: list[Stack2D], begun: list[tuple[Stack2D, InTicket]]) -> None:
+    def _land_layers(self, stacks: list[Bundle], begun: list[tuple[Bundle, InTicket]]) -> None:
         """Copy layer by layer, and say so, until one is found to be wrong: the rest is for the
         pages before it.
         """
@@ -446,35 +380,3 @@ class Promotion:
                         for place in range(layers.start, layers.stop):
                             self._tickets[group, place] = tickets
                         self._cond.notify_all()
-
-
-def _nothing() -> None:
-    """Nothing is to be given back."""
-
-
-def _stacks(group: int, call: list[Wanted], found: list[Record | None]) -> list[Stack2D]:
-    """The records of a group, those at one stride from each other together."""
-    mine = [
-        (one, record) for one, record in zip(call, found, strict=False)
-        if one.group == group and record is not None
-    ]  # fmt: skip
-    stacks: list[Stack2D] = []
-    start = 0
-    while start < len(mine):
-        stop, stride = start + 1, 0
-        base = mine[start][1].body
-        while stop < len(mine):
-            body, before = mine[stop][1].body, mine[stop - 1][1].body
-            step = body.data_ptr() - before.data_ptr()
-            same = body.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
-            if not same or step < base.numel() or (stride and step != stride):
-                break
-            stride, stop = step, stop + 1
-        some = mine[start:stop]
-        size = base.numel()
-        bodies = base.as_strided((len(some), size), (stride or size, 1), base.storage_offset())
-        sums = np.stack([Head.decode(record.head).sums for _, record in some])
-        ids = np.array([one.page for one, _ in some], np.int32)
-        stacks.append(Stack2D(group, bodies, sums, ids))
-        start = stop
-    return stacks

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kvpaged.errors import IntegrityError
 from kvpaged.offload.mover import Mover, Predictions
+from kvpaged.pages.allocator import SEALED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +99,19 @@ class OffloadStats:
             )
 
 
-def report(mover: Mover, sealed: int, resident: int, reopened: int, lost: int) -> OffloadStats:
+def report(mover: Mover, sealed: int) -> OffloadStats:
     """The figures of a mover; the cache's lock is held.
 
     Args:
         mover: whose.
-        sealed, resident, reopened: see `OffloadStats`.
-        lost: pages freed that were in no index.
+        sealed: see `OffloadStats`.
     """
+    resident = reopened = lost = 0
+    for page_class in mover.pool.classes:
+        allocator = page_class.allocator
+        resident += int((allocator.states >= SEALED).sum())
+        reopened += allocator.reopened
+        lost += allocator.lost
     counts, stack = mover.demoter.counts, mover.stack
     with stack.lock:
         stack.directory.settle()

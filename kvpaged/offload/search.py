@@ -1,12 +1,12 @@
 """How far the tiers go on where the pool ends."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvpaged.keys import TOKEN_BYTES
+from kvpaged.offload.arrivals import Wanted
 from kvpaged.offload.policy import Line, choose
 from kvpaged.offload.pool import PoolView
-from kvpaged.offload.promotion import Wanted
 from kvpaged.offload.stack import Stack
 from kvpaged.pages.prefix import Match, Node, Trail
 from kvpaged.tiers.record import record_key
@@ -73,7 +73,7 @@ class Search:
             nodes = match.nodes[:held]
             keys = [node.key for node in nodes]
             found: list[list[tuple[int, int]]] = []
-            for key in self._keys(trail, nodes, tokens, full):
+            for key in trail.page_keys(tokens[: full * size * TOKEN_BYTES], size, nodes):
                 here = [self._stack.where(record_key(key, group), up) for group in self._whole]
                 if any(one is None for one in here):
                     break
@@ -102,7 +102,7 @@ class Search:
             up = self._stack.up()
             if len(up) < 2 or not up[0]:
                 return []
-            for key in self._keys(trail, nodes, tokens, len(tokens) // (size * TOKEN_BYTES)):
+            for key in trail.page_keys(tokens, size, nodes):
                 places = {
                     record_key(key, group): self._stack.where(record_key(key, group), up)
                     for group in range(len(self._pool.classes))
@@ -111,19 +111,6 @@ class Search:
                     break
                 found += [name for name, at in places.items() if at is not None and at[0]]
         return found
-
-    def _keys(
-        self, trail: Trail, nodes: Sequence[Node], tokens: bytes, full: int
-    ) -> Iterator[bytes]:
-        """The keys of the pages that follow `nodes`."""
-        size, root = self._pool.index.page_size, trail.root
-        last = nodes[-1] if nodes else root
-        region, key, width = last.region, last.key, size * TOKEN_BYTES
-        for place in range(len(nodes), full):
-            if trail.salt is not None and place == trail.salt_page and region is root.region:
-                region = region.salted(trail.salt, key)
-            key = region.page_key(key, tokens[place * width : (place + 1) * width])
-            yield key
 
     def _has(
         self, group: int, place: int, nodes: Sequence[Node], keys: Sequence[bytes],

@@ -10,8 +10,9 @@ from kvpaged.errors import ConfigError
 from kvpaged.offload.directory import Directory
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.policy import Line
-from kvpaged.offload.worker import Job, TierDownError, TierWorker
-from kvpaged.tiers.base import DEMOTIONS, Record, Stored, Tier
+from kvpaged.offload.staging import Countdown
+from kvpaged.offload.worker import Job, TierWorker
+from kvpaged.tiers.base import DEMOTIONS, Record, Stored, Tier, TierDownError
 
 log = logging.getLogger("kvpaged.offload")
 
@@ -128,6 +129,18 @@ class Stack:
             self.incomplete[number] = True
             log.debug("tier %s: %r", self.tiers[number].name, error)
             return None
+
+    def put_to(
+        self, targets: Sequence[int], records: Sequence[Record], give_back: Callable[[], None]
+    ) -> int:
+        """Put records to some tiers and wait for each; how many of the tiers kept them all.
+
+        `give_back` is called once no tier needs their memory any more, however late that is.
+        """
+        one_less = Countdown(len(targets), give_back)
+        jobs = [(number, self.put(number, records, one_less)) for number in targets]
+        kept = [self.finish(number, job) for number, job in jobs]
+        return sum(count == len(records) for count in kept)
 
     def call(
         self, number: int, work: Callable[[Tier], Any], timeout: float,

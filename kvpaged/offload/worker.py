@@ -8,18 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kvpaged.errors import KVPagedError
-from kvpaged.tiers.base import Tier
+from kvpaged.tiers.base import Tier, TierDownError
 
 log = logging.getLogger("kvpaged.offload")
 
 FAILURES = 3
 """In a row, after which a tier is left alone for a while."""
 REST_S, LONGEST_REST_S = 1.0, 60.0
-
-
-class TierDownError(KVPagedError):
-    """A tier is not asked now: it fails, or a call of it has not returned."""
 
 
 class Health:

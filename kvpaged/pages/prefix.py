@@ -141,14 +141,19 @@ class Trail:
         other.node = self.node
         return other
 
-    def page_keys(self, tokens: bytes, page_size: int) -> list[bytes]:
-        """The keys of the full pages of encoded `tokens`, from the sequence's first on."""
-        region, end = self.root.region, self.salt_page * page_size * TOKEN_BYTES
-        if self.salt is None or len(tokens) <= end:
-            return list(region.page_keys(tokens, page_size))
-        keys = list(region.page_keys(tokens[:end], page_size))
-        salted = region.salted(self.salt, keys[-1] if keys else region.first)
-        return keys + list(salted.page_keys(tokens[end:], page_size))
+    def page_keys(
+        self, tokens: bytes, page_size: int, after: Sequence[Node] = ()
+    ) -> Iterator[bytes]:
+        """The keys of the full pages of encoded `tokens`: of those that follow the pages `after`,
+        the sequence's first; none: of all.
+        """
+        last, width = after[-1] if after else self.root, page_size * TOKEN_BYTES
+        region, key = last.region, last.key
+        for place in range(len(after), len(tokens) // width):
+            if self.salt is not None and place == self.salt_page and region is self.root.region:
+                region = region.salted(self.salt, key)
+            key = region.page_key(key, tokens[place * width : (place + 1) * width])
+            yield key
 
     def cut(self, depth: int) -> None:
         """Go back to the first `depth` pages."""

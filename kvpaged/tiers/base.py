@@ -53,7 +53,7 @@ def check_records(records: Sequence[Record]) -> None:
             )
 
 
-class TierDown(KVPagedError):
+class TierDownError(KVPagedError):
     """A tier is not asked at present: it failed, or was too slow, and its time is not over."""
 
 

@@ -27,6 +27,7 @@ from kvpaged import ops
 from kvpaged.errors import ConfigError, IntegrityError
 from kvpaged.geometry import PageGeometry
 from kvpaged.keys import KEY_BYTES, TOKEN_BYTES
+from kvpaged.tiers.base import Record
 
 MAGIC = b"kvpgrec1"
 VERSION = 1
@@ -149,6 +150,24 @@ class Head:
             tokens=text[at:-8],
             sums=np.frombuffer(text, "<i8", layers, _FIXED.size).astype(np.int64),
         )  # fmt: skip
+
+    def check(
+        self, key: bytes, group: int, tokens: bytes, geometry: PageGeometry, body_size: int
+    ) -> None:
+        """Raise `IntegrityError` unless it is of that page of a group, with a body of so many bytes
+        as pages of `geometry` have.
+        """
+        if (self.key, self.group, self.tokens) != (key, group, tokens):
+            raise IntegrityError("the record is of another page")
+        if not self.fits(geometry):
+            raise IntegrityError(f"the record is of pages of {self.geometry}")
+        if body_size != body_bytes(geometry):
+            raise IntegrityError(f"the record has {body_size} bytes")
+
+    def record(self, body: Tensor) -> Record:
+        """The record of the page, with its body."""
+        parent = record_key(self.before, self.group) if self.depth > 1 else b""
+        return Record(record_key(self.key, self.group), self.encode(), body, parent)
 
     def fits(self, geometry: PageGeometry) -> bool:
         """Whether pages of `geometry`, in whatever layout, are of this kind."""

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from kvpaged.errors import ConfigError
-from kvpaged.tiers.base import Record, Stored, Tier, TierDown, Usage
+from kvpaged.tiers.base import Record, Stored, Tier, TierDownError, Usage
 
 T = TypeVar("T")
 Kind = Literal["put", "read", "delete", "scan"]
@@ -239,8 +239,8 @@ class Logged(Wrapper):
 
 class Breaker(Wrapper):
     """Stops asking a tier that does not work: after some failures in a row, or one call that took
-    too long, calls raise `TierDown` at once, for a time that doubles whenever the next call, the
-    only one that is let through then, does not go well either.
+    too long, calls raise `TierDownError` at once, for a time that doubles whenever the next call,
+    the only one that is let through then, does not go well either.
 
     Any thread may call. `usage` and `close` always go through. A call that never returns is its
     caller's to give up; `trip` tells of it.
@@ -299,7 +299,9 @@ class Breaker(Wrapper):
             if self._wait and (self._probing or start < self._until):
                 self.refused += 1
                 left = max(0.0, self._until - start)
-                raise TierDown(f"tier {self.name} is not asked for {left:.1f} s more: {self._why}")
+                raise TierDownError(
+                    f"tier {self.name} is not asked for {left:.1f} s more: {self._why}"
+                )
             self._probing = probe = self._wait > 0
         try:
             done = call()

@@ -2,29 +2,33 @@
 what a copy reads or writes is nobody else's until it has ended.
 """
 
-import dataclasses
 import gc
-import random
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from kvpaged import PagedKVCache, books
-from kvpaged.batch import Batch
+from kvpaged import PagedKVCache
 from kvpaged.errors import IntegrityError, OutOfPagesError
 from kvpaged.loading import Ahead
 from kvpaged.offload import pool
-from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.promotion import LoadError, Promotion
-from kvpaged.pages.allocator import Lease, PageAllocator
+from kvpaged.pages import room
 from kvpaged.testing.dense import DIM, LAYERS, PAGE
-from kvpaged.testing.simulated import Drive, SimulatedCopies
 from kvpaged.testing.tier_faults import Faulty
-from kvpaged.tiers.base import Tier
 from kvpaged.tiers.host import HostTier
 from kvpaged.tiers.record import Head
+from tests.offload.late import (
+    OPTIONS,
+    Device,
+    filled,
+    flushed,
+    leased,
+    loading,
+    nothing_left,
+    without_leases,
+)
 from tests.offload.tiered import (
     PAGE_BYTES,
     cache_of,
@@ -39,97 +43,6 @@ from tests.offload.tiered import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-OPTIONS = OffloadOptions(
-    staging_bytes=64 * PAGE_BYTES, call_bytes=4 * PAGE_BYTES, deadline_s=0.1, write_deadline_s=0.2,
-    close_s=0.2, linger_s=0.001,
-)  # fmt: skip
-
-
-class Device:
-    """The simulated copies of caches that are made from now on, one a group."""
-
-    def __init__(self, monkeypatch, drive: Drive, seed: int = 0, **shares: float) -> None:
-        self.copies: list[SimulatedCopies] = []
-        view_of = pool.view_of
-
-        def simulated(*arguments):
-            view = view_of(*arguments)
-            self.copies = [
-                SimulatedCopies(inner, seed=seed + number, drive=drive, **shares)
-                for number, inner in enumerate(view.copies)
-            ]
-            immediate = (False,) * len(self.copies)
-            return dataclasses.replace(view, copies=tuple(self.copies), immediate=immediate)
-
-        monkeypatch.setattr(books, "view_of", simulated)
-
-    def in_flight(self) -> int:
-        return sum(copies.in_flight() for copies in self.copies)
-
-    def land(self) -> None:
-        """Everything that is in flight ends."""
-        while sum(copies.advance(100) for copies in self.copies):
-            pass
-
-    def land_until(self, condition, what="it did not end") -> None:
-        def ended():
-            self.land()
-            return condition()
-
-        until(ended, what)
-
-
-def without_leases(monkeypatch) -> None:
-    """Pages of copies in flight are anybody's."""
-
-    def lease(self, ids):
-        return Lease(ids.copy(), self.generations[ids])
-
-    monkeypatch.setattr(PageAllocator, "lease", lease)
-    monkeypatch.setattr(PageAllocator, "end_lease", lambda self, lease: True)
-
-
-def leased(cache: PagedKVCache) -> int:
-    return sum(len(c.allocator._leases) for c in cache.classes)
-
-
-def flushed(cache: PagedKVCache, device: Device) -> None:
-    assert cache.mover is not None
-    device.land_until(lambda: cache.mover.flush(0.01, down=False))
-
-
-def filled(device: Device, tier: Tier, prompt: list[int], **options) -> PagedKVCache:
-    """A cache whose tier has a prompt's pages, and whose pool has nothing."""
-    cache = cache_of([tier], options=OPTIONS, **options)
-    run(cache, prompt)
-    flushed(cache, device)
-    cache.clear()
-    scramble(cache)
-    return cache
-
-
-def loading(cache: PagedKVCache, prompt: list[int]) -> tuple[Batch, Promotion]:
-    """A row whose pages are about to come."""
-    batch = Batch(cache, 1, cache.trails(1))
-    ids = np.array(prompt)
-    with cache.lock:
-        match = batch.find(0, ids, len(ids))
-        assert match is not None
-        promotion = batch.begin_loading(0, match, ids, len(ids))
-    assert promotion is not None
-    return batch, promotion
-
-
-def nothing_left(cache: PagedKVCache, device: Device) -> None:
-    """No page, no lease, no staging is held."""
-    assert cache.mover is not None
-    staging = cache.mover.staging
-    device.land_until(lambda: not (leased(cache) or staging.used or device.in_flight()))
-    cache.clear()
-    check(cache)
-    assert all(c.allocator.used_pages() == 0 for c in cache.classes)
-
 
 # -- leases ----------------------------------------------------------------------------------------
 
@@ -203,7 +116,7 @@ def test_the_same_without_leases_is_seen_to_be_wrong(monkeypatch, history):
 def test_a_step_waits_for_a_copy_that_has_the_pages_it_needs(monkeypatch, step, ends):
     """Pages that wait to be evicted counted as room though a copy had them: an assertion failed."""
     device = Device(monkeypatch, "hand")
-    monkeypatch.setattr(books, "LEASES_S", 30.0 if ends else 0.1)
+    monkeypatch.setattr(room, "LEASES_S", 30.0 if ends else 0.1)
     cache = cache_of([host(policy="write-through")], options=OPTIONS)
     other, batch = words(2, 8 * PAGE), None
     if step == "decode":
@@ -436,70 +349,3 @@ def test_layers_land_one_by_one_and_say_so(monkeypatch):
     batch.close()
     nothing_left(cache, device)
     cache.close()
-
-
-# -- anything at all -------------------------------------------------------------------------------
-
-
-def history(device: Device, seed: int, steps: int, groups: str) -> dict[str, int]:
-    """Sequences that go on from each other, in a pool too small for them, over a tier."""
-    rng = random.Random(seed)
-    tier = host(60, policy=rng.choice(["write-through", "write-back"]))
-    cache = cache_of([tier], pages=24, groups=groups, options=OPTIONS)
-    prompts = [words(number, 6 * PAGE + 3) for number in range(3)]
-    found = {"reused": 0, "runs": 0, "out of pages": 0}
-    for _ in range(steps):
-        prompt = rng.choice(prompts)
-        if rng.random() < 0.2:
-            prompt = prompt[: rng.randrange(len(prompt))] + words(rng.randrange(99), 2 * PAGE)
-            prompts.append(prompt[: 10 * PAGE])
-        try:
-            found["reused"] += run(cache, prompt[: 10 * PAGE], more=rng.randrange(3))
-            found["runs"] += 1
-        except OutOfPagesError:  # copies that never end keep their pages
-            gc.collect()
-            found["out of pages"] += 1
-        if rng.random() < 0.5:
-            cache.flush(0.2)
-            cache.clear()
-            scramble(cache)
-    stats = check(cache)
-    found |= {"promoted": stats.tiers[0].promoted, "failed": stats.promotions_failed}
-    for copies in device.copies:
-        copies.close()
-    cache.close()
-    return found
-
-
-@pytest.mark.parametrize(
-    ("shares", "seeds"),
-    [({}, 2), ({"corrupts": 0.1}, 2), ({"fails": 0.1}, 2), ({"never": 0.02}, 2),
-     ({"corrupts": 0.05, "fails": 0.05, "never": 0.01}, 2)],
-)  # fmt: skip
-@pytest.mark.parametrize("groups", ["full", "full and window"])
-def test_no_wrong_bytes_whatever_copies_do(monkeypatch, caplog, shares, seeds, groups):
-    caplog.set_level("CRITICAL", "kvpaged.offload")
-    total: dict[str, int] = {}
-    for seed in range(seeds):
-        with monkeypatch.context() as patch:
-            device = Device(patch, "thread", seed, delay=2e-4, **shares)
-            for name, count in history(device, seed, 25, groups).items():
-                total[name] = total.get(name, 0) + count
-    assert total["runs"] > 10 * seeds
-    assert total["promoted"] > 0
-    if "never" not in shares:
-        assert total["out of pages"] == 0
-    if "corrupts" in shares or "fails" in shares:
-        assert total["failed"] > 0
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(0)
-def test_no_wrong_bytes_for_long(monkeypatch, caplog):
-    caplog.set_level("CRITICAL", "kvpaged.offload")
-    rng = random.Random(0)
-    for seed in range(200):
-        shares = {name: rng.choice([0, 0.02, 0.1]) for name in ("corrupts", "fails", "never")}
-        with monkeypatch.context() as patch:
-            device = Device(patch, "thread", seed, delay=2e-4, **shares)
-            assert history(device, seed, 60, rng.choice(["full", "full and window"]))["runs"]

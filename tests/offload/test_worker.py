@@ -16,11 +16,10 @@ from kvpaged.offload.worker import (
     LONGEST_REST_S,
     REST_S,
     Health,
-    TierDownError,
     TierWorker,
 )
 from kvpaged.testing.tier_faults import Faulty
-from kvpaged.tiers.base import Record
+from kvpaged.tiers.base import Record, TierDownError
 from kvpaged.tiers.host import HostTier
 from tests.offload.tiered import until
 

@@ -10,7 +10,7 @@ from kvpaged.errors import ConfigError, KVPagedError, StorageError
 from kvpaged.testing.faulty_files import FaultyFiles
 from kvpaged.testing.tier_faults import Delayed, Faulty
 from kvpaged.testing.tiers import record_of, same
-from kvpaged.tiers.base import Record, Stored, Tier, TierDown
+from kvpaged.tiers.base import Record, Stored, Tier, TierDownError
 from kvpaged.tiers.disk import DiskTier
 from kvpaged.tiers.host import HostTier
 from kvpaged.tiers.wrappers import Breaker, Checked, Logged, Timed, Wrapper
@@ -227,16 +227,16 @@ def test_failures_in_a_row_take_it_down_for_a_time_that_doubles():
         calls = faulty.calls
         clock.now += wait - 0.1
         assert is_down(tier)
-        with pytest.raises(TierDown, match=r"host is not asked for 0\.1 s more: put raised"):
+        with pytest.raises(TierDownError, match=r"host is not asked for 0\.1 s more: put raised"):
             tier.put(records(1))
-        with pytest.raises(TierDown), tier.read([b"p"], room(1)):
+        with pytest.raises(TierDownError), tier.read([b"p"], room(1)):
             pass
         assert faulty.calls == calls, "it is not asked"
         clock.now += 0.2
         assert not is_down(tier)
         with pytest.raises(StorageError):
             tier.put(records(1))
-    assert issubclass(TierDown, KVPagedError)
+    assert issubclass(TierDownError, KVPagedError)
     assert (tier.trips, tier.refused) == (5, 8)
     faulty.dead = False
     clock.now += 5
@@ -259,7 +259,7 @@ def test_a_call_that_takes_too_long_is_enough():
     tier.put(records(1))
     slow[0] = 0.6
     assert tier.put(records(2)) == [True], "its answer is good all the same"
-    with pytest.raises(TierDown, match=r"put took 0\.600 s of 0\.5"):
+    with pytest.raises(TierDownError, match=r"put took 0\.600 s of 0\.5"):
         tier.put(records(3))
     clock.now += 2.1
     assert get(tier, b"p2") is not None
@@ -274,7 +274,7 @@ def test_one_call_at_a_time_is_let_through_to_see():
     clock, faulty = Clock(), Faulty(host())
     tier = Breaker(faulty, wait_s=1.0, clock=clock)
     tier.trip("it hangs")
-    with pytest.raises(TierDown, match="it hangs"):
+    with pytest.raises(TierDownError, match="it hangs"):
         tier.delete([])
     clock.now += 1.5
     faulty.hang = hang = threading.Event()
@@ -282,7 +282,7 @@ def test_one_call_at_a_time_is_let_through_to_see():
     thread.start()
     faulty.hung.wait()
     assert is_down(tier)
-    with pytest.raises(TierDown):
+    with pytest.raises(TierDownError):
         tier.delete([])
     hang.set()
     thread.join()
@@ -378,7 +378,7 @@ def test_a_random_history_behind_checks_and_a_breaker_gives_no_wrong_byte():
                 if found is not None:
                     same(records(key)[0], found)
                     hits += 1
-        except (StorageError, TierDown):
+        except (StorageError, TierDownError):
             pass
     assert hits > 200
     assert tier.inner.damaged > 10  # type: ignore[attr-defined]
