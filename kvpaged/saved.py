@@ -15,7 +15,6 @@ from kvpaged.given import one_each
 from kvpaged.keys import KEY_BYTES, Salt, encode_salt, encode_tokens, namespace_digest
 from kvpaged.offload.gather import Gathering, Piece, ask, locate, put
 from kvpaged.offload.mover import Mover
-from kvpaged.offload.stack import SCAN_S
 from kvpaged.pages.prefix import Trail
 from kvpaged.tiers.base import KEPT, MOST_KEY, Record, Tier
 from kvpaged.tiers.record import record_key
@@ -173,7 +172,7 @@ class SavedSessions(Generic[S]):
         def scan(tier: Tier) -> set[bytes]:
             return {one.key for one in tier.scan() if one.key.startswith(prefix)}
 
-        found = ask(mover.stack, number, scan, SCAN_S)
+        found = ask(mover.stack, number, scan, mover.options.open_deadline_s)
         return tuple(sorted({key[len(prefix) : -1].decode() for key in found}))
 
     def delete(self, name: str) -> None:

@@ -24,7 +24,7 @@ from kvpaged.lsm.log import Coming, Log, OpenGroup
 from kvpaged.lsm.options import StoreOptions
 from kvpaged.lsm.tree import InLog, Tree
 from kvpaged.lsm.values import fill
-from kvpaged.lsm.writes import Batch, Begun, WriteCounts
+from kvpaged.lsm.writes import Batch, Begun, Fate, WriteCounts
 
 LINGER_S = 0.05
 WRITE_FROM = 4 << 20
@@ -116,33 +116,31 @@ class Writer:
                 batch.log.arrived(batch.placed, whole=filled)
                 batch.arrived = True
                 if not filled:
-                    batch.error = InterruptedError("its bytes were not copied to the end")
+                    batch.fate.error = InterruptedError("its bytes were not copied to the end")
                 if ahead and batch.log is self.tree.active:
                     batch.log.close_group()  # else it would wait for what comes next
                     self.urgent = True
                 self._commit()
                 self.cond.notify_all()
-        return Begun(batch, answers)
+        return Begun(batch.fate, answers)
 
     def finish(self, begun: Begun) -> list[bool]:
         """The second half: they are as durable as was asked for; which of them were put."""
-        batch = begun.batch
-        if batch is not None:
-            self._wait(batch)
-            if batch.error is not None:
-                raise StorageError(
-                    f"{batch.log.where} cannot be written: {batch.error}"
-                ) from batch.error
+        fate = begun.fate
+        if fate is not None:
+            self._wait(fate)
+            if fate.error is not None:
+                raise StorageError(f"{fate.where} cannot be written: {fate.error}") from fate.error
         return begun.put
 
-    def _wait(self, batch: Batch) -> None:
+    def _wait(self, fate: Fate) -> None:
         if self.durability == "none":
             with self.cond:
-                self.cond.wait_for(lambda: batch.done)
+                self.cond.wait_for(lambda: fate.done)
             return
-        while not batch.done:
+        while not fate.done:
             with self.writing:
-                if not batch.done:
+                if not fate.done:
                     self._write_some()
 
     def _admit(self, need: int) -> None:
@@ -238,7 +236,8 @@ class Writer:
                 self.tree.start_log()
             log = self.tree.active
             assert log is not None
-            batch = Batch(log, log.place(coming, self.tree.next_sequence, atomic=atomic))
+            placed = log.place(coming, self.tree.next_sequence, atomic=atomic)
+            batch = Batch(log, placed, Fate(log.where))
         except BaseException:
             self.future = {
                 one.row.entry.key: (one.row.entry.sequence, one.row.entry.kind == VALUE)
@@ -264,14 +263,14 @@ class Writer:
             groups = [one.group for one in batch.placed]
             errors = [group.error for group in groups if group.error is not None]
             if errors:
-                batch.error = batch.error or errors[0]
-            elif batch.error is None and not early and not all(g.written for g in groups):
+                batch.fate.error = batch.fate.error or errors[0]
+            elif batch.fate.error is None and not early and not all(g.written for g in groups):
                 return
             self.queue.popleft()
-            batch.done = True
+            batch.fate.done = True
             now = self.options.clock()
             for one in batch.placed:
-                if batch.error is None:
+                if batch.fate.error is None:
                     self.tree.commit(batch.log, one.row, now)
                 else:
                     batch.log.ghosts.add(one.row.entry.key)

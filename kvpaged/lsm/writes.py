@@ -7,20 +7,30 @@ from kvpaged.lsm.log import Log, Placed
 
 
 @dataclass(eq=False, slots=True)
+class Fate:
+    """What becomes of a batch: whoever waits for it holds this, not the file that it is in, which
+    may have to go meanwhile.
+    """
+
+    where: str
+    done: bool = False
+    error: BaseException | None = None
+
+
+@dataclass(eq=False, slots=True)
 class Batch:
     """What one call put, from its place until it is committed."""
 
     log: Log
     placed: list[Placed]
+    fate: Fate
     arrived: bool = False
-    done: bool = False
-    error: BaseException | None = None
 
 
 class Begun(NamedTuple):
-    """A call half done: its batch, if it has any, and which of its entries are put."""
+    """A call half done: what becomes of its batch, if it has any, and which entries are put."""
 
-    batch: Batch | None
+    fate: Fate | None
     put: list[bool]
 
 

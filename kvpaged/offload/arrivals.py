@@ -41,11 +41,14 @@ class Rooms(Sequence[Tensor]):
     def __init__(self, staging: Staging, sizes: Sequence[int], timeout: float) -> None:
         self._staging, self._sizes, self._timeout = staging, sizes, timeout
         self._rooms: list[Tensor] | None = None
+        self.short = False
+        """There was none: no fault of the tier, whatever it raises then."""
         self.give_back: Callable[[], None] = _nothing
 
     def _take(self) -> list[Tensor]:
         taken = self._staging.take(1, sum(self._sizes), self._timeout)
         if taken is None:
+            self.short = True
             raise MemoryError(f"no {sum(self._sizes):,} bytes of staging in {self._timeout:g} s")
         room, self.give_back = taken
         return list(room[0].split(list(self._sizes)))

@@ -239,6 +239,8 @@ class Demoter:
                 self._stack.incomplete[number] = False
                 self.sweep([number])
         with self._pool.lock, self._stack.lock:
+            if not self._swept:
+                self._sweep_to.clear()
             due: list[Due] = []
             size = 0
             for queue, targets in (

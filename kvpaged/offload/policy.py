@@ -93,17 +93,15 @@ def choose(
     return best
 
 
-def patience(deadline_s: float, elapsed_s: float, saved_s: float | None) -> float:
+def patience(deadline_s: float, elapsed_s: float, saved_s: float) -> float:
     """Seconds to wait for the next piece of a load, so that the whole is later than computing
     would have been by at most the deadline.
 
     Args:
         deadline_s: of a call.
         elapsed_s: since the load began.
-        saved_s: what computing the pages that have come would have taken; `None`: not known.
+        saved_s: what computing the pages that have come would have taken; 0 where it is not known.
     """
-    if saved_s is None:
-        return deadline_s
     return min(deadline_s, max(deadline_s + saved_s - elapsed_s, 0.0))
 
 

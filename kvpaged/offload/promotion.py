@@ -186,15 +186,13 @@ class Promotion:
             worker = self._stack.workers[number]
             if why:
                 worker.timeouts += 1
-                worker.health.failed(why)
+                worker.failed(why, urgent=True)
             worker.cancel(one)
 
     def _left(self) -> float:
         """Seconds that it still has."""
         now, arrived = time.monotonic(), self._arrived()
-        saved = self._compute(max(arrived, 1))
-        if saved is not None and not arrived:
-            saved = 0.0
+        saved = (self._compute(arrived) or 0.0) if arrived else 0.0
         total = patience(self._options.deadline_s, now - self._began, saved)
         return min(total, self._options.deadline_s - (now - self._moved))
 
@@ -254,7 +252,7 @@ class Promotion:
         tier, worker = self._stack.tiers[number], self._stack.workers[number]
         rooms = Rooms(
             self._staging, [self._pool.body_bytes(one.group) for one in call],
-            self._options.deadline_s,
+            self._options.deadline_s / 2,  # else it would be late for want of room, and blamed
         )  # fmt: skip
         good, error = 0, None
         try:
@@ -265,11 +263,11 @@ class Promotion:
                     self._forget(number, [record_key(call[n].key, call[n].group) for n in bad])
                     good = min(bad, default=good)
             if not self.over:  # else it was too slow: an answer that nobody awaits is no success
-                worker.health.succeeded()
+                worker.succeeded(urgent=True)
         except Exception as failure:  # whatever a tier raises: what has not come is computed
             good, error = 0, f"tier {tier.name}: {failure!r}"
-            if not (self.over or isinstance(failure, TierDownError)):
-                worker.health.failed(repr(failure))
+            if not (self.over or rooms.short or isinstance(failure, TierDownError)):
+                worker.failed(repr(failure), urgent=True)
         finally:
             rooms.give_back()
         self._note(number, call, good, time.monotonic() - start, failed=error is not None)

@@ -16,9 +16,6 @@ from kvpaged.tiers.base import DEMOTIONS, Record, Stored, Tier, TierDownError
 
 log = logging.getLogger("kvpaged.offload")
 
-SCAN_S = 60.0
-"""What opening waits for a tier to say what it holds."""
-
 
 @dataclass(slots=True)
 class Flow:
@@ -68,7 +65,7 @@ class Stack:
 
         worker = self.workers[number]
         try:
-            worker.wait(worker.submit(work, urgent=True), SCAN_S)
+            worker.wait(worker.submit(work, urgent=True), self.options.open_deadline_s)
         except Exception as error:  # the cache works without it
             log.warning("tier %s does not say what it holds: %r", worker.tier.name, error)
 

@@ -2,62 +2,24 @@
 
 import logging
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from kvpaged.tiers.base import Tier, TierDownError
+from kvpaged.tiers.health import FAILURES, Health
 
 log = logging.getLogger("kvpaged.offload")
-
-FAILURES = 3
-"""In a row, after which a tier is left alone for a while."""
-REST_S, LONGEST_REST_S = 1.0, 60.0
-
-
-class Health:
-    """Whether a tier is asked. After some failures in a row it is left alone, then asked once
-    more; the rest doubles with each time that fails.
-    """
-
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name, self._clock = name, clock
-        self.failures = 0
-        self._row = 0
-        self._rest = REST_S
-        self._until = 0.0
-
-    @property
-    def resting(self) -> bool:
-        """It is left alone now."""
-        return self._clock() < self._until
-
-    def succeeded(self) -> None:
-        """A call gave what was asked for."""
-        if self._row >= FAILURES:
-            log.warning("tier %s answers again", self._name)
-        self._row, self._rest, self._until = 0, REST_S, 0.0
-
-    def failed(self, why: object) -> None:
-        """A call failed, or did not return in time."""
-        self.failures += 1
-        self._row += 1
-        if self._row == 1:
-            log.warning("tier %s: %s", self._name, why)
-        if self._row >= FAILURES:
-            if self._row == FAILURES:
-                log.warning("tier %s is left alone for a while: %s", self._name, why)
-            self._until = self._clock() + self._rest
-            self._rest = min(2 * self._rest, LONGEST_REST_S)
 
 
 class Job:
     """One piece of work for a tier's thread."""
 
-    def __init__(self, work: Callable[["Job"], Any], undo: Callable[[], None] | None) -> None:
-        self._work, self._undo = work, undo
+    def __init__(
+        self, work: Callable[["Job"], Any], undo: Callable[[], None] | None, *, urgent: bool
+    ) -> None:
+        self._work, self._undo, self.urgent = work, undo, urgent
         self._done = threading.Event()
         self.cancelled = False
         self.started = False
@@ -94,7 +56,7 @@ class TierWorker:
 
     def __init__(self, tier: Tier) -> None:
         self.tier = tier
-        self.health = Health(tier.name)
+        self.health = Health()
         self.timeouts = 0
         self._cond = threading.Condition()
         self._jobs: tuple[deque[Job], deque[Job]] = (deque(), deque())  # urgent ones, others
@@ -121,16 +83,16 @@ class TierWorker:
         Raises:
             TierDownError: it is not asked now; nothing is called.
         """
-        job = Job(work, undo)
+        job = Job(work, undo, urgent=urgent)
         with self._cond:
             if not self.up:
                 raise TierDownError(f"tier {self.tier.name} is not asked now")
-            self._queue(job, urgent=urgent)
+            self._queue(job)
         return job
 
-    def _queue(self, job: Job, *, urgent: bool) -> None:
+    def _queue(self, job: Job) -> None:
         """Leave a job to the thread; the condition is held."""
-        self._jobs[not urgent].append(job)
+        self._jobs[not job.urgent].append(job)
         if self._thread is None:
             self._thread = threading.Thread(
                 target=_serve, args=(weakref.ref(self), self._cond), daemon=True,
@@ -149,14 +111,31 @@ class TierWorker:
         if not job.wait(timeout) and self._abandon(job):
             self.timeouts += 1
             error = TimeoutError(f"no answer in {timeout or 0:.3g} s")
-            self.health.failed(error)
+            self.failed(error, urgent=job.urgent)
             raise error
         if job.error is not None:
             if not isinstance(job.error, TierDownError):
-                self.health.failed(repr(job.error))
+                self.failed(repr(job.error), urgent=job.urgent)
             raise job.error
-        self.health.succeeded()
+        self.succeeded(urgent=job.urgent)
         return job.result
+
+    def succeeded(self, *, urgent: bool) -> None:
+        """A call, urgent or not, gave what was asked for."""
+        kind, ill = _kind(urgent=urgent), self.health.ill
+        self.health.succeeded(kind)
+        if ill and not self.health.ill:
+            log.warning("tier %s answers again", self.tier.name)
+
+    def failed(self, why: object, *, urgent: bool) -> None:
+        """A call failed, or did not return in time."""
+        kind = _kind(urgent=urgent)
+        self.health.failed(why, kind)
+        row = self.health.row(kind)
+        if row == 1:
+            log.warning("tier %s: %s", self.tier.name, why)
+        if row == FAILURES:
+            log.warning("tier %s is left alone for a while: %s", self.tier.name, why)
 
     def _abandon(self, job: Job) -> bool:
         """Stop waiting for a job; false if it has ended after all."""
@@ -195,7 +174,7 @@ class TierWorker:
         """End its thread, and close the tier; false if that did not happen in time (the thread is
         left to itself).
         """
-        last = Job(lambda _: self.tier.close(), None)
+        last = Job(lambda _: self.tier.close(), None, urgent=True)
         with self._cond:
             if self._closed:
                 return True
@@ -205,7 +184,7 @@ class TierWorker:
                 jobs.clear()
             parked = self.parked
             if not parked:  # it may rest: that is no reason not to close it, nor to wait for ever
-                self._queue(last, urgent=True)
+                self._queue(last)
         for job in waiting:
             job.cancelled = True
             job.error = TierDownError(f"tier {self.tier.name} is closed")
@@ -218,6 +197,10 @@ class TierWorker:
             log.warning("tier %s did not close: %s", self.tier.name, error)
             return not isinstance(error, TimeoutError)
         return True
+
+
+def _kind(*, urgent: bool) -> str:
+    return "urgent" if urgent else "other"
 
 
 def _serve(of: "weakref.ref[TierWorker]", cond: threading.Condition) -> None:

@@ -5,11 +5,11 @@ import time
 from collections import Counter
 
 from kvpaged.offload.options import OffloadOptions
-from kvpaged.offload.worker import Health
 from kvpaged.testing.histories import RULES, Histories, run_rules
 from kvpaged.testing.tier_faults import Faulty
 from kvpaged.testing.witness import Shape
 from kvpaged.tiers.base import Demotion, Tier
+from kvpaged.tiers.health import Health
 from kvpaged.tiers.host import HostTier
 
 FAULTS = (*["none"] * 6, "full", "read-only", "dead", "fails", "flips", "lies", "hangs")
@@ -47,7 +47,7 @@ class TieredHistories(Histories):
         assert self.cache.mover is not None
         self.mover = self.cache.mover
         for worker in self.mover.stack.workers:  # a step takes a minute, so rests are short
-            worker.health = Health(worker.tier.name, lambda: 60.0 * self._step)
+            worker.health = Health(lambda: 60.0 * self._step)
 
     def fault(self, *, tier: int, kind: int) -> None:
         """A tier is as `FAULTS` says from now on."""

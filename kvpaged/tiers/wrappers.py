@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpaged.errors import ConfigError
 from kvpaged.tiers.base import Record, Stored, Tier, TierDownError, Usage
+from kvpaged.tiers.health import Health
 
 T = TypeVar("T")
 Kind = Literal["put", "read", "delete", "scan"]
@@ -238,9 +239,9 @@ class Logged(Wrapper):
 
 
 class Breaker(Wrapper):
-    """Stops asking a tier that does not work: after some failures in a row, or one call that took
-    too long, calls raise `TierDownError` at once, for a time that doubles whenever the next call,
-    the only one that is let through then, does not go well either.
+    """Stops asking a tier that does not work: after some failures in a row of one kind of call (see
+    `Health`), or one call that took too long, calls raise `TierDownError` at once, for a time that
+    doubles whenever the next call, the only one that is let through then, does not go well either.
 
     Any thread may call. `usage` and `close` always go through. A call that never returns is its
     caller's to give up; `trip` tells of it.
@@ -268,11 +269,9 @@ class Breaker(Wrapper):
                 f"a breaker with failures={failures}, slow_s={slow_s}, wait_s={wait_s} and "
                 f"most_wait_s={most_wait_s}: all are above 0, wait_s no more than most_wait_s"
             )
-        self._most, self._slow = failures, slow_s
-        self._first, self._longest, self._clock = wait_s, most_wait_s, clock
+        self._health = Health(clock, failures=failures, rest_s=wait_s, longest_s=most_wait_s)
+        self._slow, self._clock = slow_s, clock
         self._lock = threading.Lock()
-        self._row, self._wait, self._until = 0, 0.0, 0.0
-        self._why = ""
         self._probing = False
         self.refused = self.trips = 0
 
@@ -280,41 +279,41 @@ class Breaker(Wrapper):
     def down(self) -> bool:
         """Whether the next call is refused; one that would be let through to see is not."""
         with self._lock:
-            return self._wait > 0 and (self._probing or self._clock() < self._until)
+            return self._health.resting or self._probing
 
     def trip(self, why: str) -> None:
         """It does not work: do not ask it for a while."""
         with self._lock:
-            self._trip(why)
+            self._failed("trip", why, enough=True)
 
-    def _trip(self, why: str) -> None:
-        self._wait = min(self._longest, 2 * self._wait) if self._wait else self._first
-        self._until = self._clock() + self._wait
-        self._row, self._why, self._probing = 0, why, False
-        self.trips += 1
+    def _failed(self, kind: str, why: str, *, enough: bool) -> None:
+        rested = self._health.resting
+        self._health.failed(why, kind, enough=enough)
+        self.trips += self._health.resting and not rested
 
     def _call(self, kind: Kind, asked: Asked, call: Callable[[], T]) -> T:
         with self._lock:
-            start = self._clock()
-            if self._wait and (self._probing or start < self._until):
+            if self._health.resting or self._probing:
                 self.refused += 1
-                left = max(0.0, self._until - start)
                 raise TierDownError(
-                    f"tier {self.name} is not asked for {left:.1f} s more: {self._why}"
+                    f"tier {self.name} is not asked for {self._health.left_s:.1f} s more: "
+                    f"{self._health.why}"
                 )
-            self._probing = probe = self._wait > 0
+            start = self._clock()
+            self._probing = probe = self._health.ill
         try:
             done = call()
         except BaseException as error:
             with self._lock:
-                self._row += 1
-                if probe or self._row >= self._most:
-                    self._trip(f"{kind} raised {error!r}")
+                self._probing = self._probing and not probe
+                self._failed(kind, f"{kind} raised {error!r}", enough=probe)
             raise
         took = self._clock() - start
         with self._lock:
+            self._probing = self._probing and not probe
             if self._slow is not None and took > self._slow:
-                self._trip(f"{kind} took {took:.3f} s of {self._slow:g}")
-            elif probe or not self._wait:
-                self._row, self._wait, self._probing = 0, 0.0, False
+                self._failed(kind, f"{kind} took {took:.3f} s of {self._slow:g}", enough=True)
+            elif probe or not self._health.ill:
+                self._health.succeeded("trip")
+                self._health.succeeded(kind)
         return done

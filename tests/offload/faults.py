@@ -9,9 +9,9 @@ import torch
 
 from kvpaged import DiskTier, HostTier, OffloadOptions, PagedKVCache
 from kvpaged.offload.promotion import Outcome, Promotion
-from kvpaged.offload.worker import Health
 from kvpaged.testing.tier_faults import Faulty
 from kvpaged.tiers.base import Record, Tier
+from kvpaged.tiers.health import Health
 from kvpaged.tiers.wrappers import Asked, Kind
 from tests.offload.tiered import until
 
@@ -119,7 +119,7 @@ class Matrix:
         self.mover = mover
         self.now = 0.0
         self.worker = mover.stack.workers[-1]
-        self.worker.health = Health(self.tier.name, lambda: self.now)
+        self.worker.health = Health(lambda: self.now)
         ended = mover._ended
 
         def note(promotion: Promotion) -> None:

@@ -26,6 +26,7 @@ from tests.offload.tiered import (
     host,
     run,
     scramble,
+    settled,
     until,
     words,
 )  # fmt: skip
@@ -33,11 +34,6 @@ from tests.offload.tiered import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUTS: tuple[Layout, ...] = ("page-major", "layer-major")
-
-
-def settled(cache: PagedKVCache) -> None:
-    assert cache.flush(10)
-    check(cache)
 
 
 def agrees(cache: PagedKVCache) -> None:
@@ -360,7 +356,7 @@ def test_flush_says_if_a_tier_is_behind():
         run(cache, words(1, 4 * PAGE))
         assert not cache.flush(0.1)
         tier.dead = False
-        cache.mover.stack.workers[0].health.succeeded()  # type: ignore[union-attr]
+        cache.mover.stack.workers[0].health.succeeded("other")  # type: ignore[union-attr]
         assert cache.flush(10)
         assert tier.usage().records == 4
 

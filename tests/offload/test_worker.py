@@ -11,15 +11,10 @@ import torch
 from kvpaged.errors import StorageError
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.stack import Stack
-from kvpaged.offload.worker import (
-    FAILURES,
-    LONGEST_REST_S,
-    REST_S,
-    Health,
-    TierWorker,
-)
+from kvpaged.offload.worker import TierWorker
 from kvpaged.testing.tier_faults import Faulty
 from kvpaged.tiers.base import Record, TierDownError
+from kvpaged.tiers.health import FAILURES, LONGEST_REST_S, REST_S, Health
 from kvpaged.tiers.host import HostTier
 from tests.offload.tiered import until
 
@@ -52,7 +47,7 @@ class Undone:
 def worker_of(clock: Clock | None = None) -> TierWorker:
     worker = TierWorker(HostTier(1 << 16, pin=False))
     if clock is not None:
-        worker.health = Health("host", clock)
+        worker.health = Health(clock)
     return worker
 
 
@@ -73,7 +68,7 @@ def fails(_):
 
 def test_a_tier_rests_after_failures_in_a_row_and_twice_as_long_each_time():
     clock = Clock()
-    health = Health("a", clock)
+    health = Health(clock)
     for _ in range(FAILURES - 1):
         health.failed("no")
     health.succeeded()
@@ -94,6 +89,21 @@ def test_a_tier_rests_after_failures_in_a_row_and_twice_as_long_each_time():
         health.failed("no")
     clock.now += REST_S * 1.01
     assert not health.resting, "the rest begins anew after a success"
+
+
+def test_what_writes_well_and_does_not_read_rests_all_the_same():
+    """Each write that went well began the count of failed reads anew."""
+    worker = worker_of(Clock())
+    for _ in range(FAILURES):
+        assert worker.up
+        worker.wait(worker.submit(lambda _: None, urgent=False), 30)
+        with pytest.raises(StorageError):
+            worker.wait(worker.submit(fails, urgent=True), 30)
+    worker.succeeded(urgent=False)
+    assert is_resting(worker.health)
+    worker.succeeded(urgent=True)
+    assert not is_resting(worker.health)
+    assert worker.close(30)
 
 
 def test_a_worker_asks_nothing_of_a_tier_that_rests():

@@ -82,6 +82,12 @@ def check(cache: PagedKVCache) -> OffloadStats:
     return stats
 
 
+def settled(cache: PagedKVCache) -> None:
+    """All that is to go down has gone."""
+    assert cache.flush(10)
+    check(cache)
+
+
 def run(
     cache: PagedKVCache, ids: Sequence[int], *, more: int = 0, salt: bytes | None = None,
     keep: bool = False, namespace: bytes = NAMESPACES[0],

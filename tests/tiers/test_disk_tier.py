@@ -2,6 +2,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,21 @@ def test_a_disk_that_refuses_is_an_error_and_nothing_is_lost():
     assert tier.usage().records == 2
     assert not tier.gone
     tier.close()
+
+
+def test_records_of_one_put_may_drive_each_other_out(tmp_path):
+    """Whoever put the first held its file, which the third waited half a minute for."""
+    with closing(DiskTier(tmp_path, "1MiB")) as tier:
+        for turn in range(3):
+            records = [record_of(b"%d %d" % (turn, n), 300 * KIB) for n in range(3)]
+            start = time.monotonic()
+            assert tier.put(records) == [True] * 3
+            assert time.monotonic() - start < 10
+            with tier.read([records[-1].key], room(300 * KIB)) as (found,):
+                assert found is not None
+                same(records[-1], found)
+        assert len(tier.gone) == 9 - tier.usage().records
+        tier.check_integrity()
 
 
 def test_values_that_were_found_and_never_written_are_named():

@@ -240,9 +240,11 @@ def test_failures_in_a_row_take_it_down_for_a_time_that_doubles():
     assert (tier.trips, tier.refused) == (5, 8)
     faulty.dead = False
     clock.now += 5
-    assert get(tier, b"p1") is not None
+    assert get(tier, b"p1") is not None, "reads are another row"
+    tier.put(records(1))
     faulty.dead = True
     for _ in range(3):  # it begins anew
+        assert not is_down(tier)
         with pytest.raises(StorageError):
             tier.delete([])
     clock.now += 1.1
