@@ -78,6 +78,15 @@ class Block(NamedTuple):
             self.pool_strides, record, self.record_strides, self.entry,
         )  # fmt: skip
 
+    def by_layer(self, geometry: PageGeometry) -> "Block":
+        """The same, each layer by itself also where they are adjacent (page-major)."""
+        one, size = geometry.slice_bytes, self.shape[3]
+        if geometry.layout == "layer-major":
+            return self
+        shape = (size // one, 1, self.shape[2], one)
+        (_, _, here), (_, _, there) = self.pool_strides, self.record_strides
+        return Block(shape, self.pool, (one, 0, here), self.record, (one, 0, there), self.entry)
+
     def rectangles(self) -> Iterator[Rectangle]:
         """The block in rectangles, as few as its shape allows: the longest axis makes the rows."""
         width = self.shape[3]

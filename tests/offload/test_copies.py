@@ -4,6 +4,8 @@ Those of a GPU run on a lane that copies host memory as the engines would copy t
 it is told is really done.
 """
 
+import math
+import shutil
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpaged.config import Backend
+from kvpaged.offload import cpu_copies
 from kvpaged.offload.copies import Copies
 from kvpaged.offload.cpu_copies import CpuCopies
 from kvpaged.offload.cuda_copies import CudaCopies
@@ -21,6 +24,7 @@ from kvpaged.offload.runs import Run, blocks_of, runs_of
 from kvpaged.pages import classops
 from kvpaged.pages.pool import PageClass
 from kvpaged.testing.host_lane import HostLane
+from kvpaged_kernels.cpu.native_copy import copy_block, prepare
 from tests.offload.pooled import LAYOUTS, SHAPES, make, records_of, sums_of
 
 CPU = torch.device("cpu")
@@ -51,10 +55,17 @@ def triton_kernel(page_class: PageClass) -> Copies:
 
 
 def cpu(page_class: PageClass) -> Copies:
+    return CpuCopies(page_class, "cpu", native=False)
+
+
+def native(page_class: PageClass) -> Copies:
+    if not shutil.which("g++"):
+        pytest.skip("native code needs g++")
+    assert prepare(60)
     return CpuCopies(page_class, "cpu")
 
 
-IMPLEMENTATIONS = [cpu, engines, kernel, triton_kernel]
+IMPLEMENTATIONS = [cpu, native, engines, kernel, triton_kernel]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -172,9 +183,31 @@ def test_a_run_is_one_copy_of_each_kind(layout, monkeypatch):
     page_class = make("unlike widths", layout)
     pages = ids(3, 4, 5, 9, 10, 1)
     records = torch.empty_like(records_of(page_class, pages))
-    CpuCopies(page_class, "cpu").out(pages, records)
+    cpu(page_class).out(pages, records)
     assert len(calls) == 3 * (1 if layout == "page-major" else 2)
     assert sum(calls) == records.nbytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_is_one_piece_of_native_code(layout, monkeypatch):
+    shapes: list[tuple[int, ...]] = []
+
+    def counting(shape, *ends, **options):
+        shapes.append(shape)
+        return copy_block(shape, *ends, **options)
+
+    monkeypatch.setattr(cpu_copies, "copy_block", counting)
+    page_class = make("unlike widths", layout)
+    pages = ids(3, 4, 5, 9, 10, 1)
+    records = torch.empty_like(records_of(page_class, pages))
+    copies = native(page_class)
+    copies.out(pages, records)
+    assert len(shapes) == 3 * (1 if layout == "page-major" else 2)
+    assert sum(map(math.prod, shapes)) == records.nbytes
+    monkeypatch.setattr(np, "copyto", None)
+    monkeypatch.setattr(copies, "_sums", None)
+    sums = sums_of(page_class, records)
+    assert not copies.into(pages, records, sums, slice(0, 2)).wrong().any(), "in one pass"
 
 
 def test_a_run_of_pages_is_one_copy_of_the_engines():

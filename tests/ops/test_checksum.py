@@ -1,10 +1,14 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpaged_kernels.cpu import copy
 from kvpaged_kernels.cpu.copy import checksum as checksum_cpu
+from kvpaged_kernels.cpu.native_copy import prepare
 from kvpaged_kernels.gpu.checksum import checksum as checksum_gpu
 from kvpaged_kernels.gpu.checksum import checksum_launch
 from kvpaged_kernels.reference.checksum import checksum as checksum_reference
@@ -35,6 +39,11 @@ def random_words(*shape: int, seed: int) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def native_code():
+    assert prepare(60) == bool(shutil.which("g++"))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     slices=st.integers(1, 3),
@@ -56,6 +65,10 @@ def test_all_implementations_agree_bit_for_bit(
     assert got.dtype == torch.int64
     assert torch.equal(got, checksum_reference(words, entries, first_word=first_word))
     assert torch.equal(got, checksum_cpu(words, entries, first_word=first_word))
+    assert torch.equal(got, copy._in_numpy(words, entries, first_word))
+    native = copy._native(words, entries, first_word)
+    assert (native is None) == (not shutil.which("g++"))
+    assert native is None or torch.equal(got, native)
     theirs = checksum_numpy(words.numpy(), entries.numpy(), first_word=first_word)
     assert theirs.dtype == np.int64
     assert np.array_equal(got.numpy(), theirs)
