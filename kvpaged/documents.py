@@ -325,7 +325,7 @@ class _Import:
             return
         stack = self._cache.mover.stack
         lasting = [n for n, tier in enumerate(stack.tiers) if tier.persistent][-1:]
-        for number in (*lasting, *(n for n in range(len(stack.tiers)) if n not in lasting)):
+        for number in (*lasting, *(n for n in range(len(stack.levels)) if n not in lasting)):
             with stack.lock:
                 held = stack.directory.held[number]
                 some = [

@@ -154,8 +154,10 @@ def test_what_the_pool_has_no_room_for_is_in_tiers(model, exported, tmp_path, ti
         assert cache.import_document(exported) == FULL
         cache.check_integrity()
         assert cache.mover is not None
-        held = cache.mover.stack.directory.held
-        assert len(held[-1]) == (2 if tiers == "host" else 6), "all in one that lasts"
+        stack = cache.mover.stack
+        assert len(stack.directory.held[len(stack.levels) - 1]) == (2 if tiers == "host" else 6), (
+            "all in one that lasts"
+        )
     if tiers != "host":
         with opened(model, "4MiB", tiers=list(levels())) as cache:
             assert asked(cache, model, ids(1, TOKENS))[0] == FULL

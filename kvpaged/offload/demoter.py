@@ -88,7 +88,7 @@ class Demoter:
         self.counts = DemotionCounts()
 
     def _with(self, policy: Demotion) -> list[int]:
-        return [n for n, tier in enumerate(self._stack.tiers) if tier.policy == policy]
+        return [n for n, tier in enumerate(self._stack.levels) if tier.policy == policy]
 
     # -- what happens in the pool ------------------------------------------------------------------
 
@@ -130,9 +130,10 @@ class Demoter:
     def note_leaving(self, node: Node, group: int, page: int) -> None:
         """A page nobody holds is about to be evicted: its bytes are there for the last time."""
         self._wake()
-        self._stack.settle()
         key = record_key(node.key, group)
-        below = self._stack.directory.has(key)
+        with self._stack.lock:
+            self._stack.settle()
+            below = self._stack.below(key)
         rescued = False
         targets = self._last_chance(key) if self._pool.immediate[group] else ()
         if targets:
@@ -146,7 +147,7 @@ class Demoter:
         """The tiers that a page which leaves the pool should be in, and is not."""
         return tuple(
             number
-            for number, tier in enumerate(self._stack.tiers)
+            for number, tier in enumerate(self._stack.levels)
             if (tier.policy == "write-through" or (not number and tier.policy == "write-back"))
             and key not in self._stack.directory.held[number]
             and self._stack.workers[number].up
@@ -164,7 +165,8 @@ class Demoter:
         ticket.wait()
         record = self._record(node, group, ticket.sums()[0], room[0])
         self.counts.pending += counts
-        self._rescued.append(_Rescued(record, targets, give_back, counts))
+        end = self._stack.leaves(record, give_back)
+        self._rescued.append(_Rescued(record, targets, end, counts))
         return True
 
     def _record(self, node: Node, group: int, sums: np.ndarray, body: Tensor) -> Record:

@@ -42,10 +42,6 @@ class Directory:
                 return number
         return None
 
-    def has(self, key: bytes) -> bool:
-        """Whether some tier has a key."""
-        return any(key in held for held in self.held)
-
     def touch(self, tier: int, key: bytes) -> None:
         """A record was used."""
         if key in self.held[tier]:

@@ -23,7 +23,7 @@ class Levels:
         It does not stay: having been read it would be the last to be given up, and what has no copy
         below the first.
         """
-        for number in range(len(self._stack.tiers) - 1):
+        for number in range(len(self._stack.levels) - 1):
             workers, below = self._stack.workers, self._stack.tiers[number + 1]
             up = workers[number].up and workers[number + 1].up
             if below.policy != "write-back" or not up or not self._fills(number):
@@ -67,7 +67,7 @@ class Levels:
         """Copy records to the first tier from the tiers that have them."""
         by_tier: dict[int, list[bytes]] = {}
         with self._stack.lock:
-            up = self._stack.up()
+            up = self._stack.levels_up()
             for key in keys:
                 at = self._stack.where(key, up)
                 if at is not None and at[0]:

@@ -51,7 +51,8 @@ class OffloadStats:
 
     Attributes:
         tiers: from the fastest down.
-        sealed: pages that were filled; `loaded`: that came from tiers and were so begun.
+        sealed: pages that were filled; `loaded`: that came from tiers and were so begun;
+            `rejoined`: of those, the ones that came back before a tier had them.
         resident: full pages in the pool.
         reopened: took tokens again after a rewind.
         demoted: left the pool, and a tier had their bytes.
@@ -71,6 +72,7 @@ class OffloadStats:
     tiers: tuple[TierStats, ...]
     sealed: int
     loaded: int
+    rejoined: int
     resident: int
     reopened: int
     demoted: int
@@ -115,9 +117,10 @@ def report(mover: Mover, sealed: int) -> OffloadStats:
     counts, stack = mover.demoter.counts, mover.stack
     with stack.lock:
         stack.directory.settle()
-        tiers = tuple(_tier(mover, number) for number in range(len(stack.tiers)))
+        tiers = tuple(_tier(mover, number) for number in range(len(stack.levels)))
     return OffloadStats(
-        tiers=tiers, sealed=sealed, loaded=mover.begun, resident=resident, reopened=reopened,
+        tiers=tiers, sealed=sealed, loaded=mover.begun,
+        rejoined=stack.flows[-1].promoted, resident=resident, reopened=reopened,
         demoted=counts.demoted, dropped=counts.dropped + lost, pending=counts.pending,
         waiting=mover.demoter.waiting, lag_s=counts.lag_s, longest_lag_s=counts.longest_lag_s,
         oldest_s=mover.demoter.oldest(), promotions_failed=mover.load_failures,

@@ -99,8 +99,8 @@ class Search:
         nodes = match.nodes[: match.tokens // size]
         found: list[bytes] = []
         with self._stack.lock:
-            up = self._stack.up()
-            if len(up) < 2 or not up[0]:
+            up = self._stack.levels_up()
+            if len(self._stack.levels) < 2 or not up[0]:
                 return []
             for key in trail.page_keys(tokens, size, nodes):
                 places = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpaged.errors import ConfigError
 from kvpaged.offload.directory import Directory
+from kvpaged.offload.leaving import Leaving
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.policy import Line
 from kvpaged.offload.staging import Countdown
@@ -44,14 +45,18 @@ class Stack:
                 raise ConfigError(
                     f"tier {tier.name}: policy is one of {DEMOTIONS}, not {tier.policy!r}"
                 )
-        self.tiers = tuple(tiers)
+        self.levels = tuple(tiers)
+        """What was given, from the fastest down."""
+        self.leaving = Leaving()
+        self.tiers = (*self.levels, self.leaving)
+        """Those, and after them what is on its way there."""
         self.options = options
         self.lock = threading.RLock()
-        self.directory = Directory(tiers)
-        self.flows = [Flow() for _ in tiers]
-        self.loads = [Line() for _ in tiers]
-        self.workers = [TierWorker(tier) for tier in tiers]
-        self.incomplete = [False] * len(tiers)
+        self.directory = Directory(self.tiers)
+        self.flows = [Flow() for _ in self.tiers]
+        self.loads = [Line() for _ in self.tiers]
+        self.workers = [TierWorker(tier) for tier in self.tiers]
+        self.incomplete = [False] * len(self.tiers)
         """Tiers that may lack pages they should have: a call failed, or was not made."""
         for number in range(len(tiers)):
             self._scan(number)
@@ -81,6 +86,25 @@ class Stack:
         """
         number = self.directory.where(key, allowed)
         return None if number is None else (number, self.directory.held[number][key])
+
+    def levels_up(self) -> list[bool]:
+        """The same, without what is on its way."""
+        return [*self.up()[: len(self.levels)], False]
+
+    def below(self, key: bytes) -> bool:
+        """Whether some level has a key; the lock is held."""
+        return self.directory.where(key, [*[True] * len(self.levels), False]) is not None
+
+    def leaves(self, record: Record, give_back: Callable[[], None]) -> Callable[[], None]:
+        """Have a record be found that is on its way; what says that it is no more, which lets its
+        memory go by `give_back`.
+        """
+        end = self.leaving.note(record, give_back)
+        with self.lock:
+            number = len(self.levels)
+            self.directory.settle()
+            self.directory.add(number, record.key, len(record.head) + record.body.numel())
+        return end
 
     def settle(self) -> None:
         """Take note of what tiers have given up."""

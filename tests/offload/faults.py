@@ -118,7 +118,8 @@ class Matrix:
         assert mover is not None
         self.mover = mover
         self.now = 0.0
-        self.worker = mover.stack.workers[-1]
+        self.number = len(tiers) - 1
+        self.worker = mover.stack.workers[self.number]
         self.worker.health = Health(lambda: self.now)
         ended = mover._ended
 
@@ -141,7 +142,7 @@ class Matrix:
 
     def promoted(self) -> int:
         """Pages that the failing tier has given so far."""
-        return self.mover.stack.flows[-1].promoted
+        return self.mover.stack.flows[self.number].promoted
 
     def close(self) -> None:
         mend(self.tier)

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from kvpaged import LayerGroup, PagedKVCache, PageGeometry
 from kvpaged.config import Layout
 from kvpaged.errors import ConfigError
 from kvpaged.offload import demoter
+from kvpaged.offload.leaving import Leaving
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.testing.dense import PAGE
 from kvpaged.testing.tier_faults import Faulty
@@ -79,6 +81,61 @@ def test_pages_that_nothing_below_has_are_rescued_as_they_leave():
         settled(cache)
         assert check(cache).dropped == 0
         assert run(cache, first) == 10 * PAGE + PAGE - 1
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_what_is_on_its_way_is_found(groups):
+    """Between the pool and a tier a page was nowhere, and was computed again."""
+    tier, hang = Faulty(host()), threading.Event()
+    with cache_of([tier], pages=24, groups=groups) as cache:
+        first = words(1, 7 * PAGE)
+        run(cache, first)
+        tier.hang = hang
+        cache.clear()
+        scramble(cache)
+        assert run(cache, first) == 6 * PAGE + PAGE - 1
+        found = check(cache)
+        assert found.rejoined > 0
+        assert found.tiers[0].promoted == 0
+        cache.clear()  # the same pages once more, while the first copies are still in staging
+        scramble(cache)
+        assert run(cache, first) == 6 * PAGE + PAGE - 1
+        hang.set()
+        tier.hang = None
+        settled(cache)
+        cache.clear()
+        scramble(cache)
+        assert run(cache, first) == 6 * PAGE + PAGE - 1
+        assert check(cache).tiers[0].promoted > 0
+        settled(cache)
+        mover = cache.mover
+        assert mover is not None
+        assert not list(mover.stack.leaving.scan())
+        cache.clear()
+        settled(cache)
+        assert mover.staging.used == 0
+
+
+def test_what_is_on_its_way_lies_where_it_is_until_nobody_reads_it():
+    leaving = Leaving()
+    given: list[int] = []
+    body = torch.zeros(64, dtype=torch.uint8)
+    ends = [
+        leaving.note(Record(key, b"h", body), partial(given.append, number))
+        for number, key in enumerate((b"a", b"b", b"a"))
+    ]
+    with leaving.read([b"a", b"c", b"b"], []) as found:
+        assert [None if one is None else one.key for one in found] == [b"a", None, b"b"]
+        ends[0]()
+        assert (given, list(leaving.gone)) == ([0], []), "another took its place"
+        ends[2]()
+        assert list(leaving.gone) == [b"a"]
+        leaving.delete([b"b"])
+        assert given == [0]
+    assert given == [0, 2]
+    assert leaving.usage().records == 0
+    ends[1]()
+    assert given == [0, 2, 1]
 
 
 def test_what_there_is_no_room_to_rescue_is_dropped_and_counted():
