@@ -27,21 +27,18 @@ def run(module: str, tmp_path, *options: str) -> tuple[str, dict[str, Any]]:
 
 
 def test_first_tokens_come_from_host_disk_and_after_a_restart(tmp_path):
-    out, document = run("tiers_ttft", tmp_path, "--systems", "generate,generator-disk,none")
+    out, document = run("tiers_ttft", tmp_path, "--systems", "generate,generator-disk")
     assert document == json.loads((tmp_path / "tiers.json").read_text())["first_token"]
     assert out.index("ceiling") < out.index("restarted") < out.index("not run")
     found = {
         name: [entry["cases"][case]["cached_tokens"] for case in tiers_ttft.CASES]
         for name, entry in document["systems"].items()
     }
-    # Of 200 tokens three pages are full. Without tiers at most the first pages are left of them.
-    assert found["generate"][0] == found["generator-disk"][0] == found["none"][0] == 0
+    # Of 200 tokens three pages are full.
+    assert found["generate"][0] == found["generator-disk"][0] == 0
     assert found["generate"][2:] == found["generator-disk"][2:] == [192, 192]
-    assert found["none"][2] < 192
-    assert found["none"][3] == 0
-    assert [entry["lower"] for entry in document["systems"].values()] == ["host", "disk", None]
+    assert [entry["lower"] for entry in document["systems"].values()] == ["host", "disk"]
     assert document["systems"]["generator-disk"]["disk_bytes"] >= 6 * page_bytes(torch.float32)
-    assert document["systems"]["none"]["disk_bytes"] == 0
     assert all(all(cases.values()) for cases in document["exact_fp32"].values())
 
 

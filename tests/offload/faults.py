@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvpaged import DiskTier, HostTier, OffloadOptions, PagedKVCache
+from kvpaged import DiskTier, Generator, HostTier, OffloadOptions, PagedKVCache
 from kvpaged.offload.promotion import Outcome, Promotion
 from kvpaged.testing.tier_faults import Faulty
 from kvpaged.tiers.base import Record, Tier
@@ -55,6 +55,17 @@ def by_session(model: Any, cache: PagedKVCache, prompts: Sequence[list[int]]) ->
                 max_new_tokens=NEW, pad_token_id=0, eos_token_id=None,
             )  # fmt: skip
         replies.append(out[0, len(prompt) :].tolist())
+    return replies
+
+
+def by_generator(model: Any, cache: PagedKVCache, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """By a `Generator`, which loads layer by layer."""
+    with Generator(model, cache) as generator:
+        replies = []
+        for prompt in prompts:
+            (done,) = generator.generate([prompt], max_new_tokens=NEW, ignore_eos=True)
+            done.raise_for_error()
+            replies.append(done.tokens)
     return replies
 
 
