@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from kvpaged import DiskTier, HostTier, PagedKVCache
 from kvpaged.errors import IntegrityError, StorageError, UsageError
 from kvpaged.tiers.document import DocumentReader
+from tests.hf.test_not_shared import reused, rope
 from tests.hf.test_sharing import windowed
 from tests.hf.tiny import assert_same_tokens, generate, ids, tiny
 from tests.test_shared_batches import PAGE, make, serve
@@ -288,3 +289,23 @@ def test_every_damaged_byte_is_found_and_nothing_is_taken(tmp_path):
         assert cache.stats().cached == cache.stats().pages_sealed == 0
         path.write_bytes(good)
         assert cache.import_document(path) == 32
+
+
+def test_a_document_is_of_the_angles_it_was_computed_under(tmp_path):
+    """Angles that change with the length: a short document is none of a long prompt's."""
+    model = rope("longrope")  # up to 64 tokens, and beyond
+    short, long = ids(1, 48), ids(1, 96)
+    long[:, :48] = short
+    with opened(model) as cache:
+        compute(cache, model, torch.cat((short, ids(1, 5, 3)), 1))
+        assert cache.export_document(tmp_path / "short", short) == 48
+        compute(cache, model, long)
+        assert cache.export_document(tmp_path / "long", long) == 96
+    with opened(model) as cache:
+        assert cache.import_document(tmp_path / "short") == 48
+        assert reused(cache, model, torch.cat((short, ids(1, 7, 9)), 1)) == 48
+        assert reused(cache, model, torch.cat((long, ids(1, 7, 9)), 1)) == 0
+    with opened(model) as cache:
+        assert cache.import_document(tmp_path / "long") == 96
+        assert reused(cache, model, torch.cat((long, ids(1, 7, 9)), 1)) == 96
+        assert reused(cache, model, torch.cat((short, ids(1, 7, 9)), 1)) == 0
