@@ -26,6 +26,10 @@ log = logging.getLogger("kvpaged.offload")
 
 IDLE_S = 0.25
 """How often the mover looks for something to do when nobody says so."""
+YIELD_S = 0.25
+"""How long what goes down waits for what comes up, at most: they share memory and processors, and
+somebody waits for the latter.
+"""
 LEAST_TOKENS = 32
 """Of a pass from which the time it took says something of prompts."""
 ERRORS = (0.5, 0.75, 1.0, 1.25, 2.0)
@@ -85,6 +89,9 @@ class Mover:
         self.begun = self.loaded = self.load_failures = 0
         """Pages that were to come, that came, and promotions that ended early."""
         self._figures = threading.Lock()
+        self._coming = 0  # promotions that are not over
+        self._none_coming = threading.Event()
+        self._none_coming.set()
         self._stop = threading.Event()
         pool.index.on_enter = self.demoter.note_entered
         pool.index.on_leave = self.demoter.note_leaving
@@ -99,10 +106,14 @@ class Mover:
     def promote(self, wanted: Sequence[Wanted], load_s: float | None) -> Promotion:
         """A promotion of pages that a row holds, to be started; the cache's lock is held."""
         self.begun += len(wanted)
-        return Promotion(
+        promotion = Promotion(
             self.pool, self.stack, self.staging, self.options, wanted,
             predicted_s=load_s, compute=self._compute_s, on_end=self._ended,
         )  # fmt: skip
+        with self._figures:
+            self._coming += 1
+            self._none_coming.clear()
+        return promotion
 
     def _compute_s(self, pages: int) -> float | None:
         return self.compute.at(pages * self.pool.index.page_size)
@@ -111,6 +122,9 @@ class Mover:
         outcome = promotion.outcome
         assert outcome is not None
         with self._figures:
+            self._coming -= 1
+            if not self._coming:
+                self._none_coming.set()
             self.loaded += outcome.pages
             self.load_failures += bool(outcome.error)
             if outcome.error is None and outcome.predicted_s is not None:
@@ -146,6 +160,8 @@ class Mover:
         """For its thread: move some; whether there was anything."""
         self._working = True
         try:
+            if 2 * self.staging.used <= self.staging.size:  # else what leaves would be dropped
+                self._none_coming.wait(YIELD_S)
             return self.demoter.run()
         except Exception:  # a fault of ours or a device's: the cache goes on without
             log.exception("demotion failed")
