@@ -255,18 +255,15 @@ class GroupRows:
         self.begin(row, first, pages)
 
     def take_loading(self, known: Sequence[int | None]) -> Ids | None:
-        """Pages for a row that begins with some of the pool (shared here) and others, `None` in
-        `known`, that are taken and whose bytes are to come; `None`, and nothing changed, if there
-        is no room.
+        """Pages for a row that begins with some of the pool (which it shares already) and others,
+        `None` in `known`, that are taken and whose bytes are to come; `None`, and nothing changed,
+        if there is no room.
         """
-        allocator = self.page_class.allocator
-        shared = np.array([page for page in known if page is not None], np.int32)
-        allocator.share(shared)
+        shared = [page for page in known if page is not None]
         try:
-            last = int(shared[-1]) if len(shared) else None
-            new = allocator.alloc(len(known) - len(shared), last)
+            last = shared[-1] if shared else None
+            new = self.page_class.allocator.alloc(len(known) - len(shared), last)
         except OutOfPagesError:
-            allocator.release(shared)
             return None
         coming = iter(new.tolist())
         pages: Ids = np.array([next(coming) if p is None else p for p in known], np.int32)

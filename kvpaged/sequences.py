@@ -174,20 +174,28 @@ class Sequences:
         nothing changed, where there is no room.
         """
         taken: list[Ids] = []
+        known: list[list[int | None]] = []
         for number, group in enumerate(self._groups):
-            first, held = offer.firsts[number], len(offer.nodes)
-            places = range(first, offer.pages)
-            known = [offer.nodes[place].pages[number] if place < held else None for place in places]
-            pages = group.take_loading(known)
-            if pages is None:
-                for before, ids in zip(self._groups, taken, strict=False):
-                    before.page_class.allocator.release(ids)
+            places = range(offer.firsts[number], offer.pages)
+            nodes = [offer.nodes[n] if n < len(offer.nodes) else None for n in places]
+            known.append([None if node is None else node.pages[number] for node in nodes])
+            group.page_class.allocator.share(_ids_of(known[-1]))  # before anything is evicted
+        for group, pages in zip(self._groups, known, strict=True):
+            ids = group.take_loading(pages)
+            if ids is None:
+                self._give_up(taken, known[len(taken) :])
                 return None
-            taken.append(pages)
+            taken.append(ids)
         for one in offer.wanted:
             page = taken[one.group][one.place - offer.firsts[one.group]]
             self._groups[one.group].page_class.allocator.states[page] = SEALED
         return taken
+
+    def _give_up(self, taken: list[Ids], known: list[list[int | None]]) -> None:
+        """Let go of what was taken for the first groups, and of what is shared for the others."""
+        held = [*taken, *map(_ids_of, known)]
+        for group, ids in zip(self._groups, held, strict=True):
+            group.page_class.allocator.release(ids)
 
     def empty(self, row: int) -> None:
         """Let go of everything a row holds, so that it can begin again; the lock is held."""
@@ -305,3 +313,7 @@ class Sequences:
         self._touched[rows] = self._odd = True
         if unclean:
             self._unclean[rows] = True
+
+
+def _ids_of(pages: Sequence[int | None]) -> Ids:
+    return np.array([page for page in pages if page is not None], np.int32)

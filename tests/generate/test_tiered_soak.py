@@ -86,7 +86,6 @@ class Levels:
         assert stats is not None
         for tier in stats.tiers:
             assert not tier.parked
-            assert tier.records == tier.known_records, tier
             counts["promoted"] += tier.promoted
             counts["missed"] += tier.missed
             counts["failures"] += tier.failures
