@@ -11,6 +11,9 @@ from kvpaged.offload.promotion import LoadError
 from kvpaged.slot_batch import SlotBatch
 from kvpaged.step import Step
 
+LOOK_S, FOREVER = 0.002, 1e6
+"""How often one looks for which of several loads is ready; for one alone."""
+
 
 class Loads:
     """The promotions of an engine's rows. One thread at a time."""
@@ -58,9 +61,9 @@ class Loads:
 
     def wait(self) -> None:
         """Nothing else is to be done: wait until some row's pages begin to land, or are late."""
-        for promotion in self._batch.loading.values():
-            promotion.wait_ready()
-            return
+        loading = list(self._batch.loading.values())
+        while loading and not any(promotion.ready() for promotion in loading):
+            loading[0].wait_ready(FOREVER if len(loading) == 1 else LOOK_S)
 
     def gate(self, step: Step) -> None:
         """Have a step's attention wait for the layers that its rows' pages land by."""

@@ -161,9 +161,13 @@ class Demoter:
         if taken is None:
             return False
         room, give_back = taken
-        ticket = self._pool.copies[group].out(np.array([page], np.int32), room)
-        ticket.wait()
-        record = self._record(node, group, ticket.sums()[0], room[0])
+        try:
+            ticket = self._pool.copies[group].out(np.array([page], np.int32), room)
+            ticket.wait()
+            record = self._record(node, group, ticket.sums()[0], room[0])
+        except BaseException:
+            give_back()
+            raise
         self.counts.pending += counts
         end = self._stack.leaves(record, give_back)
         self._rescued.append(_Rescued(record, targets, end, counts))
@@ -337,7 +341,8 @@ class Demoter:
             with self._pool.lock:
                 allocator.end_lease(lease)
         records = [self._record(one.node, group, sums[n], bodies[n]) for n, one in enumerate(due)]
-        self._stack.put_to(targets, records, give_back)
+        if not self._stack.put_to(targets, records, give_back):
+            return
         lag = time.monotonic() - min((one.since for one in due), default=time.monotonic())
         if any(self._stack.tiers[number].policy == "write-through" for number in targets):
             self.counts.lag_s = lag
@@ -361,12 +366,11 @@ class Demoter:
 
         self._busy = len(some)
         try:
-            kept = self._stack.put_to(targets, [one.record for one in some], give_back)
+            self._stack.put_to(targets, [one.record for one in some], give_back)
         finally:
             self._busy = 0
-        with self._pool.lock:
+        with self._pool.lock, self._stack.lock:
+            kept = sum(one.counts and self._stack.below(one.record.key) for one in some)
             self.counts.pending -= counted
-            if kept:
-                self.counts.demoted += counted
-            else:
-                self.counts.dropped += counted
+            self.counts.demoted += kept
+            self.counts.dropped += counted - kept

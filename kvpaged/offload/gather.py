@@ -1,6 +1,7 @@
 """Pages of a sequence, from wherever they are, as records: to be kept or sent elsewhere."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
@@ -128,6 +129,10 @@ class Gathering:
             pages = [p.page for p in pieces if p.group == group and p.page is not None]
             ids = np.array(pages, np.int32)
             self._leases.append((page_class.allocator, page_class.allocator.lease(ids)))
+        self._leaving = ExitStack()
+        if stack is not None:  # what is on its way into a tier stays where it was found
+            keys = [record_key(p.key, p.group) for p in pieces if p.tier == len(stack.levels)]
+            self._leaving.enter_context(stack.leaving.read(keys, ()))
 
     def __enter__(self) -> "Gathering":
         return self
@@ -136,6 +141,7 @@ class Gathering:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
+        self._leaving.close()
         leases, self._leases = self._leases, []
         with self._view.lock:
             for allocator, lease in leases:

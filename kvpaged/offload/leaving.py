@@ -22,7 +22,8 @@ class Leaving(Tier):
     """Records in staging, the last level of a stack: what an LSM tree's sealed memtable is, which
     is read until it is written. Nothing is put here; `note` says what there is, and until when.
 
-    Any thread may call. Memory is given back once a record has ended and nobody reads it.
+    Any thread may call. A record that has ended is there, and its memory is not given back, as long
+    as somebody reads it.
     """
 
     name = "staging"
@@ -40,19 +41,24 @@ class Leaving(Tier):
 
         def end() -> None:
             with self._lock:
-                if self._there.get(record.key) is entry:
-                    del self._there[record.key]
-                    self.gone.append(record.key)
                 entry.ended = True
                 free = not entry.readers
             if free:
-                give_back()
+                self._free(entry)
 
         return end
 
+    def _free(self, entry: _Entry) -> None:
+        key = entry.record.key
+        with self._lock:
+            if self._there.get(key) is entry:
+                del self._there[key]
+                self.gone.append(key)
+        entry.give_back()
+
     @contextmanager
     def read(self, keys: Sequence[bytes], room: Sequence[Tensor]) -> Iterator[list[Record | None]]:
-        """See `Tier.read`: views of staging."""
+        """See `Tier.read`: views of staging; what is there stays there within the context."""
         with self._lock:
             entries = [self._there.get(key) for key in keys]
             for entry in entries:
@@ -68,7 +74,7 @@ class Leaving(Tier):
                     entry.readers -= 1
                     free = entry.ended and not entry.readers
                 if free:
-                    entry.give_back()
+                    self._free(entry)
 
     def put(self, records: Sequence[Record]) -> list[bool]:
         """Keeps nothing."""

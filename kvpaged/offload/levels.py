@@ -76,7 +76,7 @@ class Levels:
             self._move(number, some, 0)
 
     def _move(self, number: int, keys: list[bytes], to: int) -> list[bytes]:
-        """Copy records of a tier to another; the keys that went, none if not all did."""
+        """Copy records of a tier to another; the keys that the other has now."""
         with self._stack.lock:
             sizes = [self._stack.directory.held[number].get(key, 0) for key in keys]
         keys = keys[: max(1, self._staging.size // 2 // max(*sizes, 1))]
@@ -106,4 +106,6 @@ class Levels:
             self._stack.directory.remove(number, [key for key in keys if key not in there])
             for key in there:  # for the tier they were read, and go last
                 self._stack.directory.touch(number, key)
-        return there if self._stack.put_to((to,), records, done) else []
+        self._stack.put_to((to,), records, done)
+        with self._stack.lock:
+            return [key for key in there if key in self._stack.directory.held[to]]

@@ -86,8 +86,8 @@ class Mover:
         self.compute = Line()
         self.search = Search(pool, self.stack, self.compute)
         self.load_errors, self.compute_errors = _Histogram(), _Histogram()
-        self.begun = self.loaded = self.load_failures = 0
-        """Pages that were to come, that came, and promotions that ended early."""
+        self.begun = self.load_failures = 0
+        """Pages that were to come, and promotions that ended early."""
         self._figures = threading.Lock()
         self._coming = 0  # promotions that are not over
         self._none_coming = threading.Event()
@@ -125,10 +125,10 @@ class Mover:
             self._coming -= 1
             if not self._coming:
                 self._none_coming.set()
-            self.loaded += outcome.pages
             self.load_failures += bool(outcome.error)
-            if outcome.error is None and outcome.predicted_s is not None:
-                self.load_errors.add(outcome.predicted_s, outcome.seconds)
+            predicted = outcome.predicted_s
+            if predicted is not None and (outcome.error is None or outcome.seconds > predicted):
+                self.load_errors.add(predicted, outcome.seconds)
 
     def note_pass(self, tokens: int, seconds: float) -> None:
         """A forward pass has computed so many tokens."""
@@ -156,12 +156,15 @@ class Mover:
 
     _working = False
 
+    def give_way(self) -> None:
+        """For its thread, once before it begins: let what comes up go first."""
+        if 2 * self.staging.used <= self.staging.size:  # else what leaves would be dropped
+            self._none_coming.wait(YIELD_S)
+
     def turn(self) -> bool:
         """For its thread: move some; whether there was anything."""
         self._working = True
         try:
-            if 2 * self.staging.used <= self.staging.size:  # else what leaves would be dropped
-                self._none_coming.wait(YIELD_S)
             return self.demoter.run()
         except Exception:  # a fault of ours or a device's: the cache goes on without
             log.exception("demotion failed")
@@ -197,11 +200,14 @@ def _serve(
         if woken.wait(IDLE_S):
             stop.wait(linger_s)  # full pages come one by one
         woken.clear()
+        first = True
         while not stop.is_set():
             mover = of()
             if mover is None:
                 return
-            moved = mover.turn()
+            if first:
+                mover.give_way()
+            moved, first = mover.turn(), False
             del mover
             if not moved:
                 break

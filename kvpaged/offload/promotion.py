@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -46,9 +47,10 @@ class Promotion:
     """Records on their way into pages that a row holds, by the threads of the tiers.
 
     Calls follow one another. What the last one gives is copied layer by layer, so that a pass may
-    begin once `ready` says so and wait for each layer (`wait_layer`). Nothing is valid before it
-    was summed where it lies. The pages stay leased until nothing is copied into them any more; a
-    tier that does not answer copies nothing, so it takes no pages from the pool.
+    begin once `ready` says so and wait for each layer (`wait_layer`). Nothing is valid before its
+    bytes were summed, as they lie or as they were written. The pages stay leased until nothing is
+    copied into them any more; a tier that does not answer copies nothing, so it takes no pages from
+    the pool.
 
     `start`, `ready`, `poll`, `wait` and `wait_layer` come from whoever computes; none holds the
     cache's lock.
@@ -76,6 +78,9 @@ class Promotion:
         for one in wanted:
             self._missing[one.place - self._first] += 1
         self._calls = self._cut(wanted)
+        self._leaving = ExitStack()  # what is on its way into a tier stays where it was found
+        keys = [record_key(p.key, p.group) for p in wanted if p.tier == len(stack.levels)]
+        self._leaving.enter_context(stack.leaving.read(keys, ()))
         self._leases: list[tuple[PageAllocator, Lease]] = []
         for group, page_class in enumerate(pool.classes):
             ids = np.array([one.page for one in wanted if one.group == group], np.int32)
@@ -140,11 +145,11 @@ class Promotion:
                     return self.outcome
             self.poll()
 
-    def wait_ready(self) -> None:
-        """Wait until `ready`, as long as its deadline allows."""
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until `ready`, so long at most, and as long as its deadline allows."""
         with self._cond:
             if not (self.over or self._landing):
-                self._cond.wait(max(self._left(), 0.0))
+                self._cond.wait(max(min(self._left(), timeout), 0.0))
         self.poll()
 
     def poll(self) -> None:
@@ -184,7 +189,7 @@ class Promotion:
         if job is not None:
             number, one = job
             worker = self._stack.workers[number]
-            if why:
+            if why and one.started:  # else it is of the call before it
                 worker.timeouts += 1
                 worker.failed(why, urgent=True)
             worker.cancel(one)
@@ -214,6 +219,9 @@ class Promotion:
         """Nothing is copied into the pages any more. The condition is not held: the cache's lock
         comes before it.
         """
+        with self._cond:
+            leaving, self._leaving = self._leaving, ExitStack()
+        leaving.close()
         with self._pool.lock:
             leases, self._leases = self._leases, []
             for allocator, lease in leases:

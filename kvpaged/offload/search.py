@@ -68,8 +68,6 @@ class Search:
         with self._stack.lock:
             self._stack.directory.settle()
             up = self._stack.up()
-            if not any(up):
-                return None
             nodes = match.nodes[:held]
             keys = [node.key for node in nodes]
             found: list[list[tuple[int, int]]] = []

@@ -55,6 +55,7 @@ class Stack:
         self.directory = Directory(self.tiers)
         self.flows = [Flow() for _ in self.tiers]
         self.loads = [Line() for _ in self.tiers]
+        self.loads[-1].add(1 << 30, 1.0)  # staging is memory: nothing is to be found out
         self.workers = [TierWorker(tier) for tier in self.tiers]
         self.incomplete = [False] * len(self.tiers)
         """Tiers that may lack pages they should have: a call failed, or was not made."""
@@ -88,7 +89,7 @@ class Stack:
         return None if number is None else (number, self.directory.held[number][key])
 
     def levels_up(self) -> list[bool]:
-        """The same, without what is on its way."""
+        """See `up`; what is on its way is not to be asked."""
         return [*self.up()[: len(self.levels)], False]
 
     def below(self, key: bytes) -> bool:

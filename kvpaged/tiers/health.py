@@ -1,5 +1,6 @@
 """When a tier that does not work is asked again."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ class Health:
     more; the rest doubles with each time that fails.
 
     Each kind of call has a row of its own: a tier that takes what it is given and hangs in reads
-    does not get well by writing. Not for several threads at a time.
+    does not get well by writing. Any thread may call.
 
     Args:
         failures: in a row, after which it rests.
@@ -33,6 +34,7 @@ class Health:
     ) -> None:  # fmt: skip
         self._clock, self._most = clock, failures
         self._first, self._longest = rest_s, longest_s
+        self._lock = threading.Lock()
         self._rows: Counter[str] = Counter()
         self._rest, self._until = rest_s, 0.0
         self.failures = 0
@@ -41,6 +43,10 @@ class Health:
     @property
     def ill(self) -> bool:
         """It has failed too often in a row: the next call is to see whether it still does."""
+        with self._lock:
+            return self._ill()
+
+    def _ill(self) -> bool:
         return any(row >= self._most for row in self._rows.values())
 
     @property
@@ -59,15 +65,18 @@ class Health:
 
     def succeeded(self, kind: str = "") -> None:
         """A call gave what was asked for."""
-        self._rows.pop(kind, None)
-        if not self.ill:
-            self._rest, self._until = self._first, 0.0
+        with self._lock:
+            self._rows.pop(kind, None)
+            if not self._ill():
+                self._rest, self._until = self._first, 0.0
 
     def failed(self, why: object, kind: str = "", *, enough: bool = False) -> None:
         """A call failed, or did not return in time; `enough`: it rests at once."""
-        self.failures += 1
-        self.why = str(why)
-        self._rows[kind] = max(self._rows[kind] + 1, self._most * enough)
-        if self._rows[kind] >= self._most and not self.resting:  # else it is of a call from before
+        with self._lock:
+            self.failures += 1
+            self.why = str(why)
+            self._rows[kind] = max(self._rows[kind] + 1, self._most * enough)
+            if self._rows[kind] < self._most or self.resting:  # then it is of a call from before
+                return
             self._until = self._clock() + self._rest
             self._rest = min(2 * self._rest, self._longest)

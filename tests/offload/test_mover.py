@@ -11,7 +11,7 @@ import torch
 from kvpaged import LayerGroup, PagedKVCache, PageGeometry
 from kvpaged.config import Layout
 from kvpaged.errors import ConfigError
-from kvpaged.offload import demoter
+from kvpaged.offload import levels
 from kvpaged.offload.leaving import Leaving
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.testing.dense import PAGE
@@ -129,13 +129,15 @@ def test_what_is_on_its_way_lies_where_it_is_until_nobody_reads_it():
         ends[0]()
         assert (given, list(leaving.gone)) == ([0], []), "another took its place"
         ends[2]()
-        assert list(leaving.gone) == [b"a"]
         leaving.delete([b"b"])
-        assert given == [0]
-    assert given == [0, 2]
+        assert not leaving.gone
+        with leaving.read([b"a", b"b"], []) as again:
+            assert [one is None for one in again] == [False, True], "as long as somebody reads it"
+        assert (given, list(leaving.gone)) == ([0], [])
+    assert (given, list(leaving.gone)) == ([0, 2], [b"a"])
     assert leaving.usage().records == 0
     ends[1]()
-    assert given == [0, 2, 1]
+    assert (given, list(leaving.gone)) == ([0, 2, 1], [b"a"])
 
 
 def test_what_there_is_no_room_to_rescue_is_dropped_and_counted():
@@ -172,7 +174,7 @@ def test_a_host_tier_that_fills_spills_to_the_disk(tmp_path, monkeypatch):
     """Everything that was ever computed is found, most of it on disk, in stacks of two; looked at
     a few records at a time, for what is looked at must go on.
     """
-    monkeypatch.setattr(demoter, "LOOKED_AT", 5)
+    monkeypatch.setattr(levels, "LOOKED_AT", 5)
     tiers = [host(10), disk(tmp_path, "write-back")]
     with cache_of(tiers, pages=12) as cache:
         prompts = [words(seed, 4 * PAGE + 1) for seed in range(12)]

@@ -41,7 +41,7 @@ def random_words(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module", autouse=True)
 def native_code():
-    assert prepare(60) == bool(shutil.which("g++"))
+    prepare(60)
 
 
 @settings(max_examples=25, deadline=None)
@@ -67,7 +67,7 @@ def test_all_implementations_agree_bit_for_bit(
     assert torch.equal(got, checksum_cpu(words, entries, first_word=first_word))
     assert torch.equal(got, copy._in_numpy(words, entries, first_word))
     native = copy._native(words, entries, first_word)
-    assert (native is None) == (not shutil.which("g++"))
+    assert native is not None or not shutil.which("g++")
     assert native is None or torch.equal(got, native)
     theirs = checksum_numpy(words.numpy(), entries.numpy(), first_word=first_word)
     assert theirs.dtype == np.int64

@@ -50,7 +50,9 @@ def _in_numpy(words: Tensor, entries: Tensor, first_word: int) -> Tensor:
 
 
 def _native(words: Tensor, entries: Tensor, first_word: int) -> Tensor | None:
-    _, slices, pieces, piece_words = words.shape
+    total, slices, pieces, piece_words = words.shape
+    if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < total:
+        return None  # numpy's error
     sums = np.zeros((len(entries), slices), np.int64)
     entry_bytes, *strides = (4 * stride for stride in words.stride()[:3])
     for place, entry in enumerate(entries.tolist()):

@@ -17,19 +17,20 @@ struct Block {
     int64_t sums_page, sums_layer;             // numbers from one to the next
 };
 
-int64_t copy_sum(int32_t *to, const int32_t *from, const int32_t *factors, int64_t words) {
-    int64_t sum = 0;
+// Unsigned, for it wraps.
+uint64_t copy_sum(int32_t *to, const int32_t *from, const int32_t *factors, int64_t words) {
+    uint64_t sum = 0;
     for (int64_t i = 0; i < words; i++) {
         int32_t word = from[i];
         to[i] = word;
-        sum += int64_t(word) * factors[i];
+        sum += uint64_t(int64_t(word) * factors[i]);
     }
     return sum;
 }
 
-int64_t sum_only(const int32_t *from, const int32_t *factors, int64_t words) {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < words; i++) sum += int64_t(from[i]) * factors[i];
+uint64_t sum_only(const int32_t *from, const int32_t *factors, int64_t words) {
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < words; i++) sum += uint64_t(int64_t(from[i]) * factors[i]);
     return sum;
 }
 
@@ -39,7 +40,7 @@ extern "C" void copy_block(const Block *block) {
     const Block &b = *block;
     for (int64_t layer = 0; layer < b.layers; layer++)
         for (int64_t page = 0; page < b.pages; page++) {
-            uint64_t sum = 0;  // which wraps
+            uint64_t sum = 0;
             for (int64_t head = 0; head < b.heads; head++) {
                 const char *from = b.from + layer * b.from_layer + head * b.from_head + page * b.from_page;
                 char *to = b.to ? b.to + layer * b.to_layer + head * b.to_head + page * b.to_page : nullptr;

@@ -3,8 +3,10 @@
 import ctypes
 import logging
 import threading
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, reduce
+from itertools import chain
+from operator import or_
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +90,11 @@ def prepare(timeout: float = 0.0) -> bool:
     return _library.code is not None
 
 
+def _lies_at(sides: Sequence[Side]) -> int:
+    """All bits that are set in addresses and strides."""
+    return reduce(or_, chain.from_iterable((s.address, *s.strides) for s in sides))
+
+
 def copy_block(
     shape: tuple[int, int, int, int], to: Side | None, source: Side, *,
     sums: npt.NDArray[np.int64] | None = None, first_word: int = 0,
@@ -104,12 +111,15 @@ def copy_block(
             follow it.
 
     Returns:
-        Whether it is done: false where there is no native code (yet).
+        Whether it is done: false where there is no native code (yet), or something lies at no
+        multiple of 4.
     """
     code = _library.code
-    if code is None:
-        return False
     layers, heads, pages, size = shape
+    sides = (source,) if to is None else (source, to)
+    if code is None or (size | _lies_at(sides)) & 3:
+        return False
+    assert sums is None or (sums.dtype == np.int64 and sums.shape == (pages, layers))
     words = size // 4
     factors = None if sums is None else coefficients(first_word, heads * words)
     block = _Block(
