@@ -294,11 +294,21 @@ def soak(model: Any, memory: str, seconds: float, *, prompts: int, new: int, rou
             cache.check_integrity()
             counts["rounds"] += 1
         end = resident()
+    return told(type(model).__name__, spent, counts, (warm, end), happened)
+
+
+def told(
+    name: str, spent: float, counts: Counter[str], sizes: tuple[int, int], happened: Sequence[str]
+) -> str:
+    """What came of a soak: no reply lost, all that is to happen did, and memory, in bytes after the
+    warm-up and at the end, did not grow.
+    """
     ended = counts["replies"] + counts["replies left"] + counts["replies refused"]
-    figures = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    figures = ", ".join(f"{what} {count:,}" for what, count in sorted(counts.items()))
+    warm, end = sizes
     report = (
-        f"{type(model).__name__}, {spent:.0f} s: {figures}; resident {warm / 2**20:.1f} MiB after "
-        f"the warm-up, {end / 2**20:.1f} at the end"
+        f"{name}, {spent:.0f} s: {figures}; resident {warm / 2**20:.1f} MiB after the warm-up, "
+        f"{end / 2**20:.1f} at the end"
     )
     assert counts["replies asked"] == ended, report
     assert all(counts[what] for what in happened), report

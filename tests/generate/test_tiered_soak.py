@@ -19,7 +19,7 @@ from kvpaged.testing.tier_faults import Faulty
 from kvpaged.tiers.base import DEMOTIONS
 from kvpaged.tiers.health import Health
 from tests.generate.known import LETTERS, Known, prompts_of
-from tests.generate.test_soak import GROWTH, MINUTES, MODELS, Round, one_round, resident
+from tests.generate.test_soak import MINUTES, MODELS, Round, one_round, resident, told
 from tests.offload.tiered import until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,17 +139,7 @@ def soak(
             counts["rounds"] += 1
         levels.end(counts)
         counts["lives"] += 1
-    end = resident()
-    ended = counts["replies"] + counts["replies left"] + counts["replies refused"]
-    figures = ", ".join(f"{what} {count:,}" for what, count in sorted(counts.items()))
-    report = (
-        f"{name}, {spent:.0f} s: {figures}; resident {warm / 2**20:.1f} MiB after the warm-up, "
-        f"{end / 2**20:.1f} at the end"
-    )
-    assert counts["replies asked"] == ended, report
-    assert all(counts[what] for what in HAPPENED), report
-    assert end - warm < GROWTH, report
-    return report
+    return told(name, spent, counts, (warm, resident()), HAPPENED)
 
 
 @pytest.mark.parametrize("name", ["two layer groups"])
