@@ -3,6 +3,7 @@
 import random
 import threading
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from kvpaged import LayerGroup, PagedKVCache, PageGeometry
 from kvpaged.config import Layout
 from kvpaged.errors import ConfigError
+from kvpaged.group_rows import GroupRows
 from kvpaged.offload import levels
 from kvpaged.offload.leaving import Leaving
 from kvpaged.offload.options import OffloadOptions
@@ -340,6 +342,28 @@ def test_windowed_pages_are_loaded_where_the_pool_has_the_others():
         assert found.tiers[0].promoted == 2
         assert run(cache, prompt) == 6 * PAGE
         assert check(cache).tiers[0].promoted == 2, "what was loaded did not stay"
+
+
+def test_room_for_one_group_is_not_made_of_what_another_builds_on(monkeypatch):
+    """The page of the wider window was evicted for those of the other, and its place then held a
+    page that nobody loaded.
+    """
+    prompt = words(1, 6 * PAGE + 1)
+    with cache_of([host(policy="write-through")], pages=40, groups="windows") as cache:
+        run(cache, prompt)
+        settled(cache)
+        cache.clear()
+        scramble(cache)
+        assert run(cache, prompt[: 4 * PAGE + 1]) == 4 * PAGE
+        take = GroupRows.take_loading
+
+        def evicting(self: GroupRows, known: list[int | None]) -> Any:
+            cache.index.clear()
+            scramble(cache)
+            return take(self, known)
+
+        monkeypatch.setattr(GroupRows, "take_loading", evicting)
+        assert run(cache, prompt) == 6 * PAGE
 
 
 @pytest.mark.parametrize("groups", GROUPS)
