@@ -12,7 +12,7 @@ struct Block {
     int64_t layers, heads, pages, words;
     int64_t to_layer, to_head, to_page;        // bytes from one to the next
     int64_t from_layer, from_head, from_page;
-    const int32_t *factors;  // of the words of the first head, the next head's behind them; null: copy only
+    const int32_t *factors;  // of the first head's words, then the next one's; null: copy only
     int64_t *sums;           // added to
     int64_t sums_page, sums_layer;             // numbers from one to the next
 };
@@ -42,8 +42,10 @@ extern "C" void copy_block(const Block *block) {
         for (int64_t page = 0; page < b.pages; page++) {
             uint64_t sum = 0;
             for (int64_t head = 0; head < b.heads; head++) {
-                const char *from = b.from + layer * b.from_layer + head * b.from_head + page * b.from_page;
-                char *to = b.to ? b.to + layer * b.to_layer + head * b.to_head + page * b.to_page : nullptr;
+                const char *from =
+                    b.from + layer * b.from_layer + head * b.from_head + page * b.from_page;
+                char *to = nullptr;
+                if (b.to) to = b.to + layer * b.to_layer + head * b.to_head + page * b.to_page;
                 if (!b.factors) {
                     std::memcpy(to, from, 4 * b.words);
                     continue;
