@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvpaged import ops
 from kvpaged.geometry import PageGeometry
 from kvpaged.ops import LayerPages, Options
+from kvpaged_kernels.cpu import prefill
 from kvpaged_kernels.cpu.plan import DecodePlan, plan_decode
 from kvpaged_kernels.reference.append import append as reference_append
 from kvpaged_kernels.reference.attention import paged_decode, paged_prefill
@@ -164,6 +165,40 @@ def test_prefill_equals_the_oracle(data):
     )
     assert out.shape == exact.shape
     bound(exact, exact.to(dtype), out)
+
+
+@pytest.mark.parametrize("layout", ["layer-major", "page-major"])
+@pytest.mark.parametrize("style", ["runs", "pairs", "anywhere"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_prefill_after_a_hit_has_the_bits_of_attention_over_all_tokens_at_once(
+    layout, style, dtype, monkeypatch
+):
+    """New tokens over any pages are what torch makes of them over one tensor, as DynamicCache's
+    are: not parts that are rounded one by one. Whatever calls the mask is cut into.
+    """
+    torch.manual_seed(0)
+    length, page_size = 1160, 64
+    pages = make_pages(20, layout, dtype, page_size=page_size, kv_heads=2, dims=(64, 64))
+    table = make_table(np.random.default_rng(0), [length], pages, 20, style)
+    assert pages.v_pages is not None
+    k, v = (
+        x[table[0].long()].transpose(0, 1).flatten(1, 2)[None, :, :length]
+        for x in (pages.k_pages, pages.v_pages)
+    )
+    lengths = torch.tensor([length], dtype=torch.int32)
+    for new in (2, 40, 300):
+        q = torch.randn(1, 6, new, 64).to(dtype)
+        seen = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, enable_gqa=True
+        )
+        for elements in (2**22, 64 * length):
+            monkeypatch.setattr(prefill, "MASK_ELEMENTS", elements, raising=False)
+            out = ops.prefill(
+                pages, q[0].transpose(0, 1), table, torch.tensor([0, new], dtype=torch.int32),
+                lengths, Options(64**-0.5), backend="cpu", max_q=new, max_len=length,
+            )  # fmt: skip
+            assert torch.equal(out, expected[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("layout", ["layer-major", "page-major"])

@@ -17,6 +17,12 @@ from kvpaged_kernels.cpu.plan import (
 WINDOW_BLOCK = 256
 """Queries of one masked call where a window cuts into the history."""
 
+FLASH_BLOCK = 512
+"""Tokens that the flash kernel takes at a time."""
+
+MASK_ELEMENTS = 2**22
+"""Of the mask of one call, in which queries see what is before them whole."""
+
 NO_WINDOW = 2**31 - 1
 """A window over everything: plans made with one have no trunks."""
 
@@ -162,38 +168,38 @@ def _causal(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries at positions `start..` over all tokens up to their own.
+    """Queries at positions `start..` over the tokens of `runs` up to their own, in one call.
 
-    Runs before `start` are seen whole. From `start` on, the queries before a run see nothing of
-    it, those inside it see it causally, and those after it whole: which is what a causal call with
-    more queries than tokens computes.
+    The flash kernel takes a query's tokens in blocks counted from the first, whatever other queries
+    there are: so a result is bit for bit the same for a prompt in one go, in chunks, or after a
+    hit. Parts of half precision, one a run or one before `start`, would be rounded one by one
+    before they are merged. Runs that aren't adjacent are copied side by side to that end.
     """
     stop = start + q.shape[2]
-    out = lse = None
-    for run in runs:
-        for first, last in ((run.first, min(run.last, start)), (max(run.first, start), run.last)):
-            last = min(last, stop)
-            if last <= first:
-                continue
-            k = _tokens(k_pages, run, first, last)
-            v = _tokens(v_pages, run, first, last)
-            skip = max(first - start, 0)
-            part = attend_part(
-                q[:, :, skip:], k, v, scale=scale, softcap=softcap, causal=first >= start
-            )
-            if out is None or lse is None:
-                out, lse = part
-                continue
-            merged = merge_pair((out[:, :, skip:], lse[:, :, skip:]), part)
-            if skip:
-                merged = (
-                    torch.cat((out[:, :, :skip].float(), merged[0]), dim=2),
-                    torch.cat((lse[:, :, :skip], merged[1]), dim=2),
-                )
-            out, lse = merged
-    assert out is not None
-    assert lse is not None
-    return out, lse
+    runs = tuple(run for run in runs if run.first < stop)
+    k, v = (
+        torch.cat([_tokens(pages, run, run.first, min(run.last, stop)) for run in runs], dim=2)
+        if len(runs) > 1
+        else _tokens(pages, runs[0], runs[0].first, min(runs[0].last, stop))
+        for pages in (k_pages, v_pages)
+    )
+    before = k.shape[2] - q.shape[2]
+    if not before:
+        return attend_part(q, k, v, scale=scale, softcap=softcap, causal=True)
+    step = max(32, MASK_ELEMENTS // k.shape[2])
+    parts = []
+    for a in range(0, q.shape[2], step):
+        b = min(a + step, q.shape[2])
+        seen = -(-(before + b) // FLASH_BLOCK) * FLASH_BLOCK
+        some_k, some_v = k[:, :, :seen], v[:, :, :seen]
+        bias = q.new_full((1, 1, b - a, some_k.shape[2]), -torch.inf).triu_(before + a + 1)
+        parts.append(
+            attend_part(q[:, :, a:b], some_k, some_v, scale=scale, softcap=softcap, bias=bias)
+        )
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, dim=2), torch.cat(lse, dim=2)
 
 
 def _windowed(
