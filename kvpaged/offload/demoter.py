@@ -40,6 +40,7 @@ class _Rescued(NamedTuple):
     targets: tuple[int, ...]
     give_back: Callable[[], None]
     counts: bool
+    since: float
 
 
 @dataclass(slots=True)
@@ -51,7 +52,8 @@ class DemotionCounts:
         dropped: none had.
         pending: being written.
         lag_s, longest_lag_s: from a page's entry in the prefix index until a write-through tier
-            had it: of the latest, and of all.
+            had it: of the latest, and of all. Where the tier did not take it at first, from when it
+            began to lack pages; of a page that left the pool before, from then.
     """
 
     demoted: int = 0
@@ -150,7 +152,7 @@ class Demoter:
             for number, tier in enumerate(self._stack.levels)
             if (tier.policy == "write-through" or (not number and tier.policy == "write-back"))
             and key not in self._stack.directory.held[number]
-            and self._stack.workers[number].up
+            and self._stack.workers[number].takes
         )
 
     def _rescue(
@@ -170,7 +172,7 @@ class Demoter:
             raise
         self.counts.pending += counts
         end = self._stack.leaves(record, give_back)
-        self._rescued.append(_Rescued(record, targets, end, counts))
+        self._rescued.append(_Rescued(record, targets, end, counts, time.monotonic()))
         return True
 
     def _record(self, node: Node, group: int, sums: np.ndarray, body: Tensor) -> Record:
@@ -195,16 +197,19 @@ class Demoter:
         """
         stack = self._stack
         return any(
-            stack.incomplete[n] and (down or stack.workers[n].up)
+            n in stack.incomplete and (down or stack.workers[n].takes)
             for n in self._with("write-through")
         )
 
     def oldest(self) -> float | None:
-        """How long the page that has waited longest has waited, in seconds."""
-        try:
-            return time.monotonic() - self._fresh[0][3]
-        except IndexError:
-            return None
+        """How long the page that has waited longest has waited, in seconds: for a tier that is not
+        asked now, too. The cache's lock is held.
+        """
+        since = [queue[0][3] for queue in (self._fresh, self._swept) if queue]
+        since += [one.since for one in list(self._rescued)[:1]]
+        lacking = self._stack.incomplete
+        since += [lacking[n] for n in self._with("write-through") if n in lacking]
+        return time.monotonic() - min(since) if since else None
 
     def run(self) -> bool:
         """Move some; whether there was anything."""
@@ -226,9 +231,8 @@ class Demoter:
             return True
         return spilled
 
-    def sweep(self, tiers: list[int]) -> None:
-        """Note every page of the index that one of some tiers lacks, to go there."""
-        now = time.monotonic()
+    def sweep(self, tiers: list[int], since: float) -> None:
+        """Note every page of the index that one of some tiers lacks, to go there; `since` when."""
         with self._pool.lock, self._stack.lock:
             self._sweep_to.update(tiers)
             held = [self._stack.directory.held[n] for n in tiers]
@@ -236,14 +240,13 @@ class Demoter:
                 for group, page in enumerate(node.pages):
                     key = record_key(node.key, group)
                     if page is not None and any(key not in keys for keys in held):
-                        self._swept.append((node, group, page, now))
+                        self._swept.append((node, group, page, since))
         self._wake()
 
     def _choose(self) -> list[Due]:
         for number in self._with("write-through"):
-            if self._stack.incomplete[number] and self._stack.workers[number].up:
-                self._stack.incomplete[number] = False
-                self.sweep([number])
+            if number in self._stack.incomplete and self._stack.workers[number].takes:
+                self.sweep([number], self._stack.incomplete.pop(number))
         with self._pool.lock, self._stack.lock:
             if not self._swept:
                 self._sweep_to.clear()
@@ -274,10 +277,10 @@ class Demoter:
         for number in targets:
             if key in self._stack.directory.held[number]:
                 continue
-            if self._stack.workers[number].up:
+            if self._stack.workers[number].takes:
                 lacking.append(number)
             else:
-                self._stack.incomplete[number] = True
+                self._stack.lacks(number)
         if lacking:
             due.append(Due(node, group, page, since, tuple(lacking)))
         return bool(lacking)
@@ -286,9 +289,9 @@ class Demoter:
         """Note pages that will be evicted first and are not in the first tier, each once: what it
         refuses or gives up again would come for ever.
         """
-        if not self._stack.workers[0].up:
+        if not self._stack.workers[0].takes:
             return
-        again, self._stack.incomplete[0] = self._stack.incomplete[0], False
+        again = self._stack.incomplete.pop(0, None) is not None
         index, now = self._pool.index, time.monotonic()
         for group, page_class in enumerate(self._pool.classes):
             allocator = page_class.allocator
@@ -322,7 +325,7 @@ class Demoter:
         )
         if room is None:  # whoever has it all does not answer: these are tried again
             for number in targets:
-                self._stack.incomplete[number] = True
+                self._stack.lacks(number)
             return
         bodies, give_back = room
         allocator = self._pool.classes[group].allocator
@@ -343,9 +346,12 @@ class Demoter:
         records = [self._record(one.node, group, sums[n], bodies[n]) for n, one in enumerate(due)]
         if not self._stack.put_to(targets, records, give_back):
             return
-        lag = time.monotonic() - min((one.since for one in due), default=time.monotonic())
-        if any(self._stack.tiers[number].policy == "write-through" for number in targets):
-            self.counts.lag_s = lag
+        self._note_lag(targets, [one.since for one in due])
+
+    def _note_lag(self, targets: tuple[int, ...], since: list[float]) -> None:
+        through = any(self._stack.tiers[n].policy == "write-through" for n in targets)
+        if through and since:
+            lag = self.counts.lag_s = time.monotonic() - min(since)
             self.counts.longest_lag_s = max(lag, self.counts.longest_lag_s)
 
     def _put_rescued(self) -> None:
@@ -366,7 +372,8 @@ class Demoter:
 
         self._busy = len(some)
         try:
-            self._stack.put_to(targets, [one.record for one in some], give_back)
+            if self._stack.put_to(targets, [one.record for one in some], give_back):
+                self._note_lag(targets, [one.since for one in some])
         finally:
             self._busy = 0
         with self._pool.lock, self._stack.lock:

@@ -176,7 +176,7 @@ class Mover:
         """Have every page of the pool go to the persistent tiers that lack it."""
         persistent = [n for n, tier in enumerate(self.stack.tiers) if tier.persistent]
         if persistent:
-            self.demoter.sweep(persistent)
+            self.demoter.sweep(persistent, time.monotonic())
 
     def close(self) -> None:
         """Write what is to be written, as far as there is time, and close the tiers."""

@@ -337,8 +337,11 @@ class Promotion:
             return
         with self._stack.lock:
             self._stack.directory.remove(number, keys)
-        self._stack.incomplete[number] = True  # it may be put again from the pool
-        self._stack.tiers[number].delete(keys)
+        self._stack.lacks(number)  # it may be put again from the pool
+        try:
+            self._stack.tiers[number].delete(keys)
+        except Exception as error:  # a tier's own: it can be read, and not written
+            log.warning("tier %s: %r", self._stack.tiers[number].name, error)
 
     def _land(self, call: list[Wanted], found: list[Record | None], *, last: bool) -> list[int]:
         """Copy records into pages; returns the places within the call of those that are wrong. No

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,8 @@ class Stack:
         self.loads = [Line() for _ in self.tiers]
         self.loads[-1].add(1 << 30, 1.0)  # staging is memory: nothing is to be found out
         self.workers = [TierWorker(tier) for tier in self.tiers]
-        self.incomplete = [False] * len(self.tiers)
-        """Tiers that may lack pages they should have: a call failed, or was not made."""
+        self.incomplete: dict[int, float] = {}
+        """Since when a tier may lack pages it should have: a call failed, or was not made."""
         for number in range(len(tiers)):
             self._scan(number)
 
@@ -107,6 +108,10 @@ class Stack:
             self.directory.add(number, record.key, len(record.head) + record.body.numel())
         return end
 
+    def lacks(self, number: int) -> None:
+        """Note that a tier may lack pages it should have."""
+        self.incomplete.setdefault(number, time.monotonic())
+
     def settle(self) -> None:
         """Take note of what tiers have given up."""
         with self.lock:
@@ -135,7 +140,7 @@ class Stack:
         try:
             return self.workers[number].submit(work, urgent=False, undo=undo)
         except TierDownError:
-            self.incomplete[number] = True
+            self.lacks(number)
             if undo is not None:
                 undo()
             return None
@@ -148,7 +153,7 @@ class Stack:
             kept: int = self.workers[number].wait(job, self.options.write_deadline_s)
             return kept
         except Exception as error:  # whatever a tier raises: the page has not gone there
-            self.incomplete[number] = True
+            self.lacks(number)
             log.debug("tier %s: %r", self.tiers[number].name, error)
             return None
 
@@ -166,16 +171,17 @@ class Stack:
 
     def call(
         self, number: int, work: Callable[[Tier], Any], timeout: float,
-        undo: Callable[[], None] | None = None,
+        undo: Callable[[], None] | None = None, *, urgent: bool = True,
     ) -> Any:  # fmt: skip
-        """Have a tier do something, and wait; `undo` is called when that is over.
+        """Have a tier do something, `urgent` where that is no writing, and wait; `undo` is called
+        when that is over.
 
         Raises:
             Exception: what the tier raises, `TimeoutError`, `TierDownError`.
         """
         worker = self.workers[number]
         try:
-            job = worker.submit(lambda _: work(self.tiers[number]), urgent=True, undo=undo)
+            job = worker.submit(lambda _: work(self.tiers[number]), urgent=urgent, undo=undo)
         except TierDownError:
             if undo is not None:
                 undo()

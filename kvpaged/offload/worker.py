@@ -71,21 +71,29 @@ class TierWorker:
 
     @property
     def up(self) -> bool:
-        """It may be asked."""
-        return not (self._closed or self.parked or self.health.resting)
+        """It may be asked for what it has."""
+        return self._asked(urgent=True)
+
+    @property
+    def takes(self) -> bool:
+        """It may be given something: it need not be, where it is only read."""
+        return self._asked(urgent=False)
+
+    def _asked(self, *, urgent: bool) -> bool:
+        return not (self._closed or self.parked or self.health.rests(_kind(urgent=urgent)))
 
     def submit(
         self, work: Callable[[Job], Any], *, urgent: bool, undo: Callable[[], None] | None = None
     ) -> Job:
-        """Have the tier's thread do something; `undo` is called when it is over, however it ends,
-        also where it never began.
+        """Have the tier's thread do something, `urgent` where that is no writing; `undo` is called
+        when it is over, however it ends, also where it never began.
 
         Raises:
             TierDownError: it is not asked now; nothing is called.
         """
         job = Job(work, undo, urgent=urgent)
         with self._cond:
-            if not self.up:
+            if not self._asked(urgent=urgent):
                 raise TierDownError(f"tier {self.tier.name} is not asked now")
             self._queue(job)
         return job
@@ -122,9 +130,10 @@ class TierWorker:
 
     def succeeded(self, *, urgent: bool) -> None:
         """A call, urgent or not, gave what was asked for."""
-        kind, ill = _kind(urgent=urgent), self.health.ill
+        kind = _kind(urgent=urgent)
+        ill = self.health.ill(kind)
         self.health.succeeded(kind)
-        if ill and not self.health.ill:
+        if ill and not self.health.ill(kind):
             log.warning("tier %s answers again", self.tier.name)
 
     def failed(self, why: object, *, urgent: bool) -> None:
@@ -135,7 +144,7 @@ class TierWorker:
         if row == 1:
             log.warning("tier %s: %s", self.tier.name, why)
         if row == FAILURES:
-            log.warning("tier %s is left alone for a while: %s", self.tier.name, why)
+            log.warning("tier %s: no %s for a while: %s", self.tier.name, kind, why)
 
     def _abandon(self, job: Job) -> bool:
         """Stop waiting for a job; false if it has ended after all."""
@@ -200,7 +209,7 @@ class TierWorker:
 
 
 def _kind(*, urgent: bool) -> str:
-    return "urgent" if urgent else "other"
+    return "read" if urgent else "put"
 
 
 def _serve(of: "weakref.ref[TierWorker]", cond: threading.Condition) -> None:

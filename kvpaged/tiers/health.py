@@ -2,12 +2,23 @@
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 FAILURES = 3
 """In a row, after which a tier is left alone for a while."""
 REST_S, LONGEST_REST_S = 1.0, 60.0
+WRITES = frozenset({"put", "delete"})
+"""Kinds of calls whose failures stop calls of these kinds alone."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """Failures in a row of one kind of call, and the rest that they bring."""
+
+    rest_s: float
+    failures: int = 0
+    until: float = 0.0
 
 
 class Health:
@@ -15,7 +26,8 @@ class Health:
     more; the rest doubles with each time that fails.
 
     Each kind of call has a row of its own: a tier that takes what it is given and hangs in reads
-    does not get well by writing. Any thread may call.
+    does not get well by writing. Where writes fail only those are left alone, for what is there
+    may still be read; where anything else fails, everything is. Any thread may call.
 
     Args:
         failures: in a row, after which it rests.
@@ -35,48 +47,58 @@ class Health:
         self._clock, self._most = clock, failures
         self._first, self._longest = rest_s, longest_s
         self._lock = threading.Lock()
-        self._rows: Counter[str] = Counter()
-        self._rest, self._until = rest_s, 0.0
+        self._rows: dict[str, _Row] = {}
         self.failures = 0
         self.why = ""
 
-    @property
-    def ill(self) -> bool:
-        """It has failed too often in a row: the next call is to see whether it still does."""
+    def ill(self, kind: str = "") -> bool:
+        """It has failed too often in a row: the next such call is to see whether it still does."""
         with self._lock:
-            return self._ill()
+            return any(row.failures >= self._most for row in self._stopping(kind))
 
-    def _ill(self) -> bool:
-        return any(row >= self._most for row in self._rows.values())
+    def left_s(self, kind: str = "") -> float:
+        """Seconds until such a call is made again."""
+        with self._lock:
+            return self._left(kind)
 
-    @property
-    def left_s(self) -> float:
-        """Seconds until it is asked again."""
-        return max(0.0, self._until - self._clock())
-
-    @property
-    def resting(self) -> bool:
-        """It is left alone now."""
-        return self.left_s > 0
+    def rests(self, kind: str = "") -> bool:
+        """Such calls are not made now."""
+        return self.left_s(kind) > 0
 
     def row(self, kind: str = "") -> int:
         """Failures in a row, of one kind of call."""
-        return self._rows[kind]
+        with self._lock:
+            return self._rows[kind].failures if kind in self._rows else 0
 
     def succeeded(self, kind: str = "") -> None:
         """A call gave what was asked for."""
         with self._lock:
             self._rows.pop(kind, None)
-            if not self._ill():
-                self._rest, self._until = self._first, 0.0
 
-    def failed(self, why: object, kind: str = "", *, enough: bool = False) -> None:
-        """A call failed, or did not return in time; `enough`: it rests at once."""
+    def failed(self, why: object, kind: str = "", *, enough: bool = False) -> bool:
+        """A call failed, or did not return in time; `enough`: it rests at once. Whether that began
+        a rest.
+        """
         with self._lock:
             self.failures += 1
             self.why = str(why)
-            self._rows[kind] = max(self._rows[kind] + 1, self._most * enough)
-            if self._rows[kind] < self._most or self.resting:  # then it is of a call from before
-                return
-            self._until = self._clock() + self._rest
-            self._rest = min(2 * self._rest, self._longest)
+            row = self._rows.setdefault(kind, _Row(self._first))
+            row.failures = max(row.failures + 1, self._most * enough)
+            if row.failures < self._most or self._left(kind):  # then it is of a call from before
+                return False
+            row.until = self._clock() + row.rest_s
+            row.rest_s = min(2 * row.rest_s, self._longest)
+            return True
+
+    def _stopping(self, kind: str) -> list[_Row]:
+        """The rows that stop a kind of call; the lock is held."""
+        return [row for of, row in self._rows.items() if stops(of, kind)]
+
+    def _left(self, kind: str) -> float:
+        now = self._clock()
+        return max((row.until - now for row in self._stopping(kind) if row.until > now), default=0)
+
+
+def stops(failing: str, kind: str) -> bool:
+    """Whether calls of a kind are not made because those of another fail."""
+    return failing not in WRITES or kind in WRITES

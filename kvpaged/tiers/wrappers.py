@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpaged.errors import ConfigError
 from kvpaged.tiers.base import Record, Stored, Tier, TierDownError, Usage
-from kvpaged.tiers.health import Health
+from kvpaged.tiers.health import Health, stops
 
 T = TypeVar("T")
 Kind = Literal["put", "read", "delete", "scan"]
@@ -239,9 +239,10 @@ class Logged(Wrapper):
 
 
 class Breaker(Wrapper):
-    """Stops asking a tier that does not work: after some failures in a row of one kind of call (see
-    `Health`), or one call that took too long, calls raise `TierDownError` at once, for a time that
-    doubles whenever the next call, the only one that is let through then, does not go well either.
+    """Stops asking a tier that does not work: after some failures in a row of one kind of call, or
+    one call that took too long, calls raise `TierDownError` at once, for a time that doubles
+    whenever the next call, the only one that is let through then, does not go well either. Failing
+    writes stop writes alone (see `Health`).
 
     Any thread may call. `usage` and `close` always go through. A call that never returns is its
     caller's to give up; `trip` tells of it.
@@ -272,14 +273,19 @@ class Breaker(Wrapper):
         self._health = Health(clock, failures=failures, rest_s=wait_s, longest_s=most_wait_s)
         self._slow, self._clock = slow_s, clock
         self._lock = threading.Lock()
-        self._probing = False
+        self._probing: set[str] = set()
         self.refused = self.trips = 0
 
     @property
     def down(self) -> bool:
-        """Whether the next call is refused; one that would be let through to see is not."""
+        """Whether the next write is refused, and, unless only writes failed, whatever else comes;
+        one that would be let through to see is not.
+        """
         with self._lock:
-            return self._health.resting or self._probing
+            return self._refuses("put")
+
+    def _refuses(self, kind: str) -> bool:
+        return self._health.rests(kind) or any(stops(probe, kind) for probe in self._probing)
 
     def trip(self, why: str) -> None:
         """It does not work: do not ask it for a while."""
@@ -287,33 +293,36 @@ class Breaker(Wrapper):
             self._failed("trip", why, enough=True)
 
     def _failed(self, kind: str, why: str, *, enough: bool) -> None:
-        rested = self._health.resting
-        self._health.failed(why, kind, enough=enough)
-        self.trips += self._health.resting and not rested
+        self.trips += self._health.failed(why, kind, enough=enough)
 
     def _call(self, kind: Kind, asked: Asked, call: Callable[[], T]) -> T:
         with self._lock:
-            if self._health.resting or self._probing:
+            if self._refuses(kind):
                 self.refused += 1
                 raise TierDownError(
-                    f"tier {self.name} is not asked for {self._health.left_s:.1f} s more: "
+                    f"tier {self.name} is not asked for {self._health.left_s(kind):.1f} s more: "
                     f"{self._health.why}"
                 )
             start = self._clock()
-            self._probing = probe = self._health.ill
+            if probe := self._health.ill(kind):
+                self._probing.add(kind)
         try:
             done = call()
         except BaseException as error:
             with self._lock:
-                self._probing = self._probing and not probe
+                self._ended(kind, probe=probe)
                 self._failed(kind, f"{kind} raised {error!r}", enough=probe)
             raise
         took = self._clock() - start
         with self._lock:
-            self._probing = self._probing and not probe
+            self._ended(kind, probe=probe)
             if self._slow is not None and took > self._slow:
                 self._failed(kind, f"{kind} took {took:.3f} s of {self._slow:g}", enough=True)
-            elif probe or not self._health.ill:
+            elif probe or not self._health.ill(kind):
                 self._health.succeeded("trip")
                 self._health.succeeded(kind)
         return done
+
+    def _ended(self, kind: str, *, probe: bool) -> None:
+        if probe:
+            self._probing.discard(kind)

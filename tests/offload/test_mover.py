@@ -39,15 +39,21 @@ LAYOUTS: tuple[Layout, ...] = ("page-major", "layer-major")
 
 
 def agrees(cache: PagedKVCache) -> None:
-    """What is known of each tier is what it says itself; of one in memory in its order, too."""
+    """What is known of each tier is what it says itself, to the byte; of one in memory in its
+    order, too.
+    """
     assert cache.mover is not None
+    stack = cache.mover.stack
     for number, tier in enumerate(check(cache).tiers):
-        assert tier.records == tier.known_records
-        if tier.name == "host":  # a file has more than records in it
+        found = {one.key: one.head_bytes + one.body_bytes for one in stack.tiers[number].scan()}
+        held = stack.directory.held[number]
+        assert found == held
+        assert (tier.records, tier.known_bytes) == (len(held), sum(held.values()))
+        assert tier.bytes is not None
+        assert tier.bytes >= tier.known_bytes  # a file has more than records in it
+        if tier.name == "host":
             assert tier.bytes == tier.known_bytes
-            stack = cache.mover.stack
-            keys = [one.key for one in stack.tiers[number].scan()]
-            assert keys == list(stack.directory.held[number]), "another goes first than is known"
+            assert list(found) == list(held), "another goes first than is known"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -353,11 +359,15 @@ def test_flush_says_if_a_tier_is_behind():
     tier.dead = True
     with cache_of([tier]) as cache:
         run(cache, words(1, 4 * PAGE))
-        assert not cache.flush(0.1)
+        assert not cache.flush(0.3)
+        assert (check(cache).oldest_s or 0) >= 0.2, "they wait, though nothing is asked of the tier"
+        assert check(cache).longest_lag_s == 0
         tier.dead = False
-        cache.mover.stack.workers[0].health.succeeded("other")  # type: ignore[union-attr]
+        cache.mover.stack.workers[0].health.succeeded("put")  # type: ignore[union-attr]
         assert cache.flush(10)
         assert tier.usage().records == 4
+        assert check(cache).oldest_s is None
+        assert check(cache).longest_lag_s >= 0.2, "what was swept has waited since it was refused"
 
 
 def test_a_tier_that_was_slow_is_tried_again():

@@ -31,7 +31,7 @@ class Clock:
 
 def is_resting(health: Health) -> bool:
     """Asked anew, which a type checker would not do."""
-    return health.resting
+    return health.rests()
 
 
 class Undone:
@@ -74,7 +74,7 @@ def test_a_tier_rests_after_failures_in_a_row_and_twice_as_long_each_time():
     health.succeeded()
     for _ in range(FAILURES - 1):
         health.failed("no")
-        assert not health.resting
+        assert not health.rests()
     rest = REST_S
     for _ in range(10):
         health.failed("no")
@@ -85,10 +85,10 @@ def test_a_tier_rests_after_failures_in_a_row_and_twice_as_long_each_time():
         rest = min(2 * rest, LONGEST_REST_S)
     health.succeeded()
     for _ in range(FAILURES):
-        assert not health.resting
+        assert not health.rests()
         health.failed("no")
     clock.now += REST_S * 1.01
-    assert not health.resting, "the rest begins anew after a success"
+    assert not health.rests(), "the rest begins anew after a success"
 
 
 def test_what_writes_well_and_does_not_read_rests_all_the_same():
@@ -103,6 +103,23 @@ def test_what_writes_well_and_does_not_read_rests_all_the_same():
     assert is_resting(worker.health)
     worker.succeeded(urgent=True)
     assert not is_resting(worker.health)
+    assert worker.close(30)
+
+
+def test_a_tier_that_refuses_what_it_is_given_is_still_read():
+    """A disk that has become read-only was not read either, as long as it rested."""
+    clock = Clock()
+    worker = worker_of(clock)
+    for _ in range(FAILURES):
+        with pytest.raises(StorageError):
+            worker.wait(worker.submit(fails, urgent=False), 30)
+    assert (worker.takes, worker.up) == (False, True)
+    with pytest.raises(TierDownError):
+        worker.submit(lambda _: None, urgent=False)
+    assert worker.wait(worker.submit(lambda _: 7, urgent=True), 30) == 7
+    assert not worker.takes, "that says nothing of writes"
+    clock.now += REST_S * 1.01
+    worker.wait(worker.submit(lambda _: None, urgent=False), 30)
     assert worker.close(30)
 
 
@@ -252,7 +269,7 @@ def test_a_tier_that_rests_is_closed_by_its_thread_all_the_same():
     worker = TierWorker(tier)
     for _ in range(FAILURES):
         worker.health.failed("no")
-    assert worker.health.resting
+    assert worker.health.rests()
     assert worker.close(30)
     assert worker.close(30)
     assert tier.closed_by == ["kvpaged host"]
@@ -322,7 +339,7 @@ def test_a_stack_takes_failures_for_nothing_kept():
     undo = Undone()
     tier.fail_in(1, "put")
     assert stack.finish(0, stack.put(0, [record(1)], undo)) is None
-    assert stack.incomplete[0]
+    assert 0 in stack.incomplete
     tier.full = True
     assert stack.finish(0, stack.put(0, [record(2), record(3)], undo)) == 0
     assert stack.flows[0].refused == 2

@@ -215,33 +215,34 @@ def test_failures_in_a_row_take_it_down_for_a_time_that_doubles():
     faulty.dead = True
     for _ in range(2):
         with pytest.raises(StorageError):
-            tier.put(records(1))
+            get(tier, b"p1")
     faulty.dead = False
-    tier.put(records(1))
+    get(tier, b"p1")
     faulty.dead = True
     for _ in range(3):
         assert not is_down(tier)
         with pytest.raises(StorageError):
-            tier.put(records(1))
+            get(tier, b"p1")
     for wait in (1.0, 2.0, 4.0, 4.0):
         calls = faulty.calls
         clock.now += wait - 0.1
         assert is_down(tier)
-        with pytest.raises(TierDownError, match=r"host is not asked for 0\.1 s more: put raised"):
+        with pytest.raises(TierDownError, match=r"host is not asked for 0\.1 s more: read raised"):
+            get(tier, b"p1")
+        with pytest.raises(TierDownError):
             tier.put(records(1))
-        with pytest.raises(TierDownError), tier.read([b"p"], room(1)):
-            pass
         assert faulty.calls == calls, "it is not asked"
         clock.now += 0.2
         assert not is_down(tier)
         with pytest.raises(StorageError):
-            tier.put(records(1))
+            get(tier, b"p1")
     assert issubclass(TierDownError, KVPagedError)
     assert (tier.trips, tier.refused) == (5, 8)
     faulty.dead = False
     clock.now += 5
-    assert get(tier, b"p1") is not None, "reads are another row"
     tier.put(records(1))
+    assert get(tier, b"p1") is not None
+    assert get(tier, b"p1") is not None
     faulty.dead = True
     for _ in range(3):  # it begins anew
         assert not is_down(tier)
@@ -249,6 +250,28 @@ def test_failures_in_a_row_take_it_down_for_a_time_that_doubles():
             tier.delete([])
     clock.now += 1.1
     assert not is_down(tier)
+
+
+def test_failing_writes_stop_writes_alone():
+    """What a disk holds that has become read-only was not found any more."""
+    clock, faulty = Clock(), Faulty(host())
+    tier = Breaker(faulty, failures=2, wait_s=1.0, clock=clock)
+    tier.put(records(1))
+    for kind in ("put", "delete"):
+        for _ in range(2):
+            faulty.fail_in(1, kind)
+            with pytest.raises(StorageError):
+                tier.put(records(2)) if kind == "put" else tier.delete([b"p9"])
+        assert is_down(tier)
+        with pytest.raises(TierDownError):
+            tier.put(records(2))
+        assert get(tier, b"p1") is not None
+        assert b"p1" in [one.key for one in tier.scan()]
+        clock.now += 1.1
+        assert get(tier, b"p1") is not None
+        assert tier.put(records(1)) == [True], "it is asked whether it still fails"
+        tier.delete([])
+        assert not is_down(tier)
 
 
 def test_a_call_that_takes_too_long_is_enough():
@@ -260,15 +283,15 @@ def test_a_call_that_takes_too_long_is_enough():
     tier = Breaker(delayed, slow_s=0.5, wait_s=2.0, clock=clock)
     tier.put(records(1))
     slow[0] = 0.6
-    assert tier.put(records(2)) == [True], "its answer is good all the same"
-    with pytest.raises(TierDownError, match=r"put took 0\.600 s of 0\.5"):
-        tier.put(records(3))
+    assert get(tier, b"p1") is not None, "its answer is good all the same"
+    with pytest.raises(TierDownError, match=r"read took 0\.600 s of 0\.5"):
+        get(tier, b"p1")
     clock.now += 2.1
-    assert get(tier, b"p2") is not None
+    assert get(tier, b"p1") is not None
     assert is_down(tier)
     slow[0] = 0.0
     clock.now += 4.1
-    assert get(tier, b"p2") is not None
+    assert get(tier, b"p1") is not None
     assert not is_down(tier)
 
 
