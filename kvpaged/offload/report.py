@@ -56,7 +56,8 @@ class OffloadStats:
         resident: full pages in the pool.
         reopened: took tokens again after a rewind.
         demoted: left the pool, and a tier had their bytes.
-        dropped: left it, and none had.
+        dropped: left it, and none had; also what was nobody else's to find, and what a load had
+            begun and did not bring.
         pending: left it, and are being written.
         waiting: pages that are to go down.
         lag_s, longest_lag_s: see `demoter.DemotionCounts`; `oldest_s`: how long the page that waits
