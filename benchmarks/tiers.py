@@ -2,8 +2,8 @@
 
     python -m benchmarks.tiers [--rounds N] [--folder PATH] [--quick]
 
-Records of a page's head and a body of random numbers, in batches of 16 MiB whose bodies lie side by
-side, as pages come from a device. Host: puts of new keys into a full tier, so that each gives up as
+Records of a page's head and a body of random numbers, in batches of a call of the mover
+(`OffloadOptions.call_bytes`) whose bodies lie side by side, as pages come from a device. Host: puts of new keys into a full tier, so that each gives up as
 much, beside one memmove a batch; reads of batches in random order, each body copied to a buffer,
 beside as many memmoves without a tier. Disk: puts, from the second quarter on, and reads of all in
 random order from a disk whose pages nobody has in memory, into aligned buffers, beside fio with
@@ -31,6 +31,7 @@ from benchmarks import common
 from benchmarks.store_disk import fio, forget
 from kvpaged.geometry import PageGeometry
 from kvpaged.keys import encode_tokens
+from kvpaged.offload.options import OffloadOptions
 from kvpaged.tiers.base import Record
 from kvpaged.tiers.disk import DiskTier
 from kvpaged.tiers.host import HostTier
@@ -274,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="results folder")
     chosen = parser.parse_args(arguments)
     rounds = 1 if chosen.quick else chosen.rounds
-    total, batch = (6 << 20, 3 << 19) if chosen.quick else (3 << 27, 1 << 24)
+    total, batch = (6 << 20, 3 << 19) if chosen.quick else (3 << 27, OffloadOptions().call_bytes)
     where, left_out = common.environment(), [] if shutil.which("fio") else ["fio"]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
