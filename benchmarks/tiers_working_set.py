@@ -59,10 +59,10 @@ class Setting:
 
     conversations: int = 60
     turns: int = 4
-    history: int = 1000
+    history: int = 1200
     user: int = 60
     reply: int = 16
-    width: int = 4
+    width: int = 8
     share: int = 4
     prompts: int = 32
     prompt: int = 600
