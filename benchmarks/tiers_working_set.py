@@ -59,7 +59,7 @@ class Setting:
 
     conversations: int = 60
     turns: int = 4
-    history: int = 2000
+    history: int = 1200
     user: int = 60
     reply: int = 16
     width: int = 8
