@@ -3,12 +3,12 @@
     python -m benchmarks.tiers [--rounds N] [--folder PATH] [--quick]
 
 Records of a page's head and a body of random numbers, in batches of a call of the mover
-(`OffloadOptions.call_bytes`) whose bodies lie side by side, as pages come from a device. Host: puts of new keys into a full tier, so that each gives up as
-much, beside one memmove a batch; reads of batches in random order, each body copied to a buffer,
-beside as many memmoves without a tier. Disk: puts, from the second quarter on, and reads of all in
-random order from a disk whose pages nobody has in memory, into aligned buffers, beside fio with
-direct I/O, requests of a body's size, 16 in flight. Systems take turns; ratios are within rounds.
-GB/s count the bodies.
+(`OffloadOptions.call_bytes`) whose bodies lie side by side, as pages come from a device. Host: puts
+of new keys into a full tier, so that each gives up as much, beside one memmove a batch; reads of
+batches in random order, each body copied to a buffer, beside as many memmoves without a tier. Disk:
+puts, from the second quarter on, and reads of all in random order from a disk whose pages nobody
+has in memory, into aligned buffers, beside fio with direct I/O, requests of a body's size, 16 in
+flight. Systems take turns; ratios are within rounds. GB/s count the bodies.
 """
 
 import argparse
