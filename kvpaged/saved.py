@@ -268,7 +268,7 @@ class SavedSessions(Generic[S]):
         return ask(mover.stack, number, read)
 
     def _delete(self, mover: Mover, number: int, keys: Sequence[bytes]) -> None:
-        ask(mover.stack, number, lambda tier: tier.delete(keys))
+        ask(mover.stack, number, lambda tier: tier.delete(keys), kind="delete")
         with mover.stack.lock:
             mover.stack.directory.remove(number, keys)
 
@@ -305,7 +305,7 @@ class SavedSessions(Generic[S]):
             raise UsageError(f"a session of {record.body.numel():,} bytes of token ids is too long")
         if new in found:
             self._delete(mover, number, [key + new])
-        kept = ask(mover.stack, number, lambda tier: tier.put([record]))
+        kept = ask(mover.stack, number, lambda tier: tier.put([record]), kind="put")
         if not kept[0]:
             raise StorageError(f"tier {mover.stack.tiers[number].name} does not take the session")
         with mover.stack.lock:

@@ -75,7 +75,7 @@ def test_conversations_keep_the_order_of_their_turns():
 
 def test_the_working_set_is_four_pools():
     setting = tiers_working_set.Setting()
-    assert setting.pages == 60 * 15
+    assert setting.pages == 60 * 24
     assert setting.pool_pages * setting.share == setting.pages
     longest = setting.history + setting.turns * (setting.user + setting.reply)
     assert setting.pool_pages >= setting.width * -(-longest // 64)

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -202,12 +203,15 @@ class Demoter:
         )
 
     def oldest(self) -> float | None:
-        """How long the page that has waited longest has waited, in seconds: for a tier that is not
-        asked now, too. The cache's lock is held.
+        """How long the page that has waited longest for a write-through tier has waited, in
+        seconds: for one that is not asked now, too; not counting what is being put. The cache's
+        lock is held.
         """
         since = [queue[0][3] for queue in (self._fresh, self._swept) if queue]
-        since += [one.since for one in list(self._rescued)[:1]]
-        lacking = self._stack.incomplete
+        with suppress(IndexError):  # its thread takes them without the lock
+            since.append(self._rescued[0].since)
+        with self._stack.lock:
+            lacking = dict(self._stack.incomplete)
         since += [lacking[n] for n in self._with("write-through") if n in lacking]
         return time.monotonic() - min(since) if since else None
 
@@ -245,8 +249,10 @@ class Demoter:
 
     def _choose(self) -> list[Due]:
         for number in self._with("write-through"):
-            if number in self._stack.incomplete and self._stack.workers[number].takes:
-                self.sweep([number], self._stack.incomplete.pop(number))
+            if self._stack.workers[number].takes:
+                since = self._stack.made_good(number)
+                if since is not None:
+                    self.sweep([number], since)
         with self._pool.lock, self._stack.lock:
             if not self._swept:
                 self._sweep_to.clear()
@@ -280,7 +286,7 @@ class Demoter:
             if self._stack.workers[number].takes:
                 lacking.append(number)
             else:
-                self._stack.lacks(number)
+                self._stack.lacks(number, since)
         if lacking:
             due.append(Due(node, group, page, since, tuple(lacking)))
         return bool(lacking)
@@ -291,7 +297,7 @@ class Demoter:
         """
         if not self._stack.workers[0].takes:
             return
-        again = self._stack.incomplete.pop(0, None) is not None
+        again = self._stack.made_good(0) is not None
         index, now = self._pool.index, time.monotonic()
         for group, page_class in enumerate(self._pool.classes):
             allocator = page_class.allocator
@@ -325,7 +331,7 @@ class Demoter:
         )
         if room is None:  # whoever has it all does not answer: these are tried again
             for number in targets:
-                self._stack.lacks(number)
+                self._stack.lacks(number, min(one.since for one in due))
             return
         bodies, give_back = room
         allocator = self._pool.classes[group].allocator
@@ -344,14 +350,13 @@ class Demoter:
             with self._pool.lock:
                 allocator.end_lease(lease)
         records = [self._record(one.node, group, sums[n], bodies[n]) for n, one in enumerate(due)]
-        if not self._stack.put_to(targets, records, give_back):
-            return
-        self._note_lag(targets, [one.since for one in due])
+        since = min((one.since for one in due), default=time.monotonic())
+        self._note_lag(self._stack.put_to(targets, records, give_back, since), since)
 
-    def _note_lag(self, targets: tuple[int, ...], since: list[float]) -> None:
-        through = any(self._stack.tiers[n].policy == "write-through" for n in targets)
-        if through and since:
-            lag = self.counts.lag_s = time.monotonic() - min(since)
+    def _note_lag(self, kept: list[int], since: float) -> None:
+        """Tiers have pages, the first of which was to be there `since`."""
+        if any(self._stack.tiers[number].policy == "write-through" for number in kept):
+            lag = self.counts.lag_s = time.monotonic() - since
             self.counts.longest_lag_s = max(lag, self.counts.longest_lag_s)
 
     def _put_rescued(self) -> None:
@@ -372,8 +377,8 @@ class Demoter:
 
         self._busy = len(some)
         try:
-            if self._stack.put_to(targets, [one.record for one in some], give_back):
-                self._note_lag(targets, [one.since for one in some])
+            records, since = [one.record for one in some], min(one.since for one in some)
+            self._note_lag(self._stack.put_to(targets, records, give_back, since), since)
         finally:
             self._busy = 0
         with self._pool.lock, self._stack.lock:

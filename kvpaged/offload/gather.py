@@ -220,15 +220,19 @@ def host_room(view: PoolView, group: int, pages: int) -> Tensor:
     return torch.empty(pages, view.body_bytes(group), dtype=torch.uint8, pin_memory=pin)
 
 
-def ask(stack: Stack, number: int, work: Callable[[Tier], T], timeout: float | None = None) -> T:
+def ask(
+    stack: Stack, number: int, work: Callable[[Tier], T], timeout: float | None = None, *,
+    kind: str = "read",
+) -> T:  # fmt: skip
     """What a tier answers, waited for as long as `timeout` seconds (`None`: of a call that writes).
+    `kind`: see `Stack.call`.
 
     Raises:
         StorageError: it fails, is too slow, or is not asked now.
     """
     timeout = stack.options.write_deadline_s if timeout is None else timeout
     try:
-        answer: T = stack.call(number, work, timeout)
+        answer: T = stack.call(number, work, timeout, kind=kind)
     except Exception as error:  # whatever a tier raises
         raise StorageError(f"tier {stack.tiers[number].name}: {error!r}") from error
     return answer

@@ -25,7 +25,7 @@ class Levels:
         """
         for number in range(len(self._stack.levels) - 1):
             workers, below = self._stack.workers, self._stack.tiers[number + 1]
-            up = workers[number].up and workers[number + 1].takes
+            up = workers[number].up and workers[number].takes and workers[number + 1].takes
             if below.policy != "write-back" or not up or not self._fills(number):
                 continue
             with self._stack.lock:
@@ -39,21 +39,24 @@ class Levels:
                     if size >= self._options.call_bytes:
                         break
             if keys and (moved := self._move(number, keys, number + 1)):
-                self._drop(number, moved)
-                return True
+                return self._drop(number, moved)
         return False
 
-    def _drop(self, number: int, keys: list[bytes]) -> None:
-        """Have a tier forget records."""
+    def _drop(self, number: int, keys: list[bytes]) -> bool:
+        """Have a tier forget records; whether it did."""
         try:
             self._stack.call(
-                number, lambda tier: tier.delete(keys), self._options.write_deadline_s, urgent=False
+                number,
+                lambda tier: tier.delete(keys),
+                self._options.write_deadline_s,
+                kind="delete",
             )
         except Exception as error:  # whatever a tier raises: it gives them up when it has to
             log.debug("tier %s: %r", self._stack.tiers[number].name, error)
-            return
+            return False
         with self._stack.lock:
             self._stack.directory.remove(number, keys)
+        return True
 
     def _fills(self, number: int) -> bool:
         """Whether a tier may soon give something up: the next call may come with `call_bytes`."""
@@ -68,6 +71,8 @@ class Levels:
     def bring_up(self, keys: list[bytes]) -> None:
         """Copy records to the first tier from the tiers that have them."""
         by_tier: dict[int, list[bytes]] = {}
+        if not self._stack.workers[0].takes:
+            return
         with self._stack.lock:
             up = self._stack.levels_up()
             for key in keys:

@@ -13,8 +13,7 @@ class OffloadOptions:
         staging_bytes: of host memory that pages go through between pool and tiers (pinned on a
             GPU), at most. At least a page of every layer group.
         call_bytes: of the records of one call of a tier, about. A drive has fewer requests in
-            flight at the end of each call: of 32 MiB it reads nine tenths of what it can, of 16 MiB
-            three quarters.
+            flight at the end of each.
         deadline_s: a load is given up when it is later by more than this than computing the same
             tokens would have been, or makes no progress for so long; where no pass over a prompt
             was measured yet, when it takes longer than this. What has come is used.

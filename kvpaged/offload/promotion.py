@@ -191,7 +191,7 @@ class Promotion:
             worker = self._stack.workers[number]
             if why and one.started:  # else it is of the call before it
                 worker.timeouts += 1
-                worker.failed(why, urgent=True)
+                worker.failed(why, "read")
             worker.cancel(one)
 
     def _left(self) -> float:
@@ -245,7 +245,7 @@ class Promotion:
                 call = self._calls[self._turn]
                 number = call[0].tier
                 try:
-                    job = self._stack.workers[number].submit(lambda _: self._run(call), urgent=True)
+                    job = self._stack.workers[number].submit(lambda _: self._run(call), "read")
                 except TierDownError as down:
                     error = str(down)
                 else:
@@ -271,11 +271,11 @@ class Promotion:
                     self._forget(number, [record_key(call[n].key, call[n].group) for n in bad])
                     good = min(bad, default=good)
             if not self.over:  # else it was too slow: an answer that nobody awaits is no success
-                worker.succeeded(urgent=True)
+                worker.succeeded("read")
         except Exception as failure:  # whatever a tier raises: what has not come is computed
             good, error = 0, f"tier {tier.name}: {failure!r}"
             if not (self.over or rooms.short or isinstance(failure, TierDownError)):
-                worker.failed(repr(failure), urgent=True)
+                worker.failed(repr(failure), "read")
         finally:
             rooms.give_back()
         self._note(number, call, good, time.monotonic() - start, failed=error is not None)
@@ -332,7 +332,9 @@ class Promotion:
         return len(call)
 
     def _forget(self, number: int, keys: list[bytes]) -> None:
-        """Have a tier delete records that are wrong; on its own thread."""
+        """Have a tier delete records that are wrong; on its own thread. One that can't is not taken
+        to have them, whatever it says.
+        """
         if not keys:
             return
         with self._stack.lock:
@@ -341,7 +343,9 @@ class Promotion:
         try:
             self._stack.tiers[number].delete(keys)
         except Exception as error:  # a tier's own: it can be read, and not written
-            log.warning("tier %s: %r", self._stack.tiers[number].name, error)
+            with self._stack.lock:
+                self._stack.wrong[number].update(keys)
+            self._stack.workers[number].failed(repr(error), "delete")
 
     def _land(self, call: list[Wanted], found: list[Record | None], *, last: bool) -> list[int]:
         """Copy records into pages; returns the places within the call of those that are wrong. No

@@ -20,7 +20,8 @@ class TierStats:
         promoted, promoted_bytes: pages that came from there.
         missed: pages it was asked for that were not there, or not as they were sealed.
         failures, timeouts: calls that raised, and that did not return in time.
-        up: it is asked now; false while it rests after failures, or does not return.
+        up: it is asked for pages now; false while it rests after failures, or does not return.
+        takes: it is given pages now; false, too, while it rests after failures to write.
         parked: its thread is in a call that nobody waits for any more.
         load_bytes_per_s: what loading from it has given, reading, copying and verifying together;
             `None`: nothing was loaded.
@@ -41,6 +42,7 @@ class TierStats:
     failures: int
     timeouts: int
     up: bool
+    takes: bool
     parked: bool
     load_bytes_per_s: float | None
 
@@ -61,7 +63,8 @@ class OffloadStats:
         pending: left it, and are being written.
         waiting: pages that are to go down.
         lag_s, longest_lag_s: see `demoter.DemotionCounts`; `oldest_s`: how long the page that waits
-            longest has waited, `None` if none does.
+            longest for a write-through tier has waited, `None` if none does; not counting what is
+            being put at the moment.
         promotions_failed: ended before all pages had come.
         declined: pages that a tier had and that were computed instead, being quicker.
         load_predictions: what loads took over what was expected; `compute_predictions`: the same of
@@ -146,5 +149,6 @@ def _tier(mover: Mover, number: int) -> TierStats:
         demoted=flow.demoted, demoted_bytes=flow.demoted_bytes, refused=flow.refused,
         promoted=flow.promoted, promoted_bytes=flow.promoted_bytes, missed=flow.missed,
         failures=worker.health.failures, timeouts=worker.timeouts, up=worker.up,
-        parked=worker.parked, load_bytes_per_s=stack.loads[number].rate(),
+        takes=worker.takes, parked=worker.parked,
+        load_bytes_per_s=stack.loads[number].rate(),
     )  # fmt: skip

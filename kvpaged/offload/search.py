@@ -98,7 +98,7 @@ class Search:
         found: list[bytes] = []
         with self._stack.lock:
             up = self._stack.levels_up()
-            if len(self._stack.levels) < 2 or not up[0]:
+            if len(self._stack.levels) < 2 or not self._stack.workers[0].takes:
                 return []
             for key in trail.page_keys(tokens, size, nodes):
                 places = {

@@ -60,6 +60,8 @@ class Stack:
         self.workers = [TierWorker(tier) for tier in self.tiers]
         self.incomplete: dict[int, float] = {}
         """Since when a tier may lack pages it should have: a call failed, or was not made."""
+        self.wrong: list[set[bytes]] = [set() for _ in self.tiers]
+        """Of each tier, what was not as it was sealed and could not be deleted."""
         for number in range(len(tiers)):
             self._scan(number)
 
@@ -72,7 +74,7 @@ class Stack:
 
         worker = self.workers[number]
         try:
-            worker.wait(worker.submit(work, urgent=True), self.options.open_deadline_s)
+            worker.wait(worker.submit(work, "read"), self.options.open_deadline_s)
         except Exception as error:  # the cache works without it
             log.warning("tier %s does not say what it holds: %r", worker.tier.name, error)
 
@@ -108,9 +110,16 @@ class Stack:
             self.directory.add(number, record.key, len(record.head) + record.body.numel())
         return end
 
-    def lacks(self, number: int) -> None:
-        """Note that a tier may lack pages it should have."""
-        self.incomplete.setdefault(number, time.monotonic())
+    def lacks(self, number: int, since: float | None = None) -> None:
+        """Note that a tier may lack pages it should have, and since when (`None`: now)."""
+        since = time.monotonic() if since is None else since
+        with self.lock:
+            self.incomplete[number] = min(self.incomplete.get(number, since), since)
+
+    def made_good(self, number: int) -> float | None:
+        """It is to get what it lacks; since when it lacks that."""
+        with self.lock:
+            return self.incomplete.pop(number, None)
 
     def settle(self) -> None:
         """Take note of what tiers have given up."""
@@ -118,11 +127,15 @@ class Stack:
             self.directory.settle()
 
     def put(
-        self, number: int, records: Sequence[Record], undo: Callable[[], None] | None = None
-    ) -> Job | None:
-        """Begin to put records to a tier; `None`, after `undo`, if it is not asked now."""
+        self, number: int, records: Sequence[Record], undo: Callable[[], None] | None = None,
+        since: float | None = None,
+    ) -> Job | None:  # fmt: skip
+        """Begin to put records to a tier; `None`, after `undo`, if it is not asked now. `since`:
+        when they were to be there.
+        """
 
         def work(_: Job) -> int:
+            self._mend(number, records)
             kept = self.tiers[number].put(records)
             with self.lock:
                 flow = self.flows[number]
@@ -138,14 +151,23 @@ class Stack:
             return sum(kept)
 
         try:
-            return self.workers[number].submit(work, urgent=False, undo=undo)
+            return self.workers[number].submit(work, "put", undo)
         except TierDownError:
-            self.lacks(number)
+            self.lacks(number, since)
             if undo is not None:
                 undo()
             return None
 
-    def finish(self, number: int, job: Job | None) -> int | None:
+    def _mend(self, number: int, records: Sequence[Record]) -> None:
+        """Delete what is wrong of these before they are put: what has a key is kept as it is."""
+        with self.lock:
+            keys = [record.key for record in records if record.key in self.wrong[number]]
+        if keys:
+            self.tiers[number].delete(keys)
+            with self.lock:
+                self.wrong[number].difference_update(keys)
+
+    def finish(self, number: int, job: Job | None, since: float | None = None) -> int | None:
         """How many records a `put` kept; `None`: it failed."""
         if job is None:
             return None
@@ -153,35 +175,37 @@ class Stack:
             kept: int = self.workers[number].wait(job, self.options.write_deadline_s)
             return kept
         except Exception as error:  # whatever a tier raises: the page has not gone there
-            self.lacks(number)
+            self.lacks(number, since)
             log.debug("tier %s: %r", self.tiers[number].name, error)
             return None
 
     def put_to(
-        self, targets: Sequence[int], records: Sequence[Record], give_back: Callable[[], None]
-    ) -> int:
-        """Put records to some tiers and wait for each; how many of the tiers kept them all.
+        self, targets: Sequence[int], records: Sequence[Record], give_back: Callable[[], None],
+        since: float | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Put records to some tiers and wait for each; which of the tiers kept them all.
 
         `give_back` is called once no tier needs their memory any more, however late that is.
+        `since`: when the first of them was to be there.
         """
         one_less = Countdown(len(targets), give_back)
-        jobs = [(number, self.put(number, records, one_less)) for number in targets]
-        kept = [self.finish(number, job) for number, job in jobs]
-        return sum(count == len(records) for count in kept)
+        jobs = [(number, self.put(number, records, one_less, since)) for number in targets]
+        kept = [(number, self.finish(number, job, since)) for number, job in jobs]
+        return [number for number, count in kept if count == len(records)]
 
     def call(
         self, number: int, work: Callable[[Tier], Any], timeout: float,
-        undo: Callable[[], None] | None = None, *, urgent: bool = True,
+        undo: Callable[[], None] | None = None, *, kind: str = "read",
     ) -> Any:  # fmt: skip
-        """Have a tier do something, `urgent` where that is no writing, and wait; `undo` is called
-        when that is over.
+        """Have a tier do something and wait; `undo` is called when that is over. `kind`: see
+        `TierWorker.submit`.
 
         Raises:
             Exception: what the tier raises, `TimeoutError`, `TierDownError`.
         """
         worker = self.workers[number]
         try:
-            job = worker.submit(lambda _: work(self.tiers[number]), urgent=urgent, undo=undo)
+            job = worker.submit(lambda _: work(self.tiers[number]), kind, undo)
         except TierDownError:
             if undo is not None:
                 undo()

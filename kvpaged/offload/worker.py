@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpaged.tiers.base import Tier, TierDownError
-from kvpaged.tiers.health import FAILURES, Health
+from kvpaged.tiers.health import FAILURES, WRITES, Health
 
 log = logging.getLogger("kvpaged.offload")
 
@@ -17,9 +17,9 @@ class Job:
     """One piece of work for a tier's thread."""
 
     def __init__(
-        self, work: Callable[["Job"], Any], undo: Callable[[], None] | None, *, urgent: bool
+        self, work: Callable[["Job"], Any], undo: Callable[[], None] | None, kind: str
     ) -> None:
-        self._work, self._undo, self.urgent = work, undo, urgent
+        self._work, self._undo, self.kind = work, undo, kind
         self._done = threading.Event()
         self.cancelled = False
         self.started = False
@@ -59,7 +59,7 @@ class TierWorker:
         self.health = Health()
         self.timeouts = 0
         self._cond = threading.Condition()
-        self._jobs: tuple[deque[Job], deque[Job]] = (deque(), deque())  # urgent ones, others
+        self._jobs: tuple[deque[Job], deque[Job]] = (deque(), deque())  # reads, writes
         self._running: Job | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -72,35 +72,35 @@ class TierWorker:
     @property
     def up(self) -> bool:
         """It may be asked for what it has."""
-        return self._asked(urgent=True)
+        return self._asked("read")
 
     @property
     def takes(self) -> bool:
         """It may be given something: it need not be, where it is only read."""
-        return self._asked(urgent=False)
+        return self._asked("put")
 
-    def _asked(self, *, urgent: bool) -> bool:
-        return not (self._closed or self.parked or self.health.rests(_kind(urgent=urgent)))
+    def _asked(self, kind: str) -> bool:
+        return not (self._closed or self.parked or self.health.rests(kind))
 
     def submit(
-        self, work: Callable[[Job], Any], *, urgent: bool, undo: Callable[[], None] | None = None
+        self, work: Callable[[Job], Any], kind: str, undo: Callable[[], None] | None = None
     ) -> Job:
-        """Have the tier's thread do something, `urgent` where that is no writing; `undo` is called
-        when it is over, however it ends, also where it never began.
+        """Have the tier's thread do something; `undo` is called when it is over, however it ends,
+        also where it never began. `kind`: `"read"`, `"put"` or `"delete"`, see `Health`.
 
         Raises:
             TierDownError: it is not asked now; nothing is called.
         """
-        job = Job(work, undo, urgent=urgent)
+        job = Job(work, undo, kind)
         with self._cond:
-            if not self._asked(urgent=urgent):
+            if not self._asked(kind):
                 raise TierDownError(f"tier {self.tier.name} is not asked now")
             self._queue(job)
         return job
 
     def _queue(self, job: Job) -> None:
         """Leave a job to the thread; the condition is held."""
-        self._jobs[not job.urgent].append(job)
+        self._jobs[job.kind in WRITES].append(job)
         if self._thread is None:
             self._thread = threading.Thread(
                 target=_serve, args=(weakref.ref(self), self._cond), daemon=True,
@@ -119,26 +119,24 @@ class TierWorker:
         if not job.wait(timeout) and self._abandon(job):
             self.timeouts += 1
             error = TimeoutError(f"no answer in {timeout or 0:.3g} s")
-            self.failed(error, urgent=job.urgent)
+            self.failed(error, job.kind)
             raise error
         if job.error is not None:
             if not isinstance(job.error, TierDownError):
-                self.failed(repr(job.error), urgent=job.urgent)
+                self.failed(repr(job.error), job.kind)
             raise job.error
-        self.succeeded(urgent=job.urgent)
+        self.succeeded(job.kind)
         return job.result
 
-    def succeeded(self, *, urgent: bool) -> None:
-        """A call, urgent or not, gave what was asked for."""
-        kind = _kind(urgent=urgent)
+    def succeeded(self, kind: str) -> None:
+        """A call gave what was asked for."""
         ill = self.health.ill(kind)
         self.health.succeeded(kind)
         if ill and not self.health.ill(kind):
             log.warning("tier %s answers again", self.tier.name)
 
-    def failed(self, why: object, *, urgent: bool) -> None:
+    def failed(self, why: object, kind: str) -> None:
         """A call failed, or did not return in time."""
-        kind = _kind(urgent=urgent)
         self.health.failed(why, kind)
         row = self.health.row(kind)
         if row == 1:
@@ -183,7 +181,7 @@ class TierWorker:
         """End its thread, and close the tier; false if that did not happen in time (the thread is
         left to itself).
         """
-        last = Job(lambda _: self.tier.close(), None, urgent=True)
+        last = Job(lambda _: self.tier.close(), None, "read")
         with self._cond:
             if self._closed:
                 return True
@@ -206,10 +204,6 @@ class TierWorker:
             log.warning("tier %s did not close: %s", self.tier.name, error)
             return not isinstance(error, TimeoutError)
         return True
-
-
-def _kind(*, urgent: bool) -> str:
-    return "read" if urgent else "put"
 
 
 def _serve(of: "weakref.ref[TierWorker]", cond: threading.Condition) -> None:

@@ -51,10 +51,19 @@ class Health:
         self.failures = 0
         self.why = ""
 
-    def ill(self, kind: str = "") -> bool:
-        """It has failed too often in a row: the next such call is to see whether it still does."""
+    def failing(self, kind: str = "") -> list[str]:
+        """The kinds that failed too often in a row and stop this one: the next such call is to see
+        whether they still do.
+        """
         with self._lock:
-            return any(row.failures >= self._most for row in self._stopping(kind))
+            return [
+                of for of, row in self._rows.items()
+                if row.failures >= self._most and stops(of, kind)
+            ]  # fmt: skip
+
+    def ill(self, kind: str = "") -> bool:
+        """Whether some are failing."""
+        return bool(self.failing(kind))
 
     def left_s(self, kind: str = "") -> float:
         """Seconds until such a call is made again."""

@@ -288,8 +288,11 @@ class Breaker(Wrapper):
         return self._health.rests(kind) or any(stops(probe, kind) for probe in self._probing)
 
     def trip(self, why: str) -> None:
-        """It does not work: do not ask it for a while."""
+        """It does not work: do not ask it for a while. A call that was let through to see and has
+        not returned is waited for no more.
+        """
         with self._lock:
+            self._probing.clear()
             self._failed("trip", why, enough=True)
 
     def _failed(self, kind: str, why: str, *, enough: bool) -> None:
@@ -304,25 +307,21 @@ class Breaker(Wrapper):
                     f"{self._health.why}"
                 )
             start = self._clock()
-            if probe := self._health.ill(kind):
-                self._probing.add(kind)
+            probe = self._health.failing(kind)
+            self._probing.update(probe)
         try:
             done = call()
         except BaseException as error:
             with self._lock:
-                self._ended(kind, probe=probe)
-                self._failed(kind, f"{kind} raised {error!r}", enough=probe)
+                self._probing.difference_update(probe)
+                self._failed(kind, f"{kind} raised {error!r}", enough=bool(probe))
             raise
         took = self._clock() - start
         with self._lock:
-            self._ended(kind, probe=probe)
+            self._probing.difference_update(probe)
             if self._slow is not None and took > self._slow:
                 self._failed(kind, f"{kind} took {took:.3f} s of {self._slow:g}", enough=True)
             elif probe or not self._health.ill(kind):
                 self._health.succeeded("trip")
                 self._health.succeeded(kind)
         return done
-
-    def _ended(self, kind: str, *, probe: bool) -> None:
-        if probe:
-            self._probing.discard(kind)

@@ -96,12 +96,12 @@ def test_what_writes_well_and_does_not_read_rests_all_the_same():
     worker = worker_of(Clock())
     for _ in range(FAILURES):
         assert worker.up
-        worker.wait(worker.submit(lambda _: None, urgent=False), 30)
+        worker.wait(worker.submit(lambda _: None, "put"), 30)
         with pytest.raises(StorageError):
-            worker.wait(worker.submit(fails, urgent=True), 30)
-    worker.succeeded(urgent=False)
+            worker.wait(worker.submit(fails, "read"), 30)
+    worker.succeeded("put")
     assert is_resting(worker.health)
-    worker.succeeded(urgent=True)
+    worker.succeeded("read")
     assert not is_resting(worker.health)
     assert worker.close(30)
 
@@ -112,14 +112,14 @@ def test_a_tier_that_refuses_what_it_is_given_is_still_read():
     worker = worker_of(clock)
     for _ in range(FAILURES):
         with pytest.raises(StorageError):
-            worker.wait(worker.submit(fails, urgent=False), 30)
+            worker.wait(worker.submit(fails, "put"), 30)
     assert (worker.takes, worker.up) == (False, True)
     with pytest.raises(TierDownError):
-        worker.submit(lambda _: None, urgent=False)
-    assert worker.wait(worker.submit(lambda _: 7, urgent=True), 30) == 7
+        worker.submit(lambda _: None, "put")
+    assert worker.wait(worker.submit(lambda _: 7, "read"), 30) == 7
     assert not worker.takes, "that says nothing of writes"
     clock.now += REST_S * 1.01
-    worker.wait(worker.submit(lambda _: None, urgent=False), 30)
+    worker.wait(worker.submit(lambda _: None, "put"), 30)
     assert worker.close(30)
 
 
@@ -129,13 +129,13 @@ def test_a_worker_asks_nothing_of_a_tier_that_rests():
     called: list[object] = []
     for _ in range(FAILURES):
         with pytest.raises(StorageError):
-            worker.wait(worker.submit(fails, urgent=True), 30)
+            worker.wait(worker.submit(fails, "read"), 30)
     undo = Undone()
     with pytest.raises(TierDownError):
-        worker.submit(called.append, urgent=True, undo=undo)
+        worker.submit(called.append, "read", undo)
     assert (called, undo.times, worker.up) == ([], 0, False)
     clock.now += REST_S * 1.01
-    assert worker.wait(worker.submit(lambda _: 7, urgent=True, undo=undo), 30) == 7
+    assert worker.wait(worker.submit(lambda _: 7, "read", undo), 30) == 7
     assert undo.times == 1
     assert worker.health.failures == FAILURES
     assert worker.close(30)
@@ -147,20 +147,20 @@ def test_a_worker_asks_nothing_of_a_tier_that_rests():
 def test_a_call_that_does_not_return_costs_its_thread_until_it_does():
     worker, gate, undo = worker_of(), threading.Event(), Undone()
     before = threads()
-    job = worker.submit(lambda _: gate.wait(), urgent=True, undo=undo)
+    job = worker.submit(lambda _: gate.wait(), "read", undo)
     with pytest.raises(TimeoutError):
         worker.wait(job, 0.05)
     assert (worker.parked, worker.up, worker.timeouts) == (True, False, 1)
     for _ in range(50):
         with pytest.raises(TierDownError):
-            worker.submit(lambda _: None, urgent=True)
+            worker.submit(lambda _: None, "read")
     assert threads() == before + 1, "one thread, however often it was asked"
     assert undo.times == 0, "the call may still use what it holds"
     gate.set()
     until(lambda: not worker.parked)
     assert undo.times == 1
     assert worker.up
-    assert worker.wait(worker.submit(lambda _: 7, urgent=True), 30) == 7
+    assert worker.wait(worker.submit(lambda _: 7, "read"), 30) == 7
     assert threads() == before + 1
     assert worker.close(30)
     until(lambda: threads() == before)
@@ -168,11 +168,11 @@ def test_a_call_that_does_not_return_costs_its_thread_until_it_does():
 
 def test_a_job_that_has_not_begun_is_undone_when_nobody_waits_any_more():
     worker, gate = worker_of(), threading.Event()
-    first = worker.submit(lambda _: gate.wait(), urgent=True)
+    first = worker.submit(lambda _: gate.wait(), "read")
     called: list[object] = []
     undos = [Undone(), Undone()]
-    late = worker.submit(called.append, urgent=True, undo=undos[0])
-    dropped = worker.submit(called.append, urgent=False, undo=undos[1])
+    late = worker.submit(called.append, "read", undos[0])
+    dropped = worker.submit(called.append, "put", undos[1])
     with pytest.raises(TimeoutError):
         worker.wait(late, 0.02)
     worker.cancel(dropped)
@@ -188,10 +188,10 @@ def test_a_job_that_has_not_begun_is_undone_when_nobody_waits_any_more():
 def test_urgent_jobs_go_first():
     worker, gate = worker_of(), threading.Event()
     order: list[str] = []
-    worker.submit(lambda _: gate.wait(), urgent=True)
+    worker.submit(lambda _: gate.wait(), "read")
     jobs = []
     for name in ("w1", "r1", "w2", "r2"):
-        jobs.append(worker.submit(partial(_note, order, name), urgent=name[0] == "r"))
+        jobs.append(worker.submit(partial(_note, order, name), "read" if name[0] == "r" else "put"))
     gate.set()
     for job in jobs:
         worker.wait(job, 30)
@@ -203,10 +203,10 @@ def test_urgent_jobs_go_first():
 def test_undo_is_called_exactly_once(end):
     worker, gate, undo = worker_of(), threading.Event(), Undone()
     if end in ("waiting", "closed"):
-        first = worker.submit(lambda _: gate.wait(5), urgent=True)
+        first = worker.submit(lambda _: gate.wait(5), "read")
         until(lambda: first.started)
     work = {"raises": fails, "late": lambda _: gate.wait()}.get(end, lambda _: None)
-    job = worker.submit(work, urgent=False, undo=undo)
+    job = worker.submit(work, "put", undo)
     if end == "well":
         worker.wait(job, 30)
     elif end == "raises":
@@ -232,7 +232,7 @@ def test_a_wait_that_ends_as_its_job_does_is_no_failure():
     for _ in range(200):
         undo = Undone()
         try:
-            worker.wait(worker.submit(lambda _: None, urgent=True, undo=undo), 0.0)
+            worker.wait(worker.submit(lambda _: None, "read", undo), 0.0)
             good += 1
         except TimeoutError:
             late += 1
@@ -274,7 +274,7 @@ def test_a_tier_that_rests_is_closed_by_its_thread_all_the_same():
     assert worker.close(30)
     assert tier.closed_by == ["kvpaged host"]
     with pytest.raises(TierDownError):
-        worker.submit(lambda _: None, urgent=True)
+        worker.submit(lambda _: None, "read")
 
 
 @pytest.mark.parametrize("resting", [False, True])
@@ -292,7 +292,7 @@ def test_a_parked_tier_is_not_closed():
     tier, gate = Closing(), threading.Event()
     worker = TierWorker(tier)
     with pytest.raises(TimeoutError):
-        worker.wait(worker.submit(lambda _: gate.wait(), urgent=True), 0.02)
+        worker.wait(worker.submit(lambda _: gate.wait(), "read"), 0.02)
     assert not worker.close(0.02)
     assert tier.closed_by == []
     gate.set()
@@ -301,7 +301,7 @@ def test_a_parked_tier_is_not_closed():
 def test_a_worker_that_is_forgotten_takes_its_thread_with_it():
     before = threads()
     worker = worker_of()
-    worker.wait(worker.submit(lambda _: None, urgent=True), 30)
+    worker.wait(worker.submit(lambda _: None, "read"), 30)
     gone = weakref.ref(worker)
     del worker
     gc.collect()

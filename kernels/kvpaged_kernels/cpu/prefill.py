@@ -20,8 +20,9 @@ WINDOW_BLOCK = 256
 FLASH_BLOCK = 512
 """Tokens that the flash kernel takes at a time."""
 
+QUERY_BLOCK = 256
 MASK_ELEMENTS = 2**22
-"""Of the mask of one call, in which queries see what is before them whole."""
+"""Queries and elements of the mask of one call: it skips nothing of what the last query sees."""
 
 NO_WINDOW = 2**31 - 1
 """A window over everything: plans made with one have no trunks."""
@@ -168,12 +169,13 @@ def _causal(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries at positions `start..` over the tokens of `runs` up to their own, in one call.
+    """Queries at positions `start..` over the tokens of `runs` up to their own, as one softmax.
 
-    The flash kernel takes a query's tokens in blocks counted from the first, whatever other queries
-    there are: so a result is bit for bit the same for a prompt in one go, in chunks, or after a
-    hit. Parts of half precision, one a run or one before `start`, would be rounded one by one
-    before they are merged. Runs that aren't adjacent are copied side by side to that end.
+    What torch makes of the same tokens in one tensor: the flash kernel takes a query's tokens in
+    blocks counted from the first, whatever other queries there are, so after a hit, or in chunks
+    that end at blocks, a prompt as a rule has the bits of one in one go. Parts of half precision,
+    one a run or one before `start`, would be rounded one by one before they are merged. Runs that
+    aren't adjacent are copied side by side to that end.
     """
     stop = start + q.shape[2]
     runs = tuple(run for run in runs if run.first < stop)
@@ -186,7 +188,7 @@ def _causal(
     before = k.shape[2] - q.shape[2]
     if not before:
         return attend_part(q, k, v, scale=scale, softcap=softcap, causal=True)
-    step = max(32, MASK_ELEMENTS // k.shape[2])
+    step = max(32, min(QUERY_BLOCK, MASK_ELEMENTS // k.shape[2]))
     parts = []
     for a in range(0, q.shape[2], step):
         b = min(a + step, q.shape[2])
