@@ -348,6 +348,13 @@ def test_one_thread_holds_what_names_no_number_and_native_code_goes_on(monkeypat
         torch.set_num_threads(before)
 
 
+def test_one_thread_finds_openmp_though_a_library_without_it_was_loaded_first(monkeypatch):
+    """A cache with tiers loads the one that copies pages, maybe before any other."""
+    monkeypatch.setattr(native, "_loaded", [native.load("native_copy", torch.float32)])
+    with native.one_thread():
+        assert torch.get_num_threads() == 1
+
+
 def test_packed_layers_know_whether_they_are_all_there_is():
     model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50))
     packed = PackedLinears(model, native=True)

@@ -309,6 +309,11 @@ def test_one_call_at_a_time_is_let_through_to_see():
     assert is_down(tier)
     with pytest.raises(TierDownError):
         tier.delete([])
+    with pytest.raises(TierDownError):
+        get(tier, b"p1")
+    tier.trip("nor does that return")
+    clock.now += 5
+    assert not is_down(tier), "it is waited for no more"
     hang.set()
     thread.join()
     assert not is_down(tier)

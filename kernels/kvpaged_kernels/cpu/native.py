@@ -101,8 +101,11 @@ _loaded: list[ctypes.CDLL] = []
 
 
 def _openmp() -> Callable[[int], None]:
-    """OpenMP's `omp_set_num_threads`, as any library that is loaded here knows it."""
-    library = _loaded[0] if _loaded else load("native_linear", torch.float32)
+    """OpenMP's `omp_set_num_threads`, as a library that is loaded here knows it: one without a
+    parallel loop is not linked to it.
+    """
+    known = (each for each in _loaded if hasattr(each, "omp_set_num_threads"))
+    library = next(known, None) or load("native_linear", torch.float32)
     say: Callable[[int], None] = library.omp_set_num_threads
     return say
 
