@@ -25,7 +25,7 @@ class Levels:
         """
         for number in range(len(self._stack.levels) - 1):
             workers, below = self._stack.workers, self._stack.tiers[number + 1]
-            up = workers[number].up and workers[number].takes and workers[number + 1].takes
+            up = workers[number].takes and workers[number + 1].takes
             if below.policy != "write-back" or not up or not self._fills(number):
                 continue
             with self._stack.lock:
@@ -45,12 +45,8 @@ class Levels:
     def _drop(self, number: int, keys: list[bytes]) -> bool:
         """Have a tier forget records; whether it did."""
         try:
-            self._stack.call(
-                number,
-                lambda tier: tier.delete(keys),
-                self._options.write_deadline_s,
-                kind="delete",
-            )
+            timeout = self._options.write_deadline_s
+            self._stack.call(number, lambda tier: tier.delete(keys), timeout, kind="delete")
         except Exception as error:  # whatever a tier raises: it gives them up when it has to
             log.debug("tier %s: %r", self._stack.tiers[number].name, error)
             return False

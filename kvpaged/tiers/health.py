@@ -99,13 +99,9 @@ class Health:
             row.rest_s = min(2 * row.rest_s, self._longest)
             return True
 
-    def _stopping(self, kind: str) -> list[_Row]:
-        """The rows that stop a kind of call; the lock is held."""
-        return [row for of, row in self._rows.items() if stops(of, kind)]
-
     def _left(self, kind: str) -> float:
-        now = self._clock()
-        return max((row.until - now for row in self._stopping(kind) if row.until > now), default=0)
+        until = [row.until for of, row in self._rows.items() if stops(of, kind)]
+        return max(0.0, max(until, default=0.0) - self._clock())
 
 
 def stops(failing: str, kind: str) -> bool:
