@@ -13,6 +13,7 @@ Layer-major, the pages of a class lie side by side within each head of each laye
     same way entry of a page = its number
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 
 from kvpaged.config import Layout, check_page_size
 from kvpaged.errors import ConfigError
+from kvpaged_kernels.sealed import SliceLayout
 
 UNIT_BYTES = 256
 """Alignment and address unit of page-major pages: 16-byte loads stay aligned, and 2**31 units are
@@ -199,6 +201,57 @@ class PageGeometry:
         return View(
             (pages, 1, rows, elements), (first.stride[0], 0, first.stride[1], 1), first.offset
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedGeometry:
+    """The shape of a compressed page: a slice a layer, one after another, whatever the layout of
+    the exact pages it is made of; so a page is one run of bytes, in a pool and in a record.
+
+    Attributes:
+        exact: the page it is made of.
+        layouts: of each layer's slice.
+    """
+
+    exact: PageGeometry
+    layouts: tuple[SliceLayout, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.layouts) != self.exact.layers:
+            raise ConfigError(
+                f"{len(self.layouts)} layers have a format, {self.exact.layers} are in the page"
+            )
+
+    @property
+    def layers(self) -> int:
+        """Layers in the group."""
+        return self.exact.layers
+
+    @property
+    def page_size(self) -> int:
+        """Token slots."""
+        return self.exact.page_size
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each layer's slice begins, in bytes, and where the last one ends."""
+        ends = itertools.accumulate(layout.slice_bytes for layout in self.layouts)
+        return (0, *ends)
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes of all slices: what a record of the page has."""
+        return self.offsets[-1]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes a page takes in the pool: its content, padded to whole units."""
+        return -(-self.content_bytes // UNIT_BYTES) * UNIT_BYTES
+
+    def bits_per_element(self) -> float:
+        """Bits of the page for each element of K and V, scales, zero points and padding in it."""
+        elements = self.exact.layers * self.exact.slice_bytes // self.exact.itemsize
+        return 8 * self.page_bytes / elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,11 +31,30 @@ def _attend(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """Causal attention of the last `len(q)` of `length` tokens: `[n, q_heads, v_dim]` in fp64."""
-    n, q_heads, _ = q.shape
-    start = length - n
+    start = length - len(q)
     first = 0 if window is None else max(0, start - window + 1)
     k = _gather(k_pages, entries, first, length)
     v = _gather(v_pages, entries, first, length)
+    return attend_tokens(q, k, v, first, scale, window, softcap, sinks, alibi_slopes)
+
+
+def attend_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Causal attention of the queries of the last tokens over `k` and `v`, `[kv_heads, tokens,
+    dim]` in fp64, of the tokens from position `first` on: `[n, q_heads, v_dim]` in fp64.
+    """
+    n, q_heads, _ = q.shape
+    length = first + k.shape[1]
+    start = length - n
     group = q_heads // k.shape[0]
     k = k.repeat_interleave(group, 0)
     v = v.repeat_interleave(group, 0)

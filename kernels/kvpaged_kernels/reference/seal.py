@@ -1,0 +1,201 @@
+"""The oracle of sealing: K and V of full pages as coded slices, and back (`sealed`)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpaged_kernels.sealed_checks import check_seal
+from kvpaged_kernels.reference.checksum import checksum
+from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_BITS, Part, SliceLayout
+
+TRIED = {8: 2, 4: 6}
+"""By bits of a code: how many scales are tried for a group, from the first that holds its whole
+range downwards; the one with the least sum of squared errors is taken.
+"""
+
+E4M3_MOST = 448.0
+_MOST = (31 << 10 - SCALE_SHIFT) - 1
+"""The largest scale: what comes after stands for infinity."""
+_ZEROS = (1 << ZERO_BITS) - 1
+"""The largest zero point."""
+
+
+class Receipt(NamedTuple):
+    """What is known of slices that were made.
+
+    Attributes:
+        sums: int64 `[n, layers]`, their checksums, as `reference.checksum` defines them.
+        errors: fp32 `[n, layers, 2]`, the largest absolute error of K and of V.
+    """
+
+    sums: Tensor
+    errors: Tensor
+
+
+def seal(
+    k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor, layout: SliceLayout
+) -> Receipt:
+    """Code layers of full pages as slices of sealed ones.
+
+    - `k_pages`, `v_pages`: `[entries, layers, kv_heads, page_size, k_dim or v_dim]` of the layout's
+      dtype, last stride 1.
+    - `src`: int64 `[n]`, entries of the full pages.
+    - `slices`: uint8 `[entries of sealed pages, layers, slice_bytes]`, last stride 1; written.
+    - `dst`: int64 `[n]`, entries there, distinct.
+
+    Codes are chosen in fp32: of the scales that are tried for a group, the one with the least sum
+    of squared errors. Which of two equally good ones, and which of two codes a value lies between,
+    is left open: sums are rounded differently everywhere. Raises ValueError where shapes or dtypes
+    disagree.
+    """
+    check_seal(k_pages, v_pages, src, slices, dst, layout)
+    k, v = k_pages[src].flatten(0, 1), v_pages[src].flatten(0, 1)
+    made = code(k, v, layout)
+    errors = [
+        (back.float() - given.float()).abs().flatten(1).amax(1) if given.numel() else torch.zeros(0)
+        for back, given in zip(unseal(made, layout), (k, v), strict=True)
+    ]
+    errors[1] = errors[1] if v.numel() else torch.zeros_like(errors[0])
+    made = made.view(len(src), -1, layout.slice_bytes)
+    slices[dst] = made
+    words = made.view(torch.int32).unsqueeze(2)
+    sums = checksum(words, torch.arange(len(src), device=words.device))
+    return Receipt(sums, torch.stack(errors, 1).unflatten(0, (len(src), -1)))
+
+
+def code(k: Tensor, v: Tensor, layout: SliceLayout) -> Tensor:
+    """Slices, uint8 `[n, slice_bytes]`, of one layer of full pages, `[n, kv_heads, page_size, k_dim
+    or v_dim]`.
+    """
+    n, heads = k.shape[:2]
+    out = torch.zeros(n, heads, layout.head_bytes, dtype=torch.uint8, device=k.device)
+    k_codes, centres, k_params = _code_k(k, layout.k)
+    v_codes, v_params = _code_v(v, layout.v)
+    pieces = (
+        (0, k_codes), (layout.v_codes, v_codes), (layout.centres, centres),
+        (layout.k_params, k_params), (layout.v_params, v_params),
+    )  # fmt: skip
+    for at, piece in pieces:
+        if piece is not None and piece.numel():
+            content = piece.reshape(n, heads, -1).contiguous().view(torch.uint8)
+            out[:, :, at : at + content.shape[2]] = content
+    return out.view(n, -1)
+
+
+def unseal(slices: Tensor, layout: SliceLayout) -> tuple[Tensor, Tensor]:
+    """K and V of slices, uint8 `[n, slice_bytes]`: fp32 `[n, kv_heads, page_size, dim]`, or exact
+    parts in their own dtype.
+    """
+    n, heads, size = len(slices), layout.kv_heads, layout.page_size
+    head = slices.view(n, heads, layout.head_bytes)
+
+    def piece(at: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        count = torch.Size(shape).numel() * dtype.itemsize
+        part = head[:, :, at : at + count].contiguous()
+        return part.view(dtype).view(n, heads, *shape)
+
+    found = []
+    for part, at, dim in ((layout.k, 0, layout.k_dim), (layout.v, layout.v_codes, layout.v_dim)):
+        if part.form == "exact":
+            found.append(piece(at, layout.dtype, size, dim))
+        elif part.form == "fp8":
+            found.append(piece(at, torch.float8_e4m3fn, size, dim).float())
+        else:
+            raw = piece(at, torch.uint8, size, dim * part.bits // 8)
+            found.append(_unpacked(raw, part.bits).float())
+    k, v = found
+    if layout.k.form == "int":
+        groups = size // layout.k.group
+        params = piece(layout.k_params, torch.int16, groups, 1, layout.k_dim)
+        centre = piece(layout.centres, torch.float16, 1, 1, layout.k_dim).float()
+        scale, low = meaning(params, centre, layout.k.bits)
+        k = (k.unflatten(2, (groups, -1)) * scale + low).flatten(2, 3)
+    if layout.v.form == "int" and layout.v_dim:
+        groups = layout.v_dim // layout.v.group
+        params = piece(layout.v_params, torch.int16, groups, size).transpose(2, 3).unsqueeze(4)
+        scale, low = meaning(params, torch.zeros(()), layout.v.bits)
+        v = (v.unflatten(3, (groups, -1)) * scale + low).flatten(3, 4)
+    return k, v
+
+
+def meaning(params: Tensor, centre: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Of parameters (int16): the scale, and what code 0 stands for, fp32 both."""
+    whole = params.to(torch.int32) & 0xFFFF
+    scale = (whole >> ZERO_BITS << SCALE_SHIFT).to(torch.int16).view(torch.float16).float()
+    zero = (whole & _ZEROS).float() * (2.0**bits / (1 << ZERO_BITS))
+    return scale, centre - scale * zero
+
+
+def _code_k(k: Tensor, part: Part) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if part.form != "int":
+        return _plain(k, part), None, None
+    x = k.float()
+    centre = ((x.amax(2) + x.amin(2)) / 2).clamp(-65504, 65504).half()
+    grouped = x.unflatten(2, (-1, part.group)).transpose(3, 4)  # [n, heads, groups, dim, tokens]
+    codes, params = _quantise(grouped, centre.float()[:, :, None, :, None], part.bits)
+    return _packed(codes.transpose(3, 4).flatten(2, 3), part.bits), centre, params
+
+
+def _code_v(v: Tensor, part: Part) -> tuple[Tensor, Tensor | None]:
+    if part.form != "int" or not v.shape[3]:
+        return _plain(v, part), None
+    grouped = v.float().unflatten(3, (-1, part.group))  # [n, heads, tokens, groups, elements]
+    codes, params = _quantise(grouped, torch.zeros((), device=v.device), part.bits)
+    return _packed(codes.flatten(3, 4), part.bits), params.transpose(2, 3)
+
+
+def _plain(x: Tensor, part: Part) -> Tensor:
+    if part.form == "exact":
+        return x
+    return x.float().clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
+
+
+def _quantise(x: Tensor, centre: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 of `x`'s shape, and parameters, int16 without its last dimension: of all in the
+    last dimension of `x` (fp32) one.
+    """
+    top = 2**bits - 1
+    unit = (1 << ZERO_BITS) / 2**bits
+    low = torch.minimum(x.amin(-1, keepdim=True), centre)
+    high = torch.maximum(x.amax(-1, keepdim=True), centre)
+    wanted = ((high - low) / top).clamp(max=65504.0)
+    # The bits of a positive fp16 number rise with it: the first scale that is not below.
+    most = wanted.half().view(torch.int16).int()
+    most += (most.to(torch.int16).view(torch.float16).float() < wanted).int()
+    most = most + (1 << SCALE_SHIFT) - 1 >> SCALE_SHIFT
+    best = codes = params = None
+    for step in range(TRIED[bits]):
+        kept = (most - step).clamp(1, _MOST)
+        scale = (kept << SCALE_SHIFT).to(torch.int16).view(torch.float16).float()
+        clipped = ((high - low) - top * scale).clamp(min=0) / 2
+        zero = ((centre - low - clipped) / scale * unit).round().clamp(0, _ZEROS)
+        base = centre - scale * (zero / unit)
+        code = ((x - base) / scale).round().clamp(0, top)
+        error = (base + scale * code - x).square().sum(-1, keepdim=True)
+        param = kept << ZERO_BITS | zero.int()
+        if best is None or codes is None or params is None:
+            best, codes, params = error, code, param
+        else:
+            better = error < best
+            best = torch.where(better, error, best)
+            codes = torch.where(better, code, codes)
+            params = torch.where(better, param, params)
+    assert codes is not None and params is not None
+    return codes.to(torch.uint8), params.squeeze(-1).to(torch.int16)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes as bytes, the last dimension packed."""
+    if bits == 8:
+        return codes
+    parts = codes.to(torch.int32).unflatten(-1, (4, -1)).unbind(-2)
+    words = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
+    return words.to(torch.int16).view(torch.uint8)
+
+
+def _unpacked(raw: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return raw
+    words = raw.contiguous().view(torch.int16).to(torch.int32)
+    return torch.cat([words >> 4 * n & 15 for n in range(4)], dim=-1)

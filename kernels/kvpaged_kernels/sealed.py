@@ -1,0 +1,116 @@
+"""How a layer's K and V lie in a sealed page: codes and what they mean, in bytes.
+
+A slice is one layer of a page, head after head; a head is
+
+    | K codes | V codes | K centres | K parameters | V parameters | 0 .. to a multiple of 16 |
+
+    K codes        [slot, k_dim], as the form says
+    K centres      fp16 [k_dim]: the middle of each channel over the page      (integers only)
+    K parameters   uint16 [page_size / group, k_dim]: channels share one over `group` tokens
+    V parameters   uint16 [v_dim / group, page_size]: tokens share one over `group` elements
+
+Forms of codes: "exact", the numbers of the model's dtype; "fp8", e4m3 bytes; "int", unsigned
+integers of 8 or 4 bits. Four-bit codes of a token are `dim / 4` little-endian uint16, of which
+number `i` holds those of the dimensions i, i + dim / 4, i + dim / 2 and i + 3 dim / 4, from the
+lowest bits up: kernels read each nibble as one operand of a quarter of the width.
+
+A parameter holds a scale and a zero point: `scale << 7 | zero`. The scale is an fp16 number without
+its sign and its lowest six bits (5 bits of exponent, 4 of mantissa), the zero point counts
+128ths of the codes' range. A code stands for
+
+    centre + scale * (code - zero * 2**bits / 128)          (V has no centres: 0)
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Form = Literal["exact", "fp8", "int"]
+
+ZERO_BITS = 7
+"""Of a parameter: those of the zero point; the others are the scale's."""
+
+SCALE_SHIFT = 6
+"""Bits of an fp16 number that a scale does without."""
+
+HEAD_ALIGN = 16
+
+
+class Part(NamedTuple):
+    """How K or V is coded.
+
+    Attributes:
+        form: see the module.
+        bits: of a code: those of the dtype, 8 (fp8, int), or 4 (int).
+        group: of integers: how many share a parameter, tokens in K, elements in V.
+    """
+
+    form: Form
+    bits: int
+    group: int = 0
+
+
+class SliceLayout(NamedTuple):
+    """Where the parts of one head lie, in bytes from its beginning.
+
+    Attributes:
+        kv_heads, page_size, k_dim, v_dim, dtype: of the exact page.
+        k, v: how each is coded.
+        v_codes, centres, k_params, v_params: where they begin; K's codes begin at 0.
+        head_bytes: from a head to the next.
+    """
+
+    kv_heads: int
+    page_size: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    k: Part
+    v: Part
+    v_codes: int
+    centres: int
+    k_params: int
+    v_params: int
+    head_bytes: int
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of a layer in a page."""
+        return self.kv_heads * self.head_bytes
+
+    @classmethod
+    def of(
+        cls, k: Part, v: Part, *, kv_heads: int, page_size: int, k_dim: int, v_dim: int,
+        dtype: torch.dtype,
+    ) -> "SliceLayout":  # fmt: skip
+        """The layout of a layer.
+
+        Raises:
+            ValueError: a part's group does not divide what it is of, or a width can't be coded so.
+        """
+        _check("K", k, page_size, k_dim, dtype)
+        _check("V", v, v_dim, v_dim, dtype)
+        v_codes = page_size * k_dim * k.bits // 8
+        centres = v_codes + page_size * v_dim * v.bits // 8
+        whole = k.form == "int"
+        k_params = centres + (2 * k_dim if whole else 0)
+        v_params = k_params + (2 * k_dim * (page_size // k.group) if whole else 0)
+        end = v_params + (2 * page_size * (v_dim // v.group) if v.form == "int" and v_dim else 0)
+        head_bytes = -(-end // HEAD_ALIGN) * HEAD_ALIGN
+        return cls(
+            kv_heads, page_size, k_dim, v_dim, dtype, k, v, v_codes, centres, k_params, v_params,
+            head_bytes,
+        )  # fmt: skip
+
+
+def _check(name: str, part: Part, count: int, dim: int, dtype: torch.dtype) -> None:
+    """Raise `ValueError` unless numbers of a head, `dim` wide, can be coded so."""
+    wanted = {"exact": (8 * dtype.itemsize,), "fp8": (8,), "int": (8, 4)}[part.form]
+    if part.bits not in wanted:
+        raise ValueError(f"{name}: codes of form {part.form!r} have {wanted} bits, not {part.bits}")
+    if part.form != "int":
+        return
+    if part.group < 1 or count % part.group:
+        raise ValueError(f"{name}: groups of {part.group} do not divide {count}")
+    if part.bits == 4 and dim % 4:
+        raise ValueError(f"{name}: codes of 4 bits need a width that 4 divides, not {dim}")

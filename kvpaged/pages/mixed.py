@@ -1,0 +1,190 @@
+"""Pages of two classes under one numbering: a group's exact pages, and those that are sealed
+compressed.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpaged.errors import OutOfPagesError
+from kvpaged.pages.allocator import Lease, PageAllocator
+from kvpaged.pages.extents import Ids
+
+
+class MixedAllocator:
+    """Who holds which page of a group whose full pages are compressed.
+
+    Page ids below `first_sealed` are exact pages, open ones and those that stay exact; others are
+    `first_sealed` and more than a page of the compressed class. Everything else is as of a
+    `PageAllocator`; the two share a budget of frames.
+
+    Not thread-safe: the cache's lock is held around every call. Invariant: `refs`, `states`,
+    `depths` and `generations` are the arrays that the two allocators work on, side by side.
+    """
+
+    def __init__(self, exact: PageAllocator, sealed: PageAllocator) -> None:
+        self.exact, self.sealed = exact, sealed
+        self.first_sealed = exact.capacity
+        self.capacity = exact.capacity + sealed.capacity
+        self.refs = np.concatenate((exact.refs, sealed.refs))
+        self.states = np.concatenate((exact.states, sealed.states))
+        self.depths = np.concatenate((exact.depths, sealed.depths))
+        self.generations = np.concatenate((exact.generations, sealed.generations))
+        for name in ("refs", "states", "depths", "generations"):
+            both = getattr(self, name)
+            setattr(exact, name, both[: self.first_sealed])
+            setattr(sealed, name, both[self.first_sealed :])
+        self._on_evict: Callable[[int], None] | None = None
+
+    # -- asking ------------------------------------------------------------------------------------
+
+    @property
+    def on_evict(self) -> Callable[[int], None] | None:
+        """Called with each page that is evicted, before it is free."""
+        return self._on_evict
+
+    @on_evict.setter
+    def on_evict(self, call: Callable[[int], None] | None) -> None:
+        self._on_evict = self.exact.on_evict = call
+        first = self.first_sealed
+        self.sealed.on_evict = None if call is None else lambda page: call(first + page)
+
+    @property
+    def reopened(self) -> int:
+        """Sealed pages that took tokens again, after a rewind."""
+        return self.exact.reopened + self.sealed.reopened
+
+    @property
+    def lost(self) -> int:
+        """Sealed pages that were freed with their last reference, not being kept."""
+        return self.exact.lost + self.sealed.lost
+
+    def is_sealed(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which pages are of the compressed class."""
+        found: npt.NDArray[np.bool_] = ids >= self.first_sealed
+        return found
+
+    def held_back(self) -> int:
+        """Pages that nobody holds and that will be free, or could be, once a lease ends."""
+        return self.exact.held_back() + self.sealed.held_back()
+
+    def used_pages(self) -> int:
+        """Pages with a reference, or free but for a lease."""
+        return self.exact.used_pages() + self.sealed.used_pages()
+
+    def cached_pages(self) -> int:
+        """Pages kept that nobody holds."""
+        return self.exact.cached_pages() + self.sealed.cached_pages()
+
+    def oldest_cached(self, most: int) -> list[int]:
+        """Pages that will be evicted first, at most so many: of the compressed class before exact
+        ones, which are the first of their sequences.
+        """
+        deep = [self.first_sealed + page for page in self.sealed.oldest_cached(most)]
+        return deep + self.exact.oldest_cached(most - len(deep))
+
+    # -- taking and giving back --------------------------------------------------------------------
+
+    def alloc(self, count: int, after: int | None = None) -> Ids:
+        """Take `count` exact pages: see `PageAllocator.alloc`."""
+        return self.exact.alloc(count, self._exact_after(after))
+
+    def alloc_sealed(self, count: int, after: int | None = None) -> Ids:
+        """Take `count` pages of the compressed class."""
+        mine = None if after is None or after < self.first_sealed else after - self.first_sealed
+        return self.sealed.alloc(count, mine) + np.int32(self.first_sealed)
+
+    def alloc_each(self, after: list[int]) -> Ids:
+        """Take an exact page for each of some sequences: see `PageAllocator.alloc_each`."""
+        last = self.first_sealed - 1  # nothing follows it
+        return self.exact.alloc_each([page if page < last else last for page in after])
+
+    def check_room(self, exact: int, sealed: int = 0) -> None:
+        """Raise `OutOfPagesError` unless so many pages of each could be had, were the others not
+        wanted; nothing changes.
+        """
+        if exact:
+            self.exact.check_room(exact)
+        if sealed:
+            try:
+                self.sealed.check_room(sealed)
+            except OutOfPagesError as error:
+                raise OutOfPagesError(
+                    f"{error} (of compressed pages)", needed=error.needed,
+                    available=error.available,
+                ) from None  # fmt: skip
+
+    def share(self, ids: Ids) -> None:
+        """Add one reference for each occurrence of a page in `ids`; all must be held, or cached."""
+        exact, sealed = self._split(ids)
+        if exact.size:
+            self.exact.share(exact)
+        if sealed.size:
+            self.sealed.share(sealed)
+
+    def reopen(self, ids: Ids) -> None:
+        """Exact pages that one row holds take tokens again."""
+        self.exact.reopen(ids)
+
+    def keep(self, page: int, depth: int) -> None:
+        """Keep a sealed page somebody holds for reuse, at this place (from 1) of its sequence."""
+        if page < self.first_sealed:
+            self.exact.keep(page, depth)
+        else:
+            self.sealed.keep(page - self.first_sealed, depth)
+
+    def release(self, ids: Ids) -> None:
+        """Drop one reference for each occurrence of a page in `ids`; compressed pages first, which
+        come after exact ones in their sequences.
+        """
+        exact, sealed = self._split(ids)
+        if sealed.size:
+            self.sealed.release(sealed)
+        if exact.size:
+            self.exact.release(exact)
+
+    def drop(self, page: int) -> None:
+        """Free a cached page, and tell nobody."""
+        if page < self.first_sealed:
+            self.exact.drop(page)
+        else:
+            self.sealed.drop(page - self.first_sealed)
+
+    # -- copies in flight --------------------------------------------------------------------------
+
+    def lease(self, ids: Ids) -> Lease:
+        """Keep these pages from being reused until `end_lease`."""
+        for allocator, mine in zip((self.exact, self.sealed), self._split(ids), strict=True):
+            if mine.size:
+                allocator.lease(mine)
+        return Lease(ids.copy(), self.generations[ids])
+
+    def end_lease(self, lease: Lease) -> bool:
+        """End a lease, once. True if every page is still the one that was leased."""
+        compressed = self.is_sealed(lease.ids)
+        current = True
+        for allocator, chosen, first in (
+            (self.exact, ~compressed, 0), (self.sealed, compressed, self.first_sealed),
+        ):  # fmt: skip
+            if chosen.any():
+                ids = (lease.ids[chosen] - first).astype(np.int32)
+                current &= allocator.end_lease(Lease(ids, lease.generations[chosen]))
+        return current
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` naming the first invariant that does not hold."""
+        self.exact.check_integrity()
+        self.sealed.check_integrity()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _split(self, ids: Ids) -> tuple[Ids, Ids]:
+        """Exact pages, and compressed ones by the numbers of their class."""
+        compressed = self.is_sealed(ids)
+        if not compressed.any():
+            return ids, ids[:0]
+        return ids[~compressed], (ids[compressed] - self.first_sealed).astype(np.int32)
+
+    def _exact_after(self, after: int | None) -> int | None:
+        return after if after is not None and after < self.first_sealed else None
