@@ -15,6 +15,9 @@ from kvpaged.pages.extents import Ids
 from kvpaged.pages.prefix import Trail
 from kvpaged.pages.stage import Stage
 from kvpaged.sequences import Sequences
+from kvpaged.mixed_step import attend_mixed, plan_mixed, single_rows, write_mixed
+from kvpaged.pages.mixed import MixedClass
+from kvpaged.pages.table import Successor
 from kvpaged.step import (
     Ints,
     Step,
@@ -135,13 +138,14 @@ class Batch(Sequences):
         self._note_dropped()
         cache = self._cache
         touched = self._touched if self._odd else None
+        single = single_rows(counts, order) if cache.compressed else None
         with cache.lock:
             cache.collect_garbage()
             for rows in self._groups if self._loose else ():
                 rows.trim(self.lengths)
             self._loose = False
             try:
-                growths = cache.with_room(lambda: self._take(counts, touched))
+                growths = cache.with_room(lambda: self._take(counts, touched, single))
             except OutOfPagesError as error:
                 raise cache.shortage(error, self.memory_bytes(), counts, self.lengths) from None
             for rows, growth in zip(self._groups, growths, strict=True):
@@ -168,15 +172,17 @@ class Batch(Sequences):
             counts, self.lengths.copy(), self._groups, self._stages, hints, ids,
             order=order, more=more,
         )  # fmt: skip
+        if single is not None:
+            plan_mixed(self.step, self._groups, single)
         return self.step
 
-    def _take(self, counts: Ints, touched: Flags | None) -> list[Growth]:
+    def _take(self, counts: Ints, touched: Flags | None, single: Flags | None) -> list[Growth]:
         """The pages of a step, in each group; the lock is held.
 
         Raises:
             OutOfPagesError: there is no room; nothing is held.
         """
-        needs = [rows.needs(self.lengths, counts, touched) for rows in self._groups]
+        needs = [rows.needs(self.lengths, counts, touched, single) for rows in self._groups]
         growths: list[Growth] = []
         try:
             for rows, need in zip(self._groups, needs, strict=True):
@@ -187,15 +193,20 @@ class Batch(Sequences):
             raise
         return growths
 
-    def _take_each(self, full: Ints) -> list[Ids]:
-        """The same for a page for each of some rows."""
-        taken: list[Ids] = []
+    def _take_each(self, full: Ints, filling: Ints) -> list[tuple[Ids, list[Successor]]]:
+        """The same for a page for each of some rows, and for what is to follow the open pages of
+        others, which are about to fill.
+        """
+        taken: list[tuple[Ids, list[Successor]]] = []
         try:
             for rows in self._groups:
-                taken.append(rows.take_each(full))
+                ids = rows.take_each(full) if len(full) else np.empty(0, np.int32)
+                taken.append((ids, []))
+                taken[-1] = ids, rows.take_successors(filling, self.lengths)
         except OutOfPagesError:
-            for rows, ids in zip(self._groups, taken, strict=False):
+            for rows, (ids, successors) in zip(self._groups, taken, strict=False):
                 rows.page_class.allocator.release(ids)
+                rows.give_back(Growth([], [], successors))
             raise
         return taken
 
@@ -215,18 +226,23 @@ class Batch(Sequences):
         last, full, cache = self._last, self.filled, self._cache
         if last is None or self._odd or self._loose or self._begun is not None:
             return None
-        if len(full):
+        filling = _NONE
+        if cache.compressed:
+            filling = last.at_page_end(self.lengths + last.counts, cache.config.page_size)
+        if len(full) or len(filling):
             with cache.lock:
                 cache.collect_garbage()
                 try:
-                    taken = cache.with_room(lambda: self._take_each(full))
+                    taken = cache.with_room(lambda: self._take_each(full, filling))
                 except OutOfPagesError as error:
                     raise cache.shortage(
                         error, self.memory_bytes(), last.counts, self.lengths
                     ) from None
-                for rows, ids in zip(self._groups, taken, strict=True):
-                    rows.enter_each(full, ids)
-            for rows, ids in zip(self._groups, taken, strict=True):
+                for rows, (ids, successors) in zip(self._groups, taken, strict=True):
+                    if len(full):
+                        rows.enter_each(full, ids)
+                    rows.enter_successors(successors)
+            for rows, (ids, _) in zip(self._groups, taken, strict=True):
                 rows.clear(ids)
         self._begun, self._last = last.counts, None
         hints = self._plans
@@ -240,10 +256,13 @@ class Batch(Sequences):
         """
         step = self.step or self._running()
         home = self._cache.home_of(layer)
-        write_layer(
-            step.groups[home.group], home.layers, home.place, k, v,
-            backend=home.backend, window=home.window,
-        )  # fmt: skip
+        group = step.groups[home.group]
+        if isinstance(home.pages, MixedClass):
+            write_mixed(group, home.pages, home.place, k, v, backend=home.backend)
+        else:
+            write_layer(
+                group, home.layers, home.place, k, v, backend=home.backend, window=home.window
+            )
         step.written.add(layer)
 
     def attend(
@@ -271,7 +290,10 @@ class Batch(Sequences):
         step.wait_layer(home.group, home.place)
         options = Options(scale, home.window, softcap, sinks, alibi_slopes)
         group = step.groups[home.group]
-        out = attend_layer(group, home.layers, home.place, q, options, backend=home.backend)
+        if isinstance(home.pages, MixedClass):
+            out = attend_mixed(group, home.pages, home.place, q, options, backend=home.backend)
+        else:
+            out = attend_layer(group, home.layers, home.place, q, options, backend=home.backend)
         step.attended.add(layer)
         return out
 
@@ -286,7 +308,7 @@ class Batch(Sequences):
             return None
         found: dict[int, Lane] = {}
         for number, group in enumerate(step.groups):
-            if cache.backends[number] != "cpu":
+            if cache.backends[number] != "cpu" or cache.compressed:
                 return None
             if group.parts:
                 return None
@@ -326,6 +348,10 @@ class Batch(Sequences):
             self._cache.counters.sealed += sum(len(ids) for ids in sealed)
         for rows, ids_sealed in zip(self._groups, sealed, strict=True):
             rows.sum_sealed(ids_sealed)
+        if self._cache.compressed:
+            with self._cache.lock:
+                for rows in self._groups:
+                    rows.end_sealing()
 
     def settle_computed(self) -> None:
         """Have what is computed count, as far as a step may be unfinished where it is called.

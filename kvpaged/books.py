@@ -11,10 +11,12 @@ import torch
 
 from kvpaged.config import Backend, Layout, format_bytes
 from kvpaged.errors import ConfigError, IntegrityError, OutOfPagesError, UsageError
+from kvpaged.formats.kv import KVFormat
 from kvpaged.geometry import LayerGroup, PageGeometry
 from kvpaged.given import as_groups, config_of, one_each
 from kvpaged.group_rows import GroupRows, Ints
 from kvpaged.keys import Salt, encode_salt
+from kvpaged.mixed_rows import MixedRows
 from kvpaged.offload.mover import Mover
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.pool import PoolView, view_of
@@ -23,7 +25,8 @@ from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED
 from kvpaged.pages.classops import verify_pages
 from kvpaged.pages.extents import Ids
-from kvpaged.pages.pool import PageClass, PagePool
+from kvpaged.pages.mixed import AnyClass, MixedClass
+from kvpaged.pages.pool import PagePool
 from kvpaged.pages.prefix import PrefixIndex, Trail
 from kvpaged.pages.room import wait_for_room
 from kvpaged.pages.table import BlockTable
@@ -40,6 +43,7 @@ class Home(NamedTuple):
 
     group: int
     place: int
+    pages: AnyClass
     layers: tuple[LayerPages, ...]
     window: int | None
     backend: Backend
@@ -68,6 +72,7 @@ class CacheBooks:
         memory: int | str,
         *,
         namespace: bytes = b"",
+        kv_format: str | KVFormat = "auto",
         device: torch.device | str = "cpu",
         layout: Layout | None = None,
         backend: Backend | None = None,
@@ -82,6 +87,8 @@ class CacheBooks:
             namespace: what makes KV bytes valid (weights, adapters, config, ...) as you identify
                 it: full pages are kept and serve every sequence that begins with their tokens under
                 an equal one. Empty: nothing is known of that, and nothing is shared but by forks.
+            kv_format: how full pages hold K and V: "auto", as they were; "fp8", "int8", "k8v4",
+                "int4": compressed as they fill (docs/formats.md); or a `KVFormat`.
             device: where pages live, for a single geometry (groups name their own).
             layout: see `CacheConfig`; `None`: what suits the device, whatever the geometry says.
             backend: see `CacheConfig`.
@@ -102,6 +109,8 @@ class CacheBooks:
             group.with_layout(self.config.layout_on(group.device.type), self.config.page_size)
             for group in groups
         )
+        dtypes = {group.geometry.dtype for group in self.groups}
+        self.kv_format = KVFormat.of(kv_format, dtypes)
         self.backends = tuple(self.config.backend_on(group.device.type) for group in self.groups)
         self._places = {
             layer: (number, place)
@@ -115,7 +124,8 @@ class CacheBooks:
             self.pools = self._make_pools()
         self._homes = {
             layer: Home(
-                group=number, place=place, layers=self.classes[number].layers,
+                group=number, place=place, pages=self.classes[number],
+                layers=self.classes[number].layers,
                 window=self.groups[number].window, backend=self.backends[number],
             )
             for layer, (number, place) in self._places.items()
@@ -146,18 +156,29 @@ class CacheBooks:
             sum(group.geometry.token_bytes for group in self.groups if group.device == device)
             for device in devices
         ]
+        sealed = [self.kv_format.sealed(group) for group in self.groups]
         pools = []
-        by_group: dict[int, PageClass] = {}
+        by_group: dict[int, AnyClass] = {}
         for device, weight in zip(devices, weights, strict=True):
             mine = [i for i, group in enumerate(self.groups) if group.device == device]
             share = self.config.memory * weight // sum(weights)
-            geometries = [self.groups[i].geometry for i in mine]
+            exact = [self.groups[i].geometry for i in mine]
+            compressed = {i: geometry for i in mine if (geometry := sealed[i]) is not None}
             pool = PagePool(
-                geometries, memory=share, device=device, checksums=self.config.checksums
-            )
+                [*exact, *compressed.values()], memory=share, device=device,
+                checksums=self.config.checksums,
+            )  # fmt: skip
             pools.append(pool)
-            by_group.update(zip(mine, pool.classes, strict=True))
+            for i, page_class in zip(mine, pool.classes, strict=True):
+                by_group[i] = page_class
+            for i, page_class, sealed_class in zip(
+                compressed, [pool.classes[mine.index(i)] for i in compressed], pool.sealed,
+                strict=True,
+            ):  # fmt: skip
+                by_group[i] = MixedClass(page_class, sealed_class, self.kv_format.keep)
         self.classes = tuple(by_group[i] for i in range(len(self.groups)))
+        self.compressed = any(isinstance(each, MixedClass) for each in self.classes)
+        """Whether full pages of some group are coded."""
         return tuple(pools)
 
     # -- looking after itself ----------------------------------------------------------------------
@@ -386,14 +407,13 @@ class CacheBooks:
 
     def make_rows(self, rows: int) -> list[GroupRows]:
         """For a new batch: its rows in each group, without pages."""
-        return [
-            GroupRows(
-                page_class, rows=rows, device=group.device, window=group.window, backend=backend
+        made: list[GroupRows] = []
+        for pages, group, backend in zip(self.classes, self.groups, self.backends, strict=True):
+            kind = MixedRows if isinstance(pages, MixedClass) else GroupRows
+            made.append(
+                kind(pages, rows=rows, device=group.device, window=group.window, backend=backend)
             )
-            for page_class, group, backend in zip(
-                self.classes, self.groups, self.backends, strict=True
-            )
-        ]
+        return made
 
     def register(self, batch: Holder) -> None:
         """Count a batch among those whose pages `check_integrity` adds up."""

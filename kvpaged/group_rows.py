@@ -12,8 +12,9 @@ from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.classops import clear_pages, clear_tail, copy_pages, keep_checksums
 from kvpaged.pages.extents import Ids
+from kvpaged.pages.mixed import AnyClass
 from kvpaged.pages.pool import PageClass
-from kvpaged.pages.table import BlockTable
+from kvpaged.pages.table import BlockTable, Successor
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -46,32 +47,33 @@ class Growth(NamedTuple):
     Attributes:
         copies: pages that take the place of shared ones.
         new: row and pages, for tokens beyond those the row has.
+        successors: compressed pages for open ones that fill (`MixedRows`).
     """
 
     copies: list[Copy]
     new: list[tuple[int, Ids]]
+    successors: Sequence[Successor] = ()
 
 
 class GroupRows:
     """Which pages rows hold in one group, and what a step does to them.
 
-    Used by its batch alone. The cache's lock is held around what takes or gives back pages
-    (`needs`, `take`, `take_each`, `give_back`, `enter`, `enter_each`, `end_copies`, `mark_sealed`,
-    `seal_last`, `leave_window`, `trim`, `select`, `attach`, `swap`); `fill`, `clear` and
-    `sum_sealed` touch bytes of pages that only this batch can change, outside it. Lengths are
-    tokens a row, int64 `[rows]`.
+    Used by its batch alone. The cache's lock is held around what takes or gives back pages: all but
+    `fill`, `clear` and `sum_sealed`, which touch bytes of pages that only this batch can change.
+    Lengths are tokens a row, int64 `[rows]`.
     """
 
     def __init__(
         self,
-        page_class: PageClass,
+        page_class: AnyClass,
         *,
         rows: int,
         device: torch.device,
         window: int | None,
         backend: Backend,
     ) -> None:
-        self.page_class = page_class
+        self.page_class: AnyClass = page_class
+        self.exact = page_class if isinstance(page_class, PageClass) else page_class.exact
         self.window = window
         self.backend = backend
         self.table = BlockTable(rows, device=device)
@@ -79,10 +81,13 @@ class GroupRows:
 
     # -- a step's pages ----------------------------------------------------------------------------
 
-    def needs(self, lengths: Ints, counts: Ints, touched: Flags | None) -> Needs:
+    def needs(
+        self, lengths: Ints, counts: Ints, touched: Flags | None, single: Flags | None = None
+    ) -> Needs:
         """What `counts` new tokens a row need; nothing changes.
 
-        `touched`: rows whose last page may be shared, or sealed; `None`: no row.
+        `touched`: rows whose last page may be shared, or sealed; `None`: no row. `single`: rows of
+        one new token that are served by decode; `None`: all (`MixedRows`).
 
         Raises:
             OutOfPagesError: more than could be had, with all that nobody holds evicted.
@@ -118,6 +123,8 @@ class GroupRows:
             self.page_class.allocator.release(np.array([copy.new], np.int32))
         for _, ids in growth.new:
             self.page_class.allocator.release(ids)
+        for each in growth.successors:
+            self.page_class.allocator.release(np.array([each.page], np.int32))
 
     def enter(self, growth: Growth, lengths: Ints, counts: Ints, touched: Flags | None) -> None:
         """Put taken pages into the table, and mark open again what takes tokens after a rewind."""
@@ -141,6 +148,19 @@ class GroupRows:
         last = self.table.pages[rows, self.table.count[rows] - 1]
         return self.page_class.allocator.alloc_each(last.tolist())
 
+    def take_successors(self, rows: Ints, lengths: Ints) -> list[Successor]:
+        """Take what open pages are to be followed by that one more token a row fills; only the
+        allocator changes (`MixedRows`).
+
+        Raises:
+            OutOfPagesError: fewer could be had; nothing is held.
+        """
+        return []
+
+    def enter_successors(self, successors: Sequence[Successor]) -> None:
+        """Let rows hold what `take_successors` took."""
+        self.table.successors.extend(successors)
+
     def enter_each(self, rows: Ints, ids: Ids) -> None:
         """Let rows hold what `take_each` took."""
         self.table.append_each(rows, ids, self.page_class.entries(ids))
@@ -150,7 +170,7 @@ class GroupRows:
         if self.backend == "cpu":
             used = ids[self.page_class.allocator.generations[ids] > 0]  # a pool begins as zeros
             if len(used):
-                clear_pages(self.page_class, used)
+                clear_pages(self.exact, used)
 
     def fill(self, growth: Growth, lengths: Ints, counts: Ints, *, tails: Flags | None) -> None:
         """Copy what is shared, and zero what a step leaves partly filled.
@@ -161,7 +181,7 @@ class GroupRows:
         """
         if growth.copies:
             old, new = (np.array([copy[i] for copy in growth.copies], np.int32) for i in (2, 3))
-            copy_pages(self.page_class, old, new, backend=self.backend)
+            copy_pages(self.exact, old, new, backend=self.backend)
         if self.backend != "cpu":
             return
         partly = [ids[-1] for row, ids in growth.new if (lengths[row] + counts[row]) % self._size]
@@ -170,7 +190,7 @@ class GroupRows:
         if tails is not None:
             for row in self._rows_in_a_page(lengths, counts, tails).tolist():
                 place, slot = divmod(int(lengths[row]), self._size)
-                clear_tail(self.page_class, int(self.table.pages[row, place]), slot)
+                clear_tail(self.exact, int(self.table.pages[row, place]), slot)
 
     def end_copies(self, growth: Growth) -> None:
         """Let go of the pages that copies took the place of."""
@@ -199,7 +219,10 @@ class GroupRows:
     def sum_sealed(self, ids: Ids) -> None:
         """Keep the checksums of pages just sealed."""
         if ids.size:
-            keep_checksums(self.page_class, ids, backend=self.backend)
+            keep_checksums(self.exact, ids, backend=self.backend)
+
+    def end_sealing(self) -> None:
+        """Let go of open pages that compressed ones have followed."""
 
     def leave_window(self, lengths: Ints, settled: Ints) -> None:
         """Give back pages no later query sees, but for one page's worth of rewinding.
@@ -254,10 +277,10 @@ class GroupRows:
         self.page_class.allocator.share(pages)
         self.begin(row, first, pages)
 
-    def take_loading(self, known: Sequence[int | None]) -> Ids | None:
-        """Pages for a row that begins with some of the pool (which it shares already) and others,
-        `None` in `known`, that are taken and whose bytes are to come; `None`, and nothing changed,
-        if there is no room.
+    def take_loading(self, known: Sequence[int | None], first: int) -> Ids | None:
+        """Pages for a row that begins, at its logical page `first`, with some of the pool (which it
+        shares already) and others, `None` in `known`, that are taken and whose bytes are to come;
+        `None`, and nothing changed, if there is no room.
         """
         shared = [page for page in known if page is not None]
         try:

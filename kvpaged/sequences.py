@@ -90,7 +90,7 @@ class Sequences:
         """Bytes of those pages."""
         classes = self._cache.classes
         return sum(
-            classes[group].bytes_of(len(np.unique(self.held(group))))
+            classes[group].bytes_held(np.unique(self.held(group)))
             for group in range(len(classes))
         )
 
@@ -180,8 +180,8 @@ class Sequences:
             nodes = [offer.nodes[n] if n < len(offer.nodes) else None for n in places]
             known.append([None if node is None else node.pages[number] for node in nodes])
             group.page_class.allocator.share(_ids_of(known[-1]))  # before anything is evicted
-        for group, pages in zip(self._groups, known, strict=True):
-            ids = group.take_loading(pages)
+        for number, (group, pages) in enumerate(zip(self._groups, known, strict=True)):
+            ids = group.take_loading(pages, offer.firsts[number])
             if ids is None:
                 self._give_up(taken, known[len(taken) :])
                 return None

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kvpaged.errors import OutOfPagesError
 from kvpaged.pages.allocator import Lease, PageAllocator
 from kvpaged.pages.extents import Ids
+from kvpaged.pages.pool import PageClass, SealedClass
 
 
 class MixedAllocator:
@@ -188,3 +189,44 @@ class MixedAllocator:
 
     def _exact_after(self, after: int | None) -> int | None:
         return after if after is not None and after < self.first_sealed else None
+
+
+class MixedClass:
+    """A layer group's pages of both classes, as one.
+
+    Attributes:
+        exact, sealed: the classes.
+        keep: logical pages of a sequence, from the first on, that stay exact when they are full.
+        allocator: both allocators under one numbering.
+        geometry, flat, layers: of the exact class: what open pages are.
+    """
+
+    def __init__(self, exact: PageClass, sealed: SealedClass, keep: int) -> None:
+        self.exact, self.sealed, self.keep = exact, sealed, keep
+        self.allocator = MixedAllocator(exact.allocator, sealed.allocator)
+        self.geometry, self.flat, self.layers = exact.geometry, exact.flat, exact.layers
+
+    def entries(self, ids: Ids) -> Ids:
+        """Block-table entries (int32) of page ids, each of its class."""
+        compressed = self.allocator.is_sealed(ids)
+        if not compressed.any():
+            return self.exact.entries(ids)
+        found = np.empty(ids.shape, np.int32)
+        found[~compressed] = self.exact.entries(ids[~compressed])
+        found[compressed] = self.sealed.entries(self.numbers(ids[compressed]))
+        return found
+
+    def numbers(self, ids: Ids) -> Ids:
+        """The numbers of compressed pages within their class."""
+        numbers: Ids = (ids - self.allocator.first_sealed).astype(np.int32)
+        return numbers
+
+    def bytes_held(self, ids: Ids) -> int:
+        """Bytes of the budget that these pages, each named once, take."""
+        compressed = int(self.allocator.is_sealed(ids).sum())
+        exact = self.exact.bytes_of(len(ids) - compressed)
+        return exact + self.sealed.bytes_of(compressed)
+
+
+AnyAllocator = PageAllocator | MixedAllocator
+AnyClass = PageClass | MixedClass

@@ -1,9 +1,10 @@
 """The pool: one budget of bytes on one device, holding pages of one or more classes."""
 
 import functools
+import itertools
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from kvpaged.config import format_bytes
 from kvpaged.errors import ConfigError
-from kvpaged.geometry import UNIT_BYTES, Kind, PageGeometry, View
+from kvpaged.geometry import UNIT_BYTES, Kind, PageGeometry, SealedGeometry, View
 from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import PageAllocator
 from kvpaged.pages.extents import Ids
@@ -106,6 +107,23 @@ class PageClass:
         v = self.view(layer, "v") if self.geometry.v_width else None
         return LayerPages.of(self.flat, k, v, step=self.geometry.entries_per_page())
 
+    @functools.cached_property
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all layers, `[entries, layers, kv_heads, slots, width]`."""
+        pages = self.allocator.capacity
+        found = []
+        kinds: tuple[Kind, ...] = ("k", "v")
+        for kind in kinds:
+            first, layers = self.view(0, kind), self.geometry.layers
+            step = self.geometry.layer_elements(kind, pages=pages)
+            size, stride = list(first.size), list(first.stride)
+            if self.geometry.layout == "page-major":  # a whole page fits at each entry
+                size[0] -= -(-(layers - 1) * step // stride[0])
+            size.insert(1, layers)
+            stride.insert(1, step)
+            found.append(self.flat.as_strided(size, stride, first.offset))
+        return found[0], found[1]
+
     def entries(self, ids: Ids) -> Ids:
         """Block-table entries (int32) of page ids: see `geometry`."""
         if self.geometry.layout == "layer-major":
@@ -126,6 +144,67 @@ class PageClass:
         """Bytes of the budget that `pages` pages take."""
         return pages * self.geometry.page_bytes
 
+    def bytes_held(self, ids: Ids) -> int:
+        """Bytes of the budget that these pages, each named once, take."""
+        return self.bytes_of(len(ids))
+
+
+class SealedClass:
+    """Compressed pages of one format in a pool: whole runs of bytes, whatever the pool's layout.
+
+    Attributes:
+        geometry: the page.
+        allocator: who holds which page.
+        flat: the storage, uint8.
+        slices: of each layer, uint8 `[entries, slice_bytes]`.
+        runs: of adjacent layers coded alike: which, and uint8 `[entries, layers, slice_bytes]`.
+        checksums: int64 `[pages, layers]`, valid while a page is sealed.
+        errors: fp32 `[pages, layers, 2]`, the largest absolute error of K and V of pages that were
+            coded here; NaN of pages that came from elsewhere.
+    """
+
+    def __init__(
+        self, geometry: SealedGeometry, allocator: PageAllocator, storage: torch.Tensor,
+        plan: FramePlan | None,
+    ) -> None:  # fmt: skip
+        """`plan`: of the frames of a storage that classes share; `None`: it is this class's own."""
+        self.geometry = geometry
+        self.allocator = allocator
+        self.flat = storage
+        self._plan = plan
+        entries = (storage.numel() - geometry.content_bytes) // UNIT_BYTES + 1
+        offsets, layouts = geometry.offsets, geometry.layouts
+        self.slices = tuple(
+            storage.as_strided((entries, layout.slice_bytes), (UNIT_BYTES, 1), at)
+            for at, layout in zip(offsets, layouts, strict=False)
+        )
+        runs = []
+        for layout, group in itertools.groupby(range(len(layouts)), layouts.__getitem__):
+            places = list(group)
+            size = layout.slice_bytes
+            view = storage.as_strided(
+                (entries, len(places), size), (UNIT_BYTES, size, 1), offsets[places[0]]
+            )
+            runs.append((slice(places[0], places[-1] + 1), view))
+        self.runs = tuple(runs)
+        shape = (allocator.capacity, geometry.layers)
+        self.checksums = torch.zeros(shape, dtype=torch.int64, device=storage.device)
+        self.errors = torch.full((*shape, 2), torch.nan, device=storage.device)
+
+    def entries(self, ids: Ids) -> Ids:
+        """Block-table entries (int32) of this class's page ids: multiples of 256 bytes."""
+        per_page = self.geometry.page_bytes // UNIT_BYTES
+        if self._plan is None:
+            return (ids * per_page).astype(np.int32)
+        frame, place = np.divmod(ids, self.allocator.pages_per_frame)
+        units = frame * (self._plan.frame_bytes // UNIT_BYTES) + place * per_page
+        entries: Ids = units.astype(np.int32)
+        return entries
+
+    def bytes_of(self, pages: int) -> int:
+        """Bytes of the budget that `pages` pages take."""
+        return pages * self.geometry.page_bytes
+
 
 class PagePool:
     """One byte budget on one device, cut into frames, dealt out to classes of pages.
@@ -139,7 +218,7 @@ class PagePool:
 
     def __init__(
         self,
-        geometries: Sequence[PageGeometry],
+        geometries: Sequence[PageGeometry | SealedGeometry],
         *,
         memory: int,
         device: torch.device,
@@ -147,7 +226,7 @@ class PagePool:
     ) -> None:
         """
         Args:
-            geometries: one for each class; all of the same layout.
+            geometries: one for each class; exact ones all of the same layout.
             memory: bytes; never exceeded by pages in use.
             device: where the pages live.
             checksums: keep a checksum a layer of every sealed page (8 bytes each, outside the
@@ -157,7 +236,8 @@ class PagePool:
             ConfigError: the budget is more than the device has free, or less than a page of every
                 class; mixed layouts.
         """
-        layouts = {geometry.layout for geometry in geometries}
+        exact = [each for each in geometries if isinstance(each, PageGeometry)]
+        layouts = {geometry.layout for geometry in exact}
         if len(layouts) != 1:
             raise ConfigError(f"the classes of a pool have one layout, got {sorted(layouts)}")
         free = available_bytes(device)
@@ -176,16 +256,21 @@ class PagePool:
         self.frames = FrameBudget(self.plan.frames)
         self._maps: list[mmap.mmap] = []
         shared = self._storage(self.plan.frame_bytes * self.plan.frames) if paged else None
-        self.classes = tuple(
+        made = [
             self._make_class(geometry, per_frame, shared, checksums)
             for geometry, per_frame in zip(geometries, self.plan.pages_per_frame, strict=True)
-        )
+        ]
+        self.classes = tuple(each for each in made if isinstance(each, PageClass))
+        self.sealed = tuple(each for each in made if isinstance(each, SealedClass))
 
     def _make_class(
-        self, geometry: PageGeometry, per_frame: int, shared: torch.Tensor | None, checksums: bool
-    ) -> PageClass:
+        self, geometry: PageGeometry | SealedGeometry, per_frame: int,
+        shared: torch.Tensor | None, checksums: bool,
+    ) -> PageClass | SealedClass:  # fmt: skip
         size = geometry.page_bytes * per_frame * self.plan.frames
-        runs = 2 * geometry.layers * geometry.kv_heads  # of a layer's head, each in one piece
+        whole = isinstance(geometry, SealedGeometry)
+        # Runs of a layer's head lie in one piece each, compressed pages in one altogether.
+        runs = 1 if whole else 2 * geometry.layers * geometry.kv_heads
         large = wants_large_pages(size // runs, len(self.plan.pages_per_frame))
         storage = self._storage(size, large=large) if shared is None else shared
         system = self._maps[-1] if shared is None and self._maps else None
@@ -197,6 +282,8 @@ class PagePool:
             if system is None
             else lambda frame: self._decommit(system, geometry, per_frame, frame),
         )
+        if isinstance(geometry, SealedGeometry):
+            return SealedClass(geometry, allocator, storage, None if system else self.plan)
         return PageClass(geometry, allocator, storage, self.plan, checksums=checksums)
 
     def _storage(self, size: int, *, large: bool = False) -> torch.Tensor:
@@ -221,36 +308,50 @@ class PagePool:
         return torch.frombuffer(system, dtype=torch.uint8)
 
     def _decommit(
-        self, system: mmap.mmap, geometry: PageGeometry, per_frame: int, frame: int
+        self, system: mmap.mmap, geometry: PageGeometry | SealedGeometry, per_frame: int, frame: int
     ) -> None:
-        """Hand the touched memory of a layer-major frame back to the system (whole system pages
-        only).
+        """Hand the touched memory of a frame of a class with storage of its own back to the system
+        (whole system pages only).
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
+        for first, size in self._ranges(len(system), geometry, per_frame, frame):
+            start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (first + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                system.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def _ranges(
+        self, size: int, geometry: PageGeometry | SealedGeometry, per_frame: int, frame: int
+    ) -> Iterator[tuple[int, int]]:
+        """Where a frame lies in a storage of `size` bytes that a class has for itself: first byte
+        and bytes.
+        """
+        if isinstance(geometry, SealedGeometry):
+            yield frame * per_frame * geometry.page_bytes, per_frame * geometry.page_bytes
+            return
         pages = per_frame * self.plan.frames
-        for kind in ("k", "v") if geometry.v_width else ("k",):
+        kinds: tuple[Kind, ...] = ("k", "v") if geometry.v_width else ("k",)
+        for kind in kinds:
             row = geometry.page_size * geometry.width(kind) * geometry.itemsize
             for layer in range(geometry.layers):
-                view = geometry.view(layer, kind, pages=pages, storage_bytes=len(system))
+                view = geometry.view(layer, kind, pages=pages, storage_bytes=size)
                 for head in range(geometry.kv_heads):
-                    first = (
-                        view.offset + head * view.stride[1]
-                    ) * geometry.itemsize + frame * per_frame * row
-                    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-                    end = (first + per_frame * row) // mmap.PAGESIZE * mmap.PAGESIZE
-                    if end > start:
-                        system.madvise(mmap.MADV_DONTNEED, start, end - start)
+                    first = (view.offset + head * view.stride[1]) * geometry.itemsize
+                    yield first + frame * per_frame * row, per_frame * row
+
+    def _every(self) -> tuple[PageClass | SealedClass, ...]:
+        return (*self.classes, *self.sealed)
 
     def used_bytes(self) -> int:
         """Bytes of pages in use (referenced or leased) over all classes."""
-        return sum(c.bytes_of(c.allocator.used_pages()) for c in self.classes)
+        return sum(c.bytes_of(c.allocator.used_pages()) for c in self._every())
 
     def cached_bytes(self) -> int:
         """Bytes of pages that nobody holds and that are kept for reuse."""
-        return sum(c.bytes_of(c.allocator.cached_pages()) for c in self.classes)
+        return sum(c.bytes_of(c.allocator.cached_pages()) for c in self._every())
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` if an allocator's books do not add up."""
-        for page_class in self.classes:
+        for page_class in self._every():
             page_class.allocator.check_integrity()

@@ -21,6 +21,22 @@ def _zeros(rows: int, width: int, device: torch.device) -> torch.Tensor:
         return torch.zeros((rows, width), dtype=torch.int32, device=device)
 
 
+class Successor(NamedTuple):
+    """A compressed page that is to take the place of a row's open one once the step that fills it
+    counts.
+
+    Attributes:
+        row, place: which.
+        page: of the compressed class.
+        coded: its bytes are written while the step runs, layer by layer; else once it counts.
+    """
+
+    row: int
+    place: int
+    page: int
+    coded: bool
+
+
 class BlockTable:
     """Logical page -> physical page for the rows of a batch; the device copy is brought up to date
     incrementally.
@@ -30,7 +46,10 @@ class BlockTable:
     width]` of block-table entries.
 
     Invariant: after the changes of `take_changes` are written to `entries`, it equals the entries
-    of `pages` wherever a row holds a page.
+    of `pages` wherever a row holds a page, but where a coded successor waits.
+
+    Attributes:
+        successors: compressed pages that rows hold beside the open ones they follow.
     """
 
     def __init__(self, rows: int, *, device: torch.device, width: int = 8) -> None:
@@ -39,6 +58,7 @@ class BlockTable:
         self.count: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
         self.first: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
         self.entries = _zeros(rows, width, device)
+        self.successors: list[Successor] = []
         self._places: list[npt.NDArray[np.int64]] = []
         self._values: list[Ids] = []
 
@@ -56,7 +76,14 @@ class BlockTable:
         columns = np.arange(self.pages.shape[1])
         inside = (columns >= self.first[:, None]) & (columns < self.count[:, None])
         held: Ids = self.pages[inside]
+        if self.successors:
+            more = np.array([each.page for each in self.successors], np.int32)
+            held = np.concatenate((held, more))
         return held
+
+    def show(self, row: int, place: int, entry: int) -> None:
+        """Have the device see another entry in a place than that of the page a row holds there."""
+        self._note(np.array([row * self.pages.shape[1] + place]), np.array([entry], np.int32))
 
     def extend(self, row: int, ids: Ids, entries: Ids) -> None:
         """Append pages to a row."""
@@ -86,7 +113,7 @@ class BlockTable:
         """Put another page in the place of one a row holds."""
         assert self.first[row] <= place < self.count[row]
         self.pages[row, place] = page
-        self._note(np.array([row * self.pages.shape[1] + place]), np.array([entry], np.int32))
+        self.show(row, place, entry)
 
     def cut(self, row: int, count: int) -> Ids:
         """Forget a row's logical pages from `count` on; returns their ids."""

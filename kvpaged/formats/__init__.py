@@ -1,0 +1,1 @@
+"""Formats of K and V inside pages."""

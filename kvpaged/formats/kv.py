@@ -1,0 +1,153 @@
+"""How the pages of a cache hold K and V once they are full: by name, or layer by layer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvpaged.errors import ConfigError
+from kvpaged.geometry import LayerGroup, PageGeometry, SealedGeometry
+from kvpaged_kernels.sealed import Part, SliceLayout
+
+EXACT = "exact"
+CODES = (EXACT, "fp8", "int8", "int4")
+"""How K or V of a layer can be coded."""
+
+NAMED = {
+    "fp8": ("fp8", "fp8"), "int8": ("int8", "int8"), "k8v4": ("int8", "int4"),
+    "int4": ("int4", "int4"),
+}  # fmt: skip
+"""By the name of a format: how it codes K and V."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Names of exact formats, each for models of that dtype alone."""
+
+K_GROUP = {"int8": 64, "int4": 32}
+"""Tokens of a channel that share a scale and a zero point, at most a page's."""
+
+V_GROUP = 32
+"""Elements of a token that share them, where this divides the width; else all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVFormat:
+    """A format of full pages.
+
+    Attributes:
+        name: what it is called: one of `NAMED`, "auto" (as the model), or any other, of one made
+            layer by layer.
+        k, v: how all layers code them (`CODES`).
+        layers: by a model's layer number: how it codes K and V, where that is other than `k`, `v`.
+        keep: pages of a sequence, from the first on, that stay exact: attention sinks, the first
+            tokens, are attended to by all others.
+    """
+
+    name: str = "auto"
+    k: str = EXACT
+    v: str = EXACT
+    layers: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        for k, v in ((self.k, self.v), *self.layers.values()):
+            if k not in CODES or v not in CODES:
+                raise ConfigError(f"K and V are coded as {', '.join(CODES)}; got {k!r} and {v!r}")
+        if self.keep < 0:
+            raise ConfigError(f"a format keeps 0 or more pages exact, got {self.keep}")
+
+    @classmethod
+    def of(cls, given: "str | KVFormat", dtypes: set[torch.dtype]) -> "KVFormat":
+        """The format of that name, for a model whose pages have these dtypes.
+
+        Raises:
+            ConfigError: there is none of that name, or it is another dtype's.
+        """
+        if isinstance(given, KVFormat):
+            return given
+        if given in NAMED:
+            k, v = NAMED[given]
+            return cls(name=given, k=k, v=v)
+        if given in DTYPES:
+            if dtypes != {DTYPES[given]}:
+                raise ConfigError(
+                    f"kv_format {given!r} is for models of {DTYPES[given]}, this one's pages are "
+                    f"of {', '.join(sorted(map(str, dtypes)))}"
+                )
+            return cls()
+        if given == "auto":
+            return cls()
+        names = ", ".join(("auto", *DTYPES, *NAMED))
+        raise ConfigError(f"kv_format is one of {names}, or a KVFormat; got {given!r}")
+
+    def codes(self, layer: int) -> tuple[str, str]:
+        """How a model's layer codes K and V."""
+        return self.layers.get(layer, (self.k, self.v))
+
+    def sealed(self, group: LayerGroup) -> SealedGeometry | None:
+        """What full pages of a group are like; `None`: as they were.
+
+        Raises:
+            ConfigError: pages of this size or width can't be coded so.
+        """
+        every = [self.codes(layer) for layer in group.layers]
+        if all(codes == (EXACT, EXACT) for codes in every):
+            return None
+        layouts = tuple(slice_layout(group.geometry, k, v) for k, v in every)
+        return SealedGeometry(exact=group.geometry, layouts=layouts)
+
+    def to_json(self) -> str:
+        """It, as text that `from_json` reads."""
+        document = {
+            "kvpaged_kv_format": 1, "name": self.name, "k": self.k, "v": self.v,
+            "keep": self.keep, "layers": {str(n): list(kv) for n, kv in self.layers.items()},
+        }  # fmt: skip
+        return json.dumps(document, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "KVFormat":
+        """The format that `to_json` wrote.
+
+        Raises:
+            ConfigError: it did not.
+        """
+        try:
+            given: dict[str, Any] = json.loads(text)
+            if given.pop("kvpaged_kv_format") != 1:
+                raise ConfigError("a KVFormat of another version")
+            layers = {int(n): (str(k), str(v)) for n, (k, v) in given.pop("layers").items()}
+            return cls(layers=layers, **given)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"not a KVFormat in JSON: {error!r}") from None
+
+    def key(self) -> bytes:
+        """What makes pages of one format different from another's: part of a namespace."""
+        if not self.layers and (self.k, self.v) == (EXACT, EXACT):
+            return b""
+        layers = sorted(self.layers.items())
+        return repr((self.k, self.v, layers, self.keep)).encode()
+
+
+def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
+    """The layout of a layer's slice.
+
+    Raises:
+        ConfigError: pages of this size or width can't be coded so.
+    """
+    size, width = geometry.page_size, geometry.v_width
+    v_group = V_GROUP if width % V_GROUP == 0 else width
+    bits = 8 * geometry.itemsize
+    parts = [
+        Part(EXACT, bits) if code == EXACT
+        else Part("fp8", 8) if code == "fp8"
+        else Part("int", int(code[3:]), group)
+        for code, group in ((k, min(K_GROUP.get(k, 0), size)), (v, v_group))
+    ]  # fmt: skip
+    try:
+        return SliceLayout.of(
+            parts[0], parts[1], kv_heads=geometry.kv_heads, page_size=size, k_dim=geometry.k_width,
+            v_dim=width, dtype=geometry.dtype,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"pages of {size} slots can't be coded as {k} and {v}: {error}") from None
