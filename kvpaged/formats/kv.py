@@ -28,7 +28,7 @@ K_GROUP = {"int8": 64, "int4": 32}
 """Tokens of a channel that share a scale and a zero point, at most a page's."""
 
 V_GROUP = 32
-"""Elements of a token that share them, where this divides the width; else all."""
+"""Elements of a token that share them: so many, or a quarter of the width where that is more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,8 @@ def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
         ConfigError: pages of this size or width can't be coded so.
     """
     size, width = geometry.page_size, geometry.v_width
-    v_group = V_GROUP if width % V_GROUP == 0 else width
+    v_group = max(V_GROUP, width // 4)
+    v_group = width if width % v_group else v_group
     bits = 8 * geometry.itemsize
     parts = [
         Part(EXACT, bits) if code == EXACT
