@@ -173,7 +173,7 @@ class Batch(Sequences):
             order=order, more=more,
         )  # fmt: skip
         if single is not None:
-            plan_mixed(self.step, self._groups, single)
+            plan_mixed(self.step, self._groups)
         return self.step
 
     def _take(self, counts: Ints, touched: Flags | None, single: Flags | None) -> list[Growth]:

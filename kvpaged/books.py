@@ -23,10 +23,10 @@ from kvpaged.offload.pool import PoolView, view_of
 from kvpaged.offload.report import OffloadStats, report
 from kvpaged.ops import LayerPages
 from kvpaged.pages.allocator import OPEN, SEALED
-from kvpaged.pages.classops import verify_pages
+from kvpaged.pages.build import build_pools
+from kvpaged.pages.coding import verify_class
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.mixed import AnyClass, MixedClass
-from kvpaged.pages.pool import PagePool
 from kvpaged.pages.prefix import PrefixIndex, Trail
 from kvpaged.pages.room import wait_for_room
 from kvpaged.pages.table import BlockTable
@@ -121,7 +121,9 @@ class CacheBooks:
             raise ConfigError("a layer belongs to one group only")
         self.layers = tuple(sorted(self._places))
         with torch.inference_mode(False):  # else pages could only be written in that mode
-            self.pools = self._make_pools()
+            self.pools, self.classes = build_pools(self.groups, self.config, self.kv_format)
+        self.compressed = any(isinstance(each, MixedClass) for each in self.classes)
+        """Whether full pages of some group are coded."""
         self._homes = {
             layer: Home(
                 group=number, place=place, pages=self.classes[number],
@@ -138,6 +140,7 @@ class CacheBooks:
             [page_class.allocator for page_class in self.classes],
             [group.window for group in self.groups],
             self.config.page_size,
+            keep=self.kv_format.keep if self.compressed else None,
         )
         self.counters = Counters()
         self._tenants: OrderedDict[bytes | None, Counters] = OrderedDict()
@@ -148,38 +151,6 @@ class CacheBooks:
         self.mover: Mover | None = None
         if tiers:
             self.mover = Mover(self.page_view(), tiers, offload or OffloadOptions())
-
-    def _make_pools(self) -> tuple[PagePool, ...]:
-        """One pool a device; the budget is divided by the bytes a token takes on each."""
-        devices = list(dict.fromkeys(group.device for group in self.groups))
-        weights = [
-            sum(group.geometry.token_bytes for group in self.groups if group.device == device)
-            for device in devices
-        ]
-        sealed = [self.kv_format.sealed(group) for group in self.groups]
-        pools = []
-        by_group: dict[int, AnyClass] = {}
-        for device, weight in zip(devices, weights, strict=True):
-            mine = [i for i, group in enumerate(self.groups) if group.device == device]
-            share = self.config.memory * weight // sum(weights)
-            exact = [self.groups[i].geometry for i in mine]
-            compressed = {i: geometry for i in mine if (geometry := sealed[i]) is not None}
-            pool = PagePool(
-                [*exact, *compressed.values()], memory=share, device=device,
-                checksums=self.config.checksums,
-            )  # fmt: skip
-            pools.append(pool)
-            for i, page_class in zip(mine, pool.classes, strict=True):
-                by_group[i] = page_class
-            for i, page_class, sealed_class in zip(
-                compressed, [pool.classes[mine.index(i)] for i in compressed], pool.sealed,
-                strict=True,
-            ):  # fmt: skip
-                by_group[i] = MixedClass(page_class, sealed_class, self.kv_format.keep)
-        self.classes = tuple(by_group[i] for i in range(len(self.groups)))
-        self.compressed = any(isinstance(each, MixedClass) for each in self.classes)
-        """Whether full pages of some group are coded."""
-        return tuple(pools)
 
     # -- looking after itself ----------------------------------------------------------------------
 
@@ -262,7 +233,7 @@ class CacheBooks:
                 if deep:
                     full = page_class.allocator.states >= SEALED  # cached ones too
                     sealed = np.flatnonzero(full).astype(np.int32)
-                    verify_pages(page_class, sealed, backend=self.backends[number])
+                    verify_class(page_class, sealed, backend=self.backends[number])
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until every page that should be in a tier is there, `timeout` seconds at most

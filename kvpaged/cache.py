@@ -12,7 +12,8 @@ from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.config import Backend, Layout
 from kvpaged.documents import export_document, import_document
-from kvpaged.errors import ConfigError, UsageError
+from kvpaged.errors import UsageError
+from kvpaged.formats.kv import KVFormat
 from kvpaged.keys import Salt
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.saved import SavedSessions
@@ -46,7 +47,7 @@ class PagedKVCache(CacheBooks):
         memory: int | str,
         *,
         page_size: int = 64,
-        kv_format: str = "auto",
+        kv_format: str | KVFormat = "auto",
         layout: Layout | None = None,
         backend: Backend | None = None,
         checksums: bool = True,
@@ -66,7 +67,7 @@ class PagedKVCache(CacheBooks):
             model: a `transformers` causal LM (or a PEFT model around one), in eval mode.
             memory: bytes of the page pool, such as "4GiB".
             page_size: token slots a page.
-            kv_format: "auto": pages hold K and V in the model's own dtype.
+            kv_format: how full pages hold K and V: see the constructor.
             layout, backend, checksums: see `CacheConfig`.
             prefix_sharing: keep full pages for every later session whose prompt begins with the
                 same tokens. The model's weights are digested for it, now and when they change, at
@@ -83,17 +84,13 @@ class PagedKVCache(CacheBooks):
                 layer, and why. Or a weight's bytes can't be digested.
             ConfigError: see the constructor.
         """
-        if kv_format != "auto":
-            raise ConfigError(
-                f"kv_format must be 'auto' (the model's own dtype), got {kv_format!r}"
-            )
         from kvpaged.integrations.transformers import ModelIdentity, prepare
 
         preparation, groups = prepare(model, page_size)
         try:
             cache = cls(
-                groups, memory, layout=layout, backend=backend, checksums=checksums,
-                tiers=tiers, offload=offload,
+                groups, memory, kv_format=kv_format, layout=layout, backend=backend,
+                checksums=checksums, tiers=tiers, offload=offload,
             )  # fmt: skip
             if prefix_sharing:
                 cache._model = ModelIdentity(preparation.model, cache.groups, namespace)

@@ -15,6 +15,7 @@ from kvpaged.pages.extents import Ids
 from kvpaged.pages.mixed import AnyClass
 from kvpaged.pages.pool import PageClass
 from kvpaged.pages.table import BlockTable, Successor
+from kvpaged_kernels.checks import MAX_DECODE_QUERIES
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -77,7 +78,9 @@ class GroupRows:
         self.window = window
         self.backend = backend
         self.table = BlockTable(rows, device=device)
-        self._size = page_class.geometry.page_size
+        self.page_size = self._size = page_class.geometry.page_size
+        self.few = 1 if backend == "cpu" else MAX_DECODE_QUERIES
+        """New tokens of a row up to which decode serves it."""
 
     # -- a step's pages ----------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ class MixedRows(GroupRows):
     ) -> None:  # fmt: skip
         super().__init__(page_class, rows=rows, device=device, window=window, backend=backend)
         self.mixed = page_class
+        self.few = 1
         self._filled: list[tuple[int, int]] = []  # open pages to be coded, and as which
         self._parting: list[int] = []  # open pages whose successors have taken their places
 

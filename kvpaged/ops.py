@@ -26,8 +26,10 @@ from kvpaged_kernels.cpu import plan as cpu_plan
 from kvpaged_kernels.cpu import prefill as cpu_prefill
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
+from kvpaged_kernels.sealed import SliceLayout
 
 if TYPE_CHECKING:
+    from kvpaged_kernels.reference.seal import Receipt
     from kvpaged_kernels.gpu.plan import DecodePlan as SharePlan
 
 
@@ -107,6 +109,31 @@ class Kernels(NamedTuple):
     copy_pages: Callable[..., None]
     checksum: Callable[..., Tensor]
     fill_pages: Callable[..., None]
+
+
+class MixedKernels(NamedTuple):
+    """The same for pages of which full ones are compressed."""
+
+    seal: Callable[..., "Receipt"]
+    decode: Callable[..., Tensor]
+    prefill: Callable[..., Tensor]
+
+
+@lru_cache(maxsize=3)
+def _mixed(backend: str) -> MixedKernels:
+    """The kernels of a backend; each is imported when it is first asked for."""
+    if backend == "reference":
+        from kvpaged_kernels.reference.mixed import mixed_decode, mixed_prefill
+        from kvpaged_kernels.reference.seal import seal
+    elif backend == "cpu":
+        from kvpaged_kernels.cpu.mixed import mixed_decode, mixed_prefill, seal
+    elif backend == "triton":
+        from kvpaged_kernels.gpu.mixed_decode import mixed_decode
+        from kvpaged_kernels.gpu.mixed_prefill import mixed_prefill
+        from kvpaged_kernels.gpu.seal import seal
+    else:
+        raise ConfigError(f"no kernels are called {backend!r}")
+    return MixedKernels(seal, mixed_decode, mixed_prefill)
 
 
 @lru_cache(maxsize=1)
@@ -277,6 +304,43 @@ def prefill(
     return _kernels(backend).paged_prefill(
         q, pages.k_pages, _values(pages), table, cu_q, lengths,
         max_q=max_q, max_len=max_len, **options._asdict(),
+    )  # fmt: skip
+
+
+def seal(
+    k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
+    layout: SliceLayout, *, backend: Backend,
+) -> "Receipt":  # fmt: skip
+    """Code layers of full pages as slices of compressed ones: see
+    `kvpaged_kernels.reference.seal.seal`.
+    """
+    return _mixed(backend).seal(k_pages, v_pages, src, slices, dst, layout)
+
+
+def mixed_decode(
+    pages: LayerPages, slices: Tensor, layout: SliceLayout, q: Tensor, table: Tensor,
+    lengths: Tensor, options: Options, *, keep: int, backend: Backend,
+) -> Tensor:  # fmt: skip
+    """Attention of one query token a row over exact and compressed pages: see
+    `kvpaged_kernels.reference.mixed.mixed_decode`.
+    """
+    return _mixed(backend).decode(
+        q, pages.k_pages, _values(pages), slices, layout, table, lengths, keep=keep,
+        **options._asdict(),
+    )  # fmt: skip
+
+
+def mixed_prefill(
+    pages: LayerPages, slices: Tensor, layout: SliceLayout, q: Tensor, own_k: Tensor,
+    own_v: Tensor, cu_own: Tensor, table: Tensor, cu_q: Tensor, lengths: Tensor, options: Options,
+    *, keep: int, max_q: int, max_len: int, backend: Backend,
+) -> Tensor:  # fmt: skip
+    """Attention of ragged new tokens over their own pages, exact, and compressed ones before them:
+    see `kvpaged_kernels.reference.mixed.mixed_prefill`.
+    """
+    return _mixed(backend).prefill(
+        q, pages.k_pages, _values(pages), slices, layout, own_k, own_v, cu_own, table, cu_q,
+        lengths, keep=keep, max_q=max_q, max_len=max_len, **options._asdict(),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from kvpaged_kernels.cpu.lane import Lane, attend_lane, fits_lane, write_lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
 
 if TYPE_CHECKING:
+    from kvpaged.mixed_step import OwnPages
     from kvpaged_kernels.gpu.plan import DecodePlan as SharePlan
 
 Ints = npt.NDArray[np.int64]
@@ -50,6 +51,8 @@ class GroupStep:
             layers.
         shares: how a GPU's programs share a decode, by the number of query heads.
         picked: the batch's rows that take part, int32, if not all do.
+        own: of a group whose full pages are compressed, where it isn't served by decode: the pages
+            that take its new tokens.
     """
 
     table: Tensor
@@ -70,6 +73,7 @@ class GroupStep:
     hint: DecodePlan | None = None
     shares: dict[int, "SharePlan"] = field(default_factory=dict)
     picked: Tensor | None = None
+    own: "OwnPages | None" = None
     _slots: Tensor | None = None
 
     @property
@@ -204,7 +208,7 @@ def make_step(
                 max_len=most, rows=rows, total=tokens,
                 max_q=longest, decode=decode, hint=None if change else hints[i], picked=picked,
             )  # fmt: skip
-            few = 1 if groups[i].backend == "cpu" else MAX_DECODE_QUERIES
+            few = groups[i].few
             steps[i] = whole if longest <= few else _in_parts(whole, new, lengths, cu_q, few)
         if home:
             first = [positions, cu, *sent[5:7]]
@@ -378,7 +382,7 @@ def attend_layer(
     now.
     """
     pages = layers[place]
-    _check_queries(group, pages, q)
+    check_queries(group, pages, q)
     if group.parts:
         start, outs = 0, []
         for part in group.parts:
@@ -415,7 +419,7 @@ def _shares(group: GroupStep, pages: LayerPages, q_heads: int, window: int | Non
     return plan
 
 
-def _check_queries(group: GroupStep, pages: LayerPages, q: Tensor) -> None:
+def check_queries(group: GroupStep, pages: LayerPages, q: Tensor) -> None:
     """Raise ValueError unless queries are one for each new token, and fit the keys."""
     kv_heads, width = pages.k_pages.shape[1], pages.k_pages.shape[3]
     fits = q.ndim == 3 and q.shape[2] == width and q.dtype == pages.flat.dtype

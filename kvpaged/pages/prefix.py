@@ -22,7 +22,8 @@ import numpy as np
 
 from kvpaged.errors import IntegrityError
 from kvpaged.keys import TOKEN_BYTES, Region
-from kvpaged.pages.allocator import CACHED, FREE, OPEN, PageAllocator
+from kvpaged.pages.allocator import CACHED, FREE, OPEN
+from kvpaged.pages.mixed import AnyAllocator
 
 
 class Node:
@@ -174,12 +175,15 @@ class Match:
         tokens: how many tokens agree.
         page_size: of the pages.
         windows: of each layer group: tokens a query sees, or `None`.
+        keep: pages, from the first on, of which a part can be gone on from: `None`: all. Others
+            are compressed, and shared whole.
     """
 
     nodes: list[Node]
     tokens: int
     page_size: int
     windows: tuple[int | None, ...]
+    keep: int | None = None
 
     def first_page(self, group: int, tokens: int) -> int:
         """The first logical page that a query at position `tokens` sees in a group."""
@@ -191,6 +195,8 @@ class Match:
         pages that the next token sees.
         """
         tokens = min(limit, self.tokens)
+        if self.keep is not None and tokens // self.page_size >= self.keep:
+            tokens -= tokens % self.page_size
         if all(window is None for window in self.windows):
             return tokens
         # Where the run of pages that a group has, up to and with each page, begins.
@@ -226,12 +232,15 @@ class PrefixIndex:
     """
 
     def __init__(
-        self, allocators: Sequence[PageAllocator], windows: Sequence[int | None], page_size: int
-    ) -> None:
+        self, allocators: Sequence[AnyAllocator], windows: Sequence[int | None], page_size: int,
+        keep: int | None = None,
+    ) -> None:  # fmt: skip
+        """`keep`: see `Match`."""
         self._allocators = tuple(allocators)
         self._windows = tuple(windows)
         self._whole = tuple(g for g, window in enumerate(windows) if window is None)
         self._size = page_size
+        self._keep = keep
         self._roots: weakref.WeakValueDictionary[bytes, Node] = weakref.WeakValueDictionary()
         self._nodes: tuple[dict[int, Node], ...] = tuple({} for _ in allocators)  # by page
         self.visited = 0
@@ -310,7 +319,7 @@ class PrefixIndex:
         return node
 
     def _match(self, nodes: list[Node], tokens: int) -> Match:
-        return Match(nodes, tokens, self._size, self._windows)
+        return Match(nodes, tokens, self._size, self._windows, self._keep)
 
     # -- entering and leaving ----------------------------------------------------------------------
 

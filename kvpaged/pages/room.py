@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvpaged.errors import OutOfPagesError
-from kvpaged.pages.allocator import PageAllocator
+from kvpaged.pages.mixed import AnyAllocator
 
 T = TypeVar("T")
 LEASES_S = 1.0
@@ -14,7 +14,7 @@ LEASES_S = 1.0
 
 
 def wait_for_room(
-    take: Callable[[], T], lock: threading.Condition, allocators: Sequence[PageAllocator],
+    take: Callable[[], T], lock: threading.Condition, allocators: Sequence[AnyAllocator],
     closed: Callable[[], bool],
 ) -> T:  # fmt: skip
     """What `take` gives, which takes pages, or nothing where it raises `OutOfPagesError`; tried
