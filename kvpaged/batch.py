@@ -54,6 +54,8 @@ class Batch(Sequences):
     Attributes:
         lengths: tokens of each row, int64 `[rows]`.
         logs: their ids, as far as known.
+        owed: of each row, the ids of tokens that come next because they were computed before: a
+            compressed page is rewound whole. Whoever begins the next step computes them first.
         private: why nothing more of it goes into the prefix index, or `None`.
         filled: int64, rows whose last page the last step filled, if it gave each row one token.
     """
@@ -97,6 +99,7 @@ class Batch(Sequences):
                     first = int(mine.table.first[source])
                     theirs.attach(row, first, mine.table.held(source).copy())
         other.lengths = self.lengths[chosen]
+        other.owed = [self.owed[row] for row in chosen]
         other.settled = self.settled[chosen]
         other.logs = [self.logs[row].copy() for row in chosen]
         other.private, other._identity = self.private, self._identity
@@ -385,6 +388,7 @@ class Batch(Sequences):
                 group.trim(self.lengths)
                 group.select(chosen)
         self.lengths = self.lengths[chosen]
+        self.owed = [self.owed[row] for row in chosen]
         self.settled = self.settled[chosen]
         self._unclean, self._touched = self._unclean[chosen], self._touched[chosen]
         self._mark(slice(None), unclean=False)
@@ -401,17 +405,28 @@ class Batch(Sequences):
     def rewind_all(self, lengths: Ints) -> None:
         """Forget each row's tokens from `lengths[row]` (int64 `[rows]`) on, and a running step.
 
+        A row that would end within a compressed page ends before it, and owes its tokens up to
+        there (`owed`).
+
         Raises:
             UsageError: a length is out of range, or so far back that pages it would see have left a
-                window; nothing changed.
+                window, or within a compressed page whose token ids are not known; nothing changed.
         """
         self.check_open()
-        wrong = np.flatnonzero((lengths < 0) | (lengths > self.lengths))
+        whole = self.whole()
+        wrong = np.flatnonzero((lengths < 0) | (lengths > whole))
         if wrong.size:
             row = int(wrong[0])
             raise UsageError(
-                f"row {row} has {self.lengths[row]} tokens and cannot rewind to {lengths[row]}"
+                f"row {row} has {whole[row]} tokens and cannot rewind to {lengths[row]}"
             )
+        owed = [ids[: max(int(lengths[row] - self.lengths[row]), 0)] for row, ids in
+                enumerate(self.owed)]  # fmt: skip
+        asked, lengths = lengths, np.minimum(lengths, self.lengths)
+        for group in self._groups:
+            lengths = np.minimum(lengths, group.rewindable(self.lengths, lengths))
+        for row in np.flatnonzero(lengths < np.minimum(asked, self.lengths)).tolist():
+            owed[row] = self._ids_between(row, int(lengths[row]), int(asked[row]))
         for group in self._groups:
             group.check_rewind(self.lengths, lengths)
         self.drop_step()
@@ -424,10 +439,19 @@ class Batch(Sequences):
             if (trail := self._trails[row]) is not None:
                 trail.cut(int(full[row]))
                 self.settled[row] = min(self.settled[row], full[row])
-        self.lengths = lengths.copy()
+        self.lengths, self.owed = lengths.copy(), owed
         with self._cache.lock:
             for group in self._groups:
                 group.trim(lengths)
+
+    def _ids_between(self, row: int, start: int, stop: int) -> TokenIds:
+        ids = self._known_ids(row, start)
+        if ids is None or len(ids) < stop - start:
+            raise UsageError(
+                f"row {row} cannot rewind to {stop}, within a compressed page: its tokens from "
+                f"{start} on would be computed again, and their ids are not known"
+            )
+        return ids[: stop - start]
 
     def close(self) -> None:
         """Give all pages back. Closing twice is nothing."""

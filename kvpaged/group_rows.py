@@ -259,6 +259,10 @@ class GroupRows:
         self.page_class.allocator.share(self.table.all_held())
         self.page_class.allocator.release(before)
 
+    def rewindable(self, before: Ints, lengths: Ints) -> Ints:
+        """Where rows that had `before` tokens can really end, to have no more than `lengths`."""
+        return lengths
+
     def check_rewind(self, before: Ints, lengths: Ints) -> None:
         """Raise `UsageError` if a row shortened to its length would see pages it gave back."""
         if self.window is None:

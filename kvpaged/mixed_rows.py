@@ -200,6 +200,12 @@ class MixedRows(GroupRows):
         self._forget(self.table.successors)
         super().trim(lengths)
 
+    def rewindable(self, before: Ints, lengths: Ints) -> Ints:
+        """See `GroupRows.rewindable`: not within a page that has been compressed."""
+        place = lengths // self._size
+        inside = (place >= self.mixed.keep) & ((place + 1) * self._size <= before)
+        return np.where(inside, place * self._size, lengths)
+
     def drop_row(self, row: int) -> None:
         """See `GroupRows.drop_row`."""
         self._forget([each for each in self.table.successors if each.row == row])

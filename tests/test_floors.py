@@ -35,6 +35,8 @@ FLOORS = {
     "kvpaged.batch": 6,
     "kvpaged.sequences": 6,
     "kvpaged.group_rows": 6,
+    "kvpaged.mixed_rows": 6,
+    "kvpaged.mixed_step": 6,
     "kvpaged.token_batch": 6,
     "kvpaged.slot_batch": 6,
     "kvpaged.session": 6,

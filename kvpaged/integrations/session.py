@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
+from kvpaged.integrations.again import Owed
 from kvpaged.integrations.attention import TAG, Preparation, ServedCache, Tag
 from kvpaged.integrations.layer import SessionLayer
 from kvpaged.integrations.passes import is_whole_prompt, what_is_unusual
@@ -23,6 +24,7 @@ from kvpaged.integrations.prompts import (
 )
 from kvpaged.offload.clock import PassClock
 from kvpaged.saved import SavedSessions
+from kvpaged.sequences import NOTHING
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
 
@@ -70,6 +72,7 @@ class SessionCache(Cache, ServedCache):
         self._pads_known = True
         self.batch = batch
         self._width = 0
+        self._again: Owed | None = None  # in the pass that computes what rows owe
         self._take: Tensor | None = None
         self._ids: Tensor | None = None
         self._positions: Tensor | None = None
@@ -159,7 +162,8 @@ class SessionCache(Cache, ServedCache):
         (embeddings).
         """
         self._write_logs()
-        return self.batch.logs[row].ids
+        ids = self.batch.logs[row].ids
+        return None if ids is None else np.concatenate((ids, self.batch.owed[row]))
 
     def save(self, name: str) -> None:
         """Save it under a name: see `kvpaged.saved.SavedSessions`, which restores it."""
@@ -180,6 +184,9 @@ class SessionCache(Cache, ServedCache):
         source = ids if ids is not None else given.get("inputs_embeds")
         if source is None:
             raise UsageError("a forward pass with a session needs input_ids or inputs_embeds")
+        if self._again is not None:
+            self._enter_again(self._again, source.device)
+            return
         rows, width = source.shape[:2]
         if not self._pads_known and rows != self.batch.rows:  # after a reset
             self.batch.close()
@@ -206,12 +213,29 @@ class SessionCache(Cache, ServedCache):
             if self.columns < self._prompt.shape[1]:
                 check_prompt(ids, np.repeat(self._prompt, times, axis=0), pads, self.columns)
             check_not_again(positions, self.columns - pads, width)
+        if self.batch.owes():
+            self._compute_owed(source.device)
         self._begin(pads, times, width, source.device)
         self._clock.begin(rows * width)
         self._begun = True
         self._watch(given)
         self._ids = None if ids is None else ids.detach().clone()
         self._positions = None if positions is None else positions.detach().clone()
+
+    def _compute_owed(self, device: torch.device) -> None:
+        """Have the tokens that rows owe computed, before the pass that was asked for."""
+        self._write_logs()
+        self._again = Owed(self.batch)
+        try:
+            self._again.compute(self.preparation, self, device)
+        finally:
+            self._again = None
+
+    def _enter_again(self, owed: Owed, device: torch.device) -> None:
+        self.batch.begin(owed.counts)
+        self._take, self._lanes, self._width = owed.taken(device), None, owed.width
+        if self.batch.private is None and not self.batch.watch():
+            self.batch.keep_private("the model has changed since the session began")
 
     def _check_found(self, given: dict[str, Any], pads: Ids, width: int) -> None:
         """Raise unless the first pass goes on from what was found as a plain pass would: with
@@ -292,6 +316,11 @@ class SessionCache(Cache, ServedCache):
             raise UnsupportedModelError(
                 f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
             )
+        if self._again is not None:
+            self.batch.commit(self._again.ids)
+            self.batch.owed = [NOTHING] * self.batch.rows
+            self.batch.publish()
+            return
         self._clock.end()
         self.batch.commit()
         self._passes.add(self._ids, self._positions, step.starts, step.counts)

@@ -145,6 +145,14 @@ class MixedAllocator:
         if exact.size:
             self.exact.release(exact)
 
+    def evict_oldest(self) -> bool:
+        """Free the page, of either class, that has waited longest; false if none waits."""
+        waiting = [
+            (time, n) for n, each in enumerate((self.exact, self.sealed))
+            if (time := each.oldest()) is not None
+        ]  # fmt: skip
+        return bool(waiting) and (self.exact, self.sealed)[min(waiting)[1]].evict_oldest()
+
     def drop(self, page: int) -> None:
         """Free a cached page, and tell nobody."""
         if page < self.first_sealed:
