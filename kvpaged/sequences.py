@@ -72,6 +72,11 @@ class Sequences:
         return self._cache.groups[0].device
 
     @property
+    def page_size(self) -> int:
+        """Token slots a page."""
+        return self._cache.config.page_size
+
+    @property
     def compressed(self) -> bool:
         """Whether full pages of some group are coded, and shared whole."""
         return self._cache.compressed

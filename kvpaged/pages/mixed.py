@@ -235,6 +235,34 @@ class MixedClass:
         exact = self.exact.bytes_of(len(ids) - compressed)
         return exact + self.sealed.bytes_of(compressed)
 
+    # What admission counts in: compressed pages; exact ones are so many of them, rounded up.
+
+    @property
+    def unit_bytes(self) -> int:
+        """See `PageClass.unit_bytes`."""
+        return self.sealed.geometry.page_bytes
+
+    @property
+    def open_cost(self) -> int:
+        """See `PageClass.open_cost`."""
+        return -(-self.geometry.page_bytes // self.unit_bytes)
+
+    def cost(self, pages: int) -> int:
+        """See `PageClass.cost`."""
+        exact = min(pages, self.keep + 1)
+        return exact * self.open_cost + pages - exact
+
+    def units(self) -> int:
+        """See `PageClass.units`."""
+        return self.sealed.allocator.capacity
+
+    def available_units(self) -> int:
+        """See `PageClass.available_units`."""
+        exact = self.exact.allocator
+        return self.sealed.allocator.available() + self.open_cost * (
+            exact.free_pages + exact.cached_pages()
+        )
+
 
 AnyAllocator = PageAllocator | MixedAllocator
 AnyClass = PageClass | MixedClass

@@ -148,6 +148,30 @@ class PageClass:
         """Bytes of the budget that these pages, each named once, take."""
         return self.bytes_of(len(ids))
 
+    # What admission counts in: here pages.
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the unit that `cost`, `units` and `available_units` are in."""
+        return self.geometry.page_bytes
+
+    @property
+    def open_cost(self) -> int:
+        """Units of a page that takes tokens."""
+        return 1
+
+    def cost(self, pages: int) -> int:
+        """Units of a sequence of so many pages."""
+        return pages
+
+    def units(self) -> int:
+        """Units of the whole budget."""
+        return self.allocator.capacity
+
+    def available_units(self) -> int:
+        """Units that could still be taken."""
+        return self.allocator.available()
+
 
 class SealedClass:
     """Compressed pages of one format in a pool: whole runs of bytes, whatever the pool's layout.
