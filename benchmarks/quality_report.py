@@ -37,11 +37,12 @@ def of_model(name: str, found: Mapping[str, Any]) -> str:
         "what is quantised), a whole sequence",
     ]
     for system, entry in found["systems"].items():
-        if "as held" in entry["bits"]:
-            bits = entry["bits"]
+        bits = entry["bits"]
+        if "exact tokens" in bits:
+            added = bits["1280 tokens"] - bits["page"]
             notes.append(
-                f"{system}: {bits['as held']:.2f} bits after a window, {100 * bits['exact share']:.0f}"
-                " % of it exact tokens; a prompt attends to its own tokens exactly"
+                f"{system}: {bits['exact tokens']:g} exact tokens at its end on average, "
+                f"{added:.2f} bits at 1,280; its prompt is attended to exactly"
             )
     notes += [f"{system}: not measured: {why}" for system, why in found["left_out"].items()]
     return "\n".join([common.table(heads, lines), *notes])

@@ -25,7 +25,7 @@ LENGTHS = (1_500, 8_000)
 """Tokens of the sequences whose bits are counted whole."""
 
 PLAIN_BITS = 16
-"""Of an exact element, wherever bits are counted: as of a model in bf16, whatever this one is in."""
+"""Of an exact element, wherever bits are counted: as of a model in bf16, whatever this is in."""
 
 PEERS: dict[str, tuple[str, dict[str, int]]] = {
     "quanto-4": ("quanto", {"nbits": 4, "axis_key": 0, "axis_value": 0}),
@@ -151,6 +151,7 @@ def held_bytes(groups: tuple[LayerGroup, ...], kv_format: KVFormat, length: int)
             if count:
                 batch.begin(np.array([count]))
                 batch.commit()
+                batch.publish()  # what has left a window goes back
         held = batch.memory_bytes()
         expected = [isinstance(each, MixedClass) for each in books.classes]
         assert any(expected) or kv_format.key() == b"", "a format without compressed pages"
@@ -165,23 +166,21 @@ def held_bytes(groups: tuple[LayerGroup, ...], kv_format: KVFormat, length: int)
 
 def peer_bits(past: Any) -> dict[str, float]:
     """Bits an element takes in the quantised part of a `QuantizedCache`, scales and zero points
-    counted as 16 bits each ("page"), and in all that it holds now, its exact last tokens too.
+    counted as 16 bits each ("page"), and in sequences of some lengths with the exact tokens that it
+    has at their end on average ("exact tokens").
     """
-    quantised = tokens = held = 0.0
+    coded = numbers = 0.0
     for layer in past.layers:
-        for state, rest in (
-            (layer._quantized_keys, layer.keys),
-            (layer._quantized_values, layer.values),
-        ):
-            codes, numbers = coded_bits(state)
-            quantised += codes
-            tokens += numbers
-            held += rest.numel()
+        for state in (layer._quantized_keys, layer._quantized_values):
+            bits, count = coded_bits(state)
+            coded += bits
+            numbers += count
+    page = coded / numbers
+    exact = (getattr(past.layers[0], "residual_length", 1) - 1) / 2  # from none to one less
     return {
-        "page": quantised / tokens,
-        "as held": (quantised + PLAIN_BITS * held) / (tokens + held),
-        "exact share": held / (tokens + held),
-    }
+        "page": page, "exact tokens": exact,
+        **{f"{n} tokens": page + (PLAIN_BITS - page) * exact / n for n in (1_280, *LENGTHS)},
+    }  # fmt: skip
 
 
 def coded_bits(state: Any) -> tuple[float, float]:
