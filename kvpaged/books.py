@@ -331,6 +331,7 @@ class CacheBooks:
         identity, namespace, private = self.current()
         if not namespace or private is not None:
             return [None] * rows
+        extra = self.kv_format.key() + extra
         with self.lock:
             root = self.index.root(namespace, extra)
         size = self.config.page_size

@@ -227,7 +227,7 @@ class PagedKVCache(CacheBooks):
             StorageError: the file can't be written, or a tier does not answer.
             IntegrityError: bytes are not what was sealed.
         """
-        self.check_open()
+        self._check_documents()
         ids = as_ids(_flat(input_ids), 0)
         extra: bytes | None = b""
         if self._preparation is not None:
@@ -261,10 +261,18 @@ class PagedKVCache(CacheBooks):
             UsageError: it is of another model, or of other pages, or nothing is kept for others.
             IntegrityError: it is damaged; the message says where. StorageError: it can't be read.
         """
-        self.check_open()
+        self._check_documents()
         return import_document(
             self, path, lambda extra: self.trails(1, salt, salt_from, extra=extra)[0]
         )
+
+    def _check_documents(self) -> None:
+        self.check_open()
+        if self.compressed:
+            raise UsageError(
+                f"a document holds exact pages, and this cache's are compressed "
+                f"({self.kv_format.name})"
+            )
 
     # -- in a loop of one's own --------------------------------------------------------------------
 

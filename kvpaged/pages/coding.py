@@ -7,10 +7,9 @@ from torch import Tensor
 from kvpaged import ops
 from kvpaged.config import Backend
 from kvpaged.errors import IntegrityError
-from kvpaged.pages.classops import verify_pages
+from kvpaged.pages.classops import page_checksums, verify_pages
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.mixed import AnyClass, MixedClass
-from kvpaged.pages.pool import SealedClass
 
 
 def code_pages(of: MixedClass, full: Ids, compressed: Ids, *, backend: Backend) -> None:
@@ -67,7 +66,7 @@ def verify_class(of: AnyClass, ids: Ids, *, backend: Backend) -> None:
     if not numbers.size:
         return
     kept = _places(numbers, of.flat.device)
-    expected, found = of.sealed.checksums[kept], slice_sums(of.sealed, numbers, backend=backend)
+    expected, found = of.sealed.checksums[kept], page_checksums(of.sealed, numbers, backend=backend)
     wrong = (expected != found).nonzero()
     if len(wrong):
         row, layer = wrong[0].tolist()
@@ -76,16 +75,6 @@ def verify_class(of: AnyClass, ids: Ids, *, backend: Backend) -> None:
             f"{int(found[row, layer])}, sealed as {int(expected[row, layer])}; {len(wrong)} slices "
             "are wrong"
         )
-
-
-def slice_sums(of: SealedClass, numbers: Ids, *, backend: Backend) -> Tensor:
-    """Checksums of the slices of compressed pages, int64 `[n, layers]`."""
-    entries = _places(of.entries(numbers), of.flat.device)
-    found = []
-    for _, slices in of.runs:
-        words = slices.view(torch.int32).unsqueeze(2)
-        found.append(ops.checksum(words, entries, first_word=0, backend=backend))
-    return torch.cat(found, 1)
 
 
 def _places(ids: Ids, device: torch.device) -> Tensor:

@@ -263,6 +263,10 @@ class MixedClass:
             exact.free_pages + exact.cached_pages()
         )
 
+    def room_units(self) -> int:
+        """See `PageClass.room_units`."""
+        return self.sealed.allocator.room() + self.open_cost * self.exact.allocator.free_pages
+
 
 AnyAllocator = PageAllocator | MixedAllocator
 AnyClass = PageClass | MixedClass

@@ -172,6 +172,10 @@ class PageClass:
         """Units that could still be taken."""
         return self.allocator.available()
 
+    def room_units(self) -> int:
+        """Units that could be taken without evicting any page."""
+        return self.allocator.room()
+
 
 class SealedClass:
     """Compressed pages of one format in a pool: whole runs of bytes, whatever the pool's layout.
@@ -224,6 +228,10 @@ class SealedClass:
         units = frame * (self._plan.frame_bytes // UNIT_BYTES) + place * per_page
         entries: Ids = units.astype(np.int32)
         return entries
+
+    def entry_tensor(self, ids: Ids) -> torch.Tensor:
+        """The same on the device, int64, for indexing."""
+        return torch.from_numpy(self.entries(ids).astype(np.int64)).to(self.flat.device)
 
     def bytes_of(self, pages: int) -> int:
         """Bytes of the budget that `pages` pages take."""
