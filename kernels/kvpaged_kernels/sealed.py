@@ -2,10 +2,9 @@
 
 A slice is one layer of a page, head after head; a head is
 
-    | K codes | V codes | K centres | K parameters | V parameters | 0 .. to a multiple of 16 |
+    | K codes | V codes | K parameters | V parameters | 0 .. to a multiple of 16 |
 
     K codes        [slot, k_dim], as the form says
-    K centres      fp16 [k_dim]: the middle of each channel over the page      (integers only)
     K parameters   uint16 [page_size / group, k_dim]: channels share one over `group` tokens
     V parameters   uint16 [v_dim / group, page_size]: tokens share one over `group` elements
 
@@ -14,11 +13,15 @@ integers of 8 or 4 bits. Four-bit codes of a token are `dim / 4` little-endian u
 number `i` holds those of the dimensions i, i + dim / 4, i + dim / 2 and i + 3 dim / 4, from the
 lowest bits up: kernels read each nibble as one operand of a quarter of the width.
 
-A parameter holds a scale and a zero point: `scale << 7 | zero`. The scale is an fp16 number without
-its sign and its lowest six bits (5 bits of exponent, 4 of mantissa), the zero point counts
-128ths of the codes' range. A code stands for
+Only integers have parameters: the upper byte is a scale, the lower a zero point. Both are pieces of
+fp16 numbers: the scale the highest 8 bits behind the sign (5 of exponent, 3 of mantissa), the zero
+point a sign, then 3 bits of exponent and 4 of mantissa:
 
-    centre + scale * (code - zero * 2**bits / 128)          (V has no centres: 0)
+    scale = fp16 of the bits  (p >> 8) << 7
+    zero  = fp16 of the bits  (p & 0x80) << 8 | (p & 0x7f) << 6,  times 2**15     (0 .. 248)
+
+and a code stands for scale * (code + zero * 2**bits / 16). So a zero point reaches 15 ranges of
+codes away from 0, and is exact to a quarter of a step where 0 lies within them.
 """
 
 from typing import Literal, NamedTuple
@@ -27,11 +30,11 @@ import torch
 
 Form = Literal["exact", "fp8", "int"]
 
-ZERO_BITS = 7
-"""Of a parameter: those of the zero point; the others are the scale's."""
+SCALE_SHIFT, ZERO_SHIFT = 7, 6
+"""Bits at the end of an fp16 number that a scale, and a zero point, do without."""
 
-SCALE_SHIFT = 6
-"""Bits of an fp16 number that a scale does without."""
+ZERO_UNIT = 2.0**15
+"""What a zero point's fp16 number is multiplied by, for codes of 4 bits; 16 times that for 8."""
 
 HEAD_ALIGN = 16
 
@@ -56,7 +59,7 @@ class SliceLayout(NamedTuple):
     Attributes:
         kv_heads, page_size, k_dim, v_dim, dtype: of the exact page.
         k, v: how each is coded.
-        v_codes, centres, k_params, v_params: where they begin; K's codes begin at 0.
+        v_codes, k_params, v_params: where they begin; K's codes begin at 0.
         head_bytes: from a head to the next.
     """
 
@@ -68,7 +71,6 @@ class SliceLayout(NamedTuple):
     k: Part
     v: Part
     v_codes: int
-    centres: int
     k_params: int
     v_params: int
     head_bytes: int
@@ -91,15 +93,13 @@ class SliceLayout(NamedTuple):
         _check("K", k, page_size, k_dim, dtype)
         _check("V", v, v_dim, v_dim, dtype)
         v_codes = page_size * k_dim * k.bits // 8
-        centres = v_codes + page_size * v_dim * v.bits // 8
-        whole = k.form == "int"
-        k_params = centres + (2 * k_dim if whole else 0)
-        v_params = k_params + (2 * k_dim * (page_size // k.group) if whole else 0)
+        k_params = v_codes + page_size * v_dim * v.bits // 8
+        grouped = k.form == "int"
+        v_params = k_params + (2 * k_dim * (page_size // k.group) if grouped else 0)
         end = v_params + (2 * page_size * (v_dim // v.group) if v.form == "int" and v_dim else 0)
         head_bytes = -(-end // HEAD_ALIGN) * HEAD_ALIGN
         return cls(
-            kv_heads, page_size, k_dim, v_dim, dtype, k, v, v_codes, centres, k_params, v_params,
-            head_bytes,
+            kv_heads, page_size, k_dim, v_dim, dtype, k, v, v_codes, k_params, v_params, head_bytes
         )  # fmt: skip
 
 

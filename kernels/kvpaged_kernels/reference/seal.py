@@ -7,17 +7,18 @@ from torch import Tensor
 
 from kvpaged_kernels.sealed_checks import check_seal
 from kvpaged_kernels.reference.checksum import checksum
-from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_BITS, Part, SliceLayout
+from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT, Part, SliceLayout
 
-TRIED = {8: 2, 4: 6}
-"""By bits of a code: how many scales are tried for a group, from the first that holds its whole
-range downwards; the one with the least sum of squared errors is taken.
+TRIED = (2, 1, 0, -1)
+"""Scales that are tried for a group, by their distance from the first that holds its whole range:
+larger ones make up for a coarse zero point, the smaller one clips. The one with the least sum of
+squared errors is taken.
 """
 
 E4M3_MOST = 448.0
 _MOST = (31 << 10 - SCALE_SHIFT) - 1
 """The largest scale: what comes after stands for infinity."""
-_ZEROS = (1 << ZERO_BITS) - 1
+_FARTHEST = 248.0
 """The largest zero point."""
 
 
@@ -70,11 +71,11 @@ def code(k: Tensor, v: Tensor, layout: SliceLayout) -> Tensor:
     """
     n, heads = k.shape[:2]
     out = torch.zeros(n, heads, layout.head_bytes, dtype=torch.uint8, device=k.device)
-    k_codes, centres, k_params = _code_k(k, layout.k)
+    k_codes, k_params = _code_k(k, layout.k)
     v_codes, v_params = _code_v(v, layout.v)
     pieces = (
-        (0, k_codes), (layout.v_codes, v_codes), (layout.centres, centres),
-        (layout.k_params, k_params), (layout.v_params, v_params),
+        (0, k_codes), (layout.v_codes, v_codes), (layout.k_params, k_params),
+        (layout.v_params, v_params),
     )  # fmt: skip
     for at, piece in pieces:
         if piece is not None and piece.numel():
@@ -108,40 +109,44 @@ def unseal(slices: Tensor, layout: SliceLayout) -> tuple[Tensor, Tensor]:
     if layout.k.form == "int":
         groups = size // layout.k.group
         params = piece(layout.k_params, torch.int16, groups, 1, layout.k_dim)
-        centre = piece(layout.centres, torch.float16, 1, 1, layout.k_dim).float()
-        scale, low = meaning(params, centre, layout.k.bits)
+        scale, low = meaning(params, layout.k.bits)
         k = (k.unflatten(2, (groups, -1)) * scale + low).flatten(2, 3)
     if layout.v.form == "int" and layout.v_dim:
         groups = layout.v_dim // layout.v.group
         params = piece(layout.v_params, torch.int16, groups, size).transpose(2, 3).unsqueeze(4)
-        scale, low = meaning(params, torch.zeros(()), layout.v.bits)
+        scale, low = meaning(params, layout.v.bits)
         v = (v.unflatten(3, (groups, -1)) * scale + low).flatten(3, 4)
     return k, v
 
 
-def meaning(params: Tensor, centre: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def meaning(params: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Of parameters (int16): the scale, and what code 0 stands for, fp32 both."""
-    whole = params.to(torch.int32) & 0xFFFF
-    scale = (whole >> ZERO_BITS << SCALE_SHIFT).to(torch.int16).view(torch.float16).float()
-    zero = (whole & _ZEROS).float() * (2.0**bits / (1 << ZERO_BITS))
-    return scale, centre - scale * zero
+    scale = _fp16((params.int() >> 8 & 0xFF) << SCALE_SHIFT)
+    zero = _fp16((params.int() & 0x80) << 8 | (params.int() & 0x7F) << ZERO_SHIFT)
+    return scale, scale * zero * (ZERO_UNIT * 2**bits / 16)
 
 
-def _code_k(k: Tensor, part: Part) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _fp16(bits: Tensor) -> Tensor:
+    return bits.to(torch.int16).view(torch.float16).float()
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.half().view(torch.int16).int() & 0xFFFF
+
+
+def _code_k(k: Tensor, part: Part) -> tuple[Tensor, Tensor | None]:
     if part.form != "int":
-        return _plain(k, part), None, None
-    x = k.float()
-    centre = ((x.amax(2) + x.amin(2)) / 2).clamp(-65504, 65504).half()
-    grouped = x.unflatten(2, (-1, part.group)).transpose(3, 4)  # [n, heads, groups, dim, tokens]
-    codes, params = _quantise(grouped, centre.float()[:, :, None, :, None], part.bits)
-    return _packed(codes.transpose(3, 4).flatten(2, 3), part.bits), centre, params
+        return _plain(k, part), None
+    grouped = k.float().unflatten(2, (-1, part.group)).transpose(3, 4)  # [.., groups, dim, tokens]
+    codes, params = _quantise(grouped, part.bits)
+    return _packed(codes.transpose(3, 4).flatten(2, 3), part.bits), params
 
 
 def _code_v(v: Tensor, part: Part) -> tuple[Tensor, Tensor | None]:
     if part.form != "int" or not v.shape[3]:
         return _plain(v, part), None
     grouped = v.float().unflatten(3, (-1, part.group))  # [n, heads, tokens, groups, elements]
-    codes, params = _quantise(grouped, torch.zeros((), device=v.device), part.bits)
+    codes, params = _quantise(grouped, part.bits)
     return _packed(codes.flatten(3, 4), part.bits), params.transpose(2, 3)
 
 
@@ -151,29 +156,29 @@ def _plain(x: Tensor, part: Part) -> Tensor:
     return x.float().clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
 
 
-def _quantise(x: Tensor, centre: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes, uint8 of `x`'s shape, and parameters, int16 without its last dimension: of all in the
     last dimension of `x` (fp32) one.
     """
-    top = 2**bits - 1
-    unit = (1 << ZERO_BITS) / 2**bits
-    low = torch.minimum(x.amin(-1, keepdim=True), centre)
-    high = torch.maximum(x.amax(-1, keepdim=True), centre)
-    wanted = ((high - low) / top).clamp(max=65504.0)
-    # The bits of a positive fp16 number rise with it: the first scale that is not below.
-    most = wanted.half().view(torch.int16).int()
-    most += (most.to(torch.int16).view(torch.float16).float() < wanted).int()
-    most = most + (1 << SCALE_SHIFT) - 1 >> SCALE_SHIFT
+    top, unit = 2**bits - 1, 2**bits / 16
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    wanted = torch.maximum((high - low) / top, low.abs() / (_FARTHEST * unit))
+    wanted = wanted.clamp(max=65504.0)
+    most = _bits(wanted)  # the bits of a positive fp16 number rise with it
+    most += (_fp16(most) < wanted).int()
+    most = most + (1 << SCALE_SHIFT) - 1 >> SCALE_SHIFT  # the first scale that is not below
     best = codes = params = None
-    for step in range(TRIED[bits]):
-        kept = (most - step).clamp(1, _MOST)
-        scale = (kept << SCALE_SHIFT).to(torch.int16).view(torch.float16).float()
-        clipped = ((high - low) - top * scale).clamp(min=0) / 2
-        zero = ((centre - low - clipped) / scale * unit).round().clamp(0, _ZEROS)
-        base = centre - scale * (zero / unit)
+    for step in TRIED:
+        kept = (most + step).clamp(1, _MOST)
+        scale = _fp16(kept << SCALE_SHIFT)
+        begin = (low + high - top * scale) / 2  # what goes beyond is clipped on both sides
+        zero = (begin / (scale * unit)).clamp(-_FARTHEST, _FARTHEST)
+        zero_bits = _bits(zero.abs() / ZERO_UNIT) + (1 << ZERO_SHIFT - 1) >> ZERO_SHIFT
+        zero_bits = zero_bits.clamp(max=0x7F) | (zero < 0).int() << 7
+        param = kept << 8 | zero_bits
+        _, base = meaning(param, bits)
         code = ((x - base) / scale).round().clamp(0, top)
         error = (base + scale * code - x).square().sum(-1, keepdim=True)
-        param = kept << ZERO_BITS | zero.int()
         if best is None or codes is None or params is None:
             best, codes, params = error, code, param
         else:
