@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kvpaged_kernels.cpu.native_sealed import native_seal
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_general, attend_part
 from kvpaged_kernels.cpu.sealing import Receipt, seal_pages, unseal
 from kvpaged_kernels.sealed import SliceLayout
@@ -27,6 +28,9 @@ def seal(
     `native`: by native code where there is some.
     """
     check_seal(k_pages, v_pages, src, slices, dst, layout)
+    code = native_seal(layout) if native else None
+    if code is not None:
+        return code(k_pages, v_pages, src, slices, dst)
     return seal_pages(k_pages, v_pages, src, slices, dst, layout)
 
 

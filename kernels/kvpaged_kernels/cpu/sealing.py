@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.native_copy import coefficients
-from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_BITS, Part, SliceLayout
+from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT, Part, SliceLayout
 
-TRIED = {8: 2, 4: 6}
-"""By bits of a code: how many scales are tried for a group, as `reference.seal` says."""
+TRIED = (2, 1, 0, -1)
+"""Scales that are tried for a group, by their distance from the first that holds its whole range,
+as `reference.seal` says.
+"""
 
 E4M3_MOST = 448.0
 LARGEST_SCALE = (31 << 10 - SCALE_SHIFT) - 1
-_ZEROS = (1 << ZERO_BITS) - 1
+FARTHEST_ZERO = 248.0
 
 
 class Receipt(NamedTuple):
@@ -52,11 +54,9 @@ def unseal(slices: Tensor, layout: SliceLayout) -> tuple[Tensor, Tensor]:
     v = _numbers(heads, layout.v_codes, layout.v, layout.v_dim, layout)
     if layout.k.form == "int":
         groups = size // layout.k.group
-        centres = _piece(heads, layout.centres, 2 * layout.k_dim).view(torch.float16)
         params = _piece(heads, layout.k_params, 2 * layout.k_dim * groups).view(torch.int16)
         scale, low = _meaning(params.unflatten(2, (groups, 1, -1)), layout.k.bits)
-        grouped = k.unflatten(2, (groups, -1)).mul_(scale)
-        k = grouped.add_(low.add_(centres.float()[:, :, None, None])).flatten(2, 3)
+        k = k.unflatten(2, (groups, -1)).mul_(scale).add_(low).flatten(2, 3)
     if layout.v.form == "int" and layout.v_dim:
         groups = layout.v_dim // layout.v.group
         params = _piece(heads, layout.v_params, 2 * size * groups).view(torch.int16)
@@ -85,9 +85,19 @@ def _numbers(heads: Tensor, first: int, part: Part, dim: int, layout: SliceLayou
 
 
 def _meaning(params: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Of parameters (int16): the scale, and what code 0 is above the centre, fp32 both."""
-    scale = ((params >> ZERO_BITS & 0x1FF) << SCALE_SHIFT).view(torch.float16).float()
-    return scale, scale * (params & _ZEROS).float() * -(2.0**bits / (1 << ZERO_BITS))
+    """Of parameters (int16): the scale, and what code 0 stands for, fp32 both."""
+    whole = params.int()
+    scale = _fp16((whole >> 8 & 0xFF) << SCALE_SHIFT)
+    zero = _fp16((whole & 0x80) << 8 | (whole & 0x7F) << ZERO_SHIFT)
+    return scale, scale * zero * (ZERO_UNIT * 2**bits / 16)
+
+
+def _fp16(bits: Tensor) -> Tensor:
+    return bits.short().view(torch.float16).float()
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.half().view(torch.int16).int()
 
 
 def _code(k: Tensor, v: Tensor, layout: SliceLayout) -> Tensor:
@@ -99,18 +109,15 @@ def _code(k: Tensor, v: Tensor, layout: SliceLayout) -> Tensor:
         made[:, :, first : first + content.shape[2]] = content
 
     if layout.k.form == "int":
-        x = k.float()
-        centre = ((x.amax(2) + x.amin(2)) / 2).clamp(-65504, 65504).half()
-        grouped = x.unflatten(2, (-1, layout.k.group))  # [layers, heads, groups, tokens, dim]
-        codes, params = _quantise(grouped, centre.float()[:, :, None, None], 3, layout.k.bits)
+        grouped = k.float().unflatten(2, (-1, layout.k.group))
+        codes, params = _quantise(grouped, 3, layout.k.bits)
         put(0, _packed(codes.flatten(2, 3), layout.k.bits))
-        put(layout.centres, centre)
         put(layout.k_params, params)
     else:
         put(0, _plain(k, layout.k))
     if layout.v.form == "int" and layout.v_dim:
         grouped = v.float().unflatten(3, (-1, layout.v.group))
-        codes, params = _quantise(grouped, torch.zeros(()), 4, layout.v.bits)
+        codes, params = _quantise(grouped, 4, layout.v.bits)
         put(layout.v_codes, _packed(codes.flatten(3, 4), layout.v.bits))
         put(layout.v_params, params.squeeze(4).transpose(2, 3))
     elif layout.v_dim:
@@ -124,31 +131,32 @@ def _plain(x: Tensor, part: Part) -> Tensor:
     return x.float().clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
 
 
-def _quantise(x: Tensor, centre: Tensor, of: int, bits: int) -> tuple[Tensor, Tensor]:
+def _quantise(x: Tensor, of: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8) of `x` (fp32), and a parameter (int16) for all along its dimension `of`."""
-    top, unit = 2**bits - 1, (1 << ZERO_BITS) / 2**bits
-    low = torch.minimum(x.amin(of, keepdim=True), centre)
-    high = torch.maximum(x.amax(of, keepdim=True), centre)
-    # A scale's bits are those of a number: the first that is not below what the range asks for.
-    wanted = ((high - low) / top).clamp(max=65504.0)
-    nearest = wanted.half()
-    bits_up = nearest.view(torch.int16).int() + (nearest.float() < wanted)
+    top, unit = 2**bits - 1, 2**bits / 16
+    low, high = x.amin(of, keepdim=True), x.amax(of, keepdim=True)
+    wanted = torch.maximum((high - low) / top, low.abs() / (FARTHEST_ZERO * unit))
+    wanted = wanted.clamp(max=65504.0)
+    # The bits of a positive fp16 number rise with it: the first scale that is not below.
+    bits_up = _bits(wanted) + (wanted.half().float() < wanted)
     first = (bits_up + (1 << SCALE_SHIFT) - 1) >> SCALE_SHIFT
     best = torch.full_like(low, torch.inf)
     codes = torch.zeros_like(x)
     params = torch.zeros_like(first)
-    for step in range(TRIED[bits]):
-        kept = (first - step).clamp(1, LARGEST_SCALE)
-        scale = (kept << SCALE_SHIFT).short().view(torch.float16).float()
-        clipped = (high - low - top * scale).clamp(min=0) / 2
-        zero = ((centre - low - clipped) / scale * unit).round().clamp(0, _ZEROS)
-        base = centre - scale * (zero / unit)
+    for step in TRIED:
+        kept = (first + step).clamp(1, LARGEST_SCALE)
+        scale = _fp16(kept << SCALE_SHIFT)
+        begin = (low + high - top * scale) / 2
+        zero = (begin / (scale * unit)).clamp(-FARTHEST_ZERO, FARTHEST_ZERO)
+        nearest = (_bits(zero.abs() / ZERO_UNIT) + (1 << ZERO_SHIFT - 1)) >> ZERO_SHIFT
+        param = kept << 8 | nearest.clamp(max=0x7F) | (zero < 0).int() << 7
+        base = _meaning(param, bits)[1]
         code = ((x - base) / scale).round_().clamp_(0, top)
         error = (base + scale * code - x).square_().sum(of, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         codes = torch.where(better, code, codes)
-        params = torch.where(better, kept << ZERO_BITS | zero.int(), params)
+        params = torch.where(better, param, params)
     return codes.to(torch.uint8), params.short()
 
 
