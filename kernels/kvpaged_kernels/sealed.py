@@ -5,15 +5,16 @@ A slice is one layer of a page, head after head; a head is
     | K codes | V codes | K parameters | V parameters | 0 .. to a multiple of 16 |
 
     K codes        [slot, k_dim], as the form says
-    K parameters   uint16 [page_size / group, k_dim]: channels share one over `group` tokens
+    K parameters   uint16 [page_size / group, k_dim]: channels share one over `group` tokens; of
+                   fp8, fp16 [k_dim]: the middle of each channel over the page
     V parameters   uint16 [v_dim / group, page_size]: tokens share one over `group` elements
 
-Forms of codes: "exact", the numbers of the model's dtype; "fp8", e4m3 bytes; "int", unsigned
-integers of 8 or 4 bits. Four-bit codes of a token are `dim / 4` little-endian uint16, of which
+Forms of codes: "exact", the numbers of the model's dtype; "fp8", e4m3 bytes, in K of what is left
+of a number less its channel's middle; "int", unsigned integers of 8 or 4 bits. Four-bit codes of a token are `dim / 4` little-endian uint16, of which
 number `i` holds those of the dimensions i, i + dim / 4, i + dim / 2 and i + 3 dim / 4, from the
 lowest bits up: kernels read each nibble as one operand of a quarter of the width.
 
-Only integers have parameters: the upper byte is a scale, the lower a zero point. Both are pieces of
+Integers have parameters of two bytes: the upper byte is a scale, the lower a zero point. Both are pieces of
 fp16 numbers: the scale the highest 8 bits behind the sign (5 of exponent, 3 of mantissa), the zero
 point a sign, then 3 bits of exponent and 4 of mantissa:
 
@@ -94,8 +95,8 @@ class SliceLayout(NamedTuple):
         _check("V", v, v_dim, v_dim, dtype)
         v_codes = page_size * k_dim * k.bits // 8
         k_params = v_codes + page_size * v_dim * v.bits // 8
-        grouped = k.form == "int"
-        v_params = k_params + (2 * k_dim * (page_size // k.group) if grouped else 0)
+        each = {"exact": 0, "fp8": 1, "int": page_size // max(k.group, 1)}[k.form]
+        v_params = k_params + 2 * k_dim * each
         end = v_params + (2 * page_size * (v_dim // v.group) if v.form == "int" and v_dim else 0)
         head_bytes = -(-end // HEAD_ALIGN) * HEAD_ALIGN
         return cls(

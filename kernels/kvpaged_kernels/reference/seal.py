@@ -18,6 +18,8 @@ squared errors is taken.
 E4M3_MOST = 448.0
 _MOST = (31 << 10 - SCALE_SHIFT) - 1
 """The largest scale: what comes after stands for infinity."""
+_HALF = 65504.0
+"""The largest fp16 number."""
 _FARTHEST = 248.0
 """The largest zero point."""
 
@@ -106,6 +108,8 @@ def unseal(slices: Tensor, layout: SliceLayout) -> tuple[Tensor, Tensor]:
             raw = piece(at, torch.uint8, size, dim * part.bits // 8)
             found.append(_unpacked(raw, part.bits).float())
     k, v = found
+    if layout.k.form == "fp8":
+        k = k + piece(layout.k_params, torch.float16, 1, layout.k_dim).float()
     if layout.k.form == "int":
         groups = size // layout.k.group
         params = piece(layout.k_params, torch.int16, groups, 1, layout.k_dim)
@@ -135,25 +139,29 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _code_k(k: Tensor, part: Part) -> tuple[Tensor, Tensor | None]:
-    if part.form != "int":
-        return _plain(k, part), None
+    if part.form == "exact":
+        return k, None
+    if part.form == "fp8":
+        x = k.float()
+        middle = ((x.amax(2, keepdim=True) + x.amin(2, keepdim=True)) / 2).clamp(-_HALF, _HALF)
+        return _e4m3(x - middle.half().float()), middle.half()
     grouped = k.float().unflatten(2, (-1, part.group)).transpose(3, 4)  # [.., groups, dim, tokens]
     codes, params = _quantise(grouped, part.bits)
     return _packed(codes.transpose(3, 4).flatten(2, 3), part.bits), params
 
 
 def _code_v(v: Tensor, part: Part) -> tuple[Tensor, Tensor | None]:
-    if part.form != "int" or not v.shape[3]:
-        return _plain(v, part), None
+    if part.form == "exact" or not v.shape[3]:
+        return v, None
+    if part.form == "fp8":
+        return _e4m3(v.float()), None
     grouped = v.float().unflatten(3, (-1, part.group))  # [n, heads, tokens, groups, elements]
     codes, params = _quantise(grouped, part.bits)
     return _packed(codes.flatten(3, 4), part.bits), params.transpose(2, 3)
 
 
-def _plain(x: Tensor, part: Part) -> Tensor:
-    if part.form == "exact":
-        return x
-    return x.float().clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
+def _e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
 
 
 def _quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +171,7 @@ def _quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     top, unit = 2**bits - 1, 2**bits / 16
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     wanted = torch.maximum((high - low) / top, low.abs() / (_FARTHEST * unit))
-    wanted = wanted.clamp(max=65504.0)
+    wanted = wanted.clamp(max=_HALF)
     most = _bits(wanted)  # the bits of a positive fp16 number rise with it
     most += (_fp16(most) < wanted).int()
     most = most + (1 << SCALE_SHIFT) - 1 >> SCALE_SHIFT  # the first scale that is not below
