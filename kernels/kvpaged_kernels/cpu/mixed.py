@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.cpu.native_sealed import native_seal
+from kvpaged_kernels.cpu.native_sealed import NativeSealed, has_native_sealed, native_seal
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_general, attend_part
 from kvpaged_kernels.cpu.sealing import Receipt, seal_pages, unseal
 from kvpaged_kernels.sealed import SliceLayout
@@ -59,6 +59,12 @@ def mixed_decode(
         q, k_pages, v_pages, slices, layout, block_table, seq_lens, keep=keep, scale=scale,
         window=window, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
     )  # fmt: skip
+    if native and _is_native(q, layout, alibi_slopes):
+        layer = NativeSealed(
+            k_pages, v_pages, slices, layout, q.shape[1], keep=keep, scale=scale, window=window,
+            softcap=softcap,
+        )  # fmt: skip
+        return layer.decode(q, block_table, seq_lens, sinks)
     rows = _Rows(k_pages, v_pages, slices, layout, keep, scale, window, softcap, alibi_slopes)
     out, lse = _nothing(q, layout)
     for row, length in enumerate(seq_lens.tolist()):
@@ -113,6 +119,11 @@ def mixed_prefill(
         own = own_k[a:b], own_v[a:b]
         rows.attend(q[mine], start, block_table[row], own, (out[mine], lse[mine]))
     return _finished(q, out, lse, sinks)
+
+
+def _is_native(q: Tensor, layout: SliceLayout, alibi_slopes: Tensor | None) -> bool:
+    """Native code knows no slopes."""
+    return alibi_slopes is None and has_native_sealed(layout, q.shape[1] // layout.kv_heads)
 
 
 def _nothing(q: Tensor, layout: SliceLayout) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,9 @@ constexpr int width_of(int form, int dim) {
 constexpr int top_of(int form) { return form == INT4 ? 15 : 255; }
 
 constexpr int K_BYTES = width_of(K_FORM, K_DIM), V_BYTES = width_of(V_FORM, V_DIM);
-constexpr int K_GROUPS = K_WHOLE ? PAGE / K_PER : 0, V_GROUPS = V_WHOLE ? V_DIM / V_PER : 0;
+// Lines of parameters; keys of fp8 have one, of their channels' middles.
+constexpr int K_GROUPS = K_WHOLE ? PAGE / K_PER : K_FORM == FP8;
+constexpr int V_GROUPS = V_WHOLE ? V_DIM / V_PER : 0;
 constexpr int V_CODES = PAGE * K_BYTES, K_PARAMS = V_CODES + PAGE * V_BYTES;
 constexpr int V_PARAMS = K_PARAMS + 2 * K_DIM * K_GROUPS;
 constexpr int HEAD_END = V_PARAMS + 2 * PAGE * V_GROUPS;
@@ -67,14 +69,8 @@ static inline Words to_halves(Floats x) {
 #endif
 }
 
-// A scale's eight bits are those of an fp16 number behind its sign: numbers from 2^-14 on, or
+// The first scale that is not below `x`, at most fp16's largest number: numbers from 2^-14 on, or
 // multiples of 2^-17 below.
-static inline Floats scale_of(Ints bits) {
-    const Floats small = converted<Floats>(bits) * 0x1p-17f;
-    return bits < 8 ? small : (Floats)((bits << 20) + (112 << 23));
-}
-
-// The first scale that is not below `x`, up to fp16's largest number.
 static inline Ints scale_above(Floats x) {
     const Ints bits = ((Ints)x + ((1 << 20) - 1) >> 20) - (112 << 3);
     const Floats steps = x * 0x1p17f;
@@ -83,13 +79,7 @@ static inline Ints scale_above(Floats x) {
     return x < 0x1p-14f ? small : bits;
 }
 
-// A zero point's seven bits and sign: multiples of 1/8 below 2, then four bits behind the first.
-static inline Floats zero_of(Ints bits) {
-    const Ints size = bits & 127;
-    const Floats small = converted<Floats>(size) * 0.125f;
-    const Ints number = size < 16 ? (Ints)small : (size << 19) + (127 << 23);
-    return (Floats)(number | (bits & 128) << 24);
-}
+// The zero point nearest to `x`.
 static inline Ints zero_near(Floats x) {
     const Floats size = (Floats)((Ints)x & 0x7fffffff) * 0x1p-15f;
     const Ints bits = converted<Ints>(to_halves(size)) + 32 >> 6;
@@ -98,9 +88,10 @@ static inline Ints zero_near(Floats x) {
 
 // What parameters mean: a code stands for scale * code + low.
 template <int FORM>
-static inline void meaning_of(Ints params, Floats& scale, Floats& low) {
-    scale = scale_of(params >> 8 & 255);
-    low = scale * zero_of(params) * (float(top_of(FORM) + 1) / 16);
+static inline void meaning_of(Words params, Floats& scale, Floats& low) {
+    scale = of_halves(params >> 1 & 0x7f80);
+    const Floats zero = of_halves((params & 0x80) << 8 | (params & 0x7f) << 6);
+    low = scale * zero * (0x1p15f * (top_of(FORM) + 1) / 16);
 }
 
 // e4m3 (no infinities; 0x7f is NaN) as floats, and back: to nearest, ties to even, at most 448.

@@ -45,11 +45,11 @@ static inline Ints search(const Floats* x, int count, Floats& base, Floats& step
     for (int tried = 2; tried >= -1; tried--) {
         Ints kept = first + tried;
         kept = kept < 1 ? Ints{} + 1 : kept > 247 ? Ints{} + 247 : kept;
-        Floats scale = scale_of(kept), from;
+        Floats scale = of_halves(converted<Words>(kept << 7)), from;
         const Floats begin = (low + high - TOP * scale) * 0.5f, far = none + FARTHEST;
         const Floats zero = least_of(most_of(begin / (scale * UNIT), -far), far);
         const Ints param = kept << 8 | zero_near(zero);
-        meaning_of<FORM>(param, scale, from);
+        meaning_of<FORM>(converted<Words>(param), scale, from);
         const Floats inverse = 1.0f / scale;
         Floats sums[2] = {};
         for (int i = 0; i < count; i++) {
@@ -135,21 +135,41 @@ static float seal_v(const Number* v, int64_t slot, uint8_t* head) {
     return greatest(worst);
 }
 
-// Numbers as they are, or as fp8.
-template <int FORM, int DIM>
-static float seal_plain(const Number* from, int64_t slot, uint8_t* to) {
+static void put_fp8(uint8_t* to, Floats x, Floats middle, Floats& worst) {
+    const Bytes codes = to_fp8(x - middle);
+    memcpy(to, &codes, sizeof codes);
+    worst = most_of(worst, size_of(of_fp8(codes) + middle - x));
+}
+
+// Of keys, what is left beside the middle of a channel.
+static float seal_fp8_k(const Number* k, int64_t slot, uint8_t* head) {
+    const Floats most = Floats{} + 65504.0f;
     Floats worst = {};
-    for (int t = 0; t < PAGE; t++, from += slot, to += width_of(FORM, DIM)) {
-        if (FORM == EXACT) memcpy(to, from, DIM * sizeof(Number));
-        if (FORM != FP8) continue;
-        for (int d = 0; d < DIM; d += VL) {
-            const Floats x = widen(from + d);
-            const Bytes codes = to_fp8(x);
-            memcpy(to + d, &codes, sizeof codes);
-            worst = most_of(worst, size_of(of_fp8(codes) - x));
+    for (int d = 0; d < K_DIM; d += VL) {
+        Floats low = widen(k + d), high = low;
+        for (int t = 1; t < PAGE; t++) {
+            const Floats x = widen(k + t * slot + d);
+            low = least_of(low, x), high = most_of(high, x);
         }
+        const Words middle = to_halves(most_of(least_of((low + high) * 0.5f, most), -most));
+        memcpy(head + K_PARAMS + 2 * d, &middle, sizeof middle);
+        for (int t = 0; t < PAGE; t++)
+            put_fp8(head + t * K_BYTES + d, widen(k + t * slot + d), of_halves(middle), worst);
     }
     return greatest(worst);
+}
+
+static float seal_fp8_v(const Number* v, int64_t slot, uint8_t* to) {
+    Floats worst = {};
+    for (int t = 0; t < PAGE; t++, v += slot, to += V_BYTES)
+        for (int d = 0; d < V_DIM; d += VL) put_fp8(to + d, widen(v + d), Floats{}, worst);
+    return greatest(worst);
+}
+
+static float copy_tokens(const Number* from, int64_t slot, int dim, uint8_t* to) {
+    for (int t = 0; t < PAGE; t++, from += slot, to += dim * sizeof(Number))
+        memcpy(to, from, dim * sizeof(Number));
+    return 0;
 }
 
 static void seal_head(const Seal& seal, int64_t unit) {
@@ -162,14 +182,12 @@ static void seal_head(const Seal& seal, int64_t unit) {
     uint8_t* to = seal.slices + seal.dst[page] * seal.slice_entry + layer * seal.slice_layer;
     to += head * HEAD;
     float* errors = seal.errors + 2 * unit;
-    if constexpr (K_WHOLE)
-        errors[0] = seal_k(k, seal.k_slot, to);
-    else
-        errors[0] = seal_plain<K_FORM, K_DIM>(k, seal.k_slot, to);
-    if constexpr (V_WHOLE)
-        errors[1] = seal_v(v, seal.v_slot, to);
-    else
-        errors[1] = seal_plain<V_FORM, V_DIM>(v, seal.v_slot, to + V_CODES);
+    errors[0] = K_WHOLE         ? seal_k(k, seal.k_slot, to)
+                : K_FORM == FP8 ? seal_fp8_k(k, seal.k_slot, to)
+                                : copy_tokens(k, seal.k_slot, K_DIM, to);
+    errors[1] = V_WHOLE         ? seal_v(v, seal.v_slot, to)
+                : V_FORM == FP8 ? seal_fp8_v(v, seal.v_slot, to + V_CODES)
+                                : copy_tokens(v, seal.v_slot, V_DIM, to + V_CODES);
     memset(to + HEAD_END, 0, HEAD - HEAD_END);
     const int32_t* factors = seal.factors + head * (HEAD / 4);
     uint64_t sum = 0;

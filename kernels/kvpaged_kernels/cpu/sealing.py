@@ -14,6 +14,7 @@ as `reference.seal` says.
 """
 
 E4M3_MOST = 448.0
+LARGEST_HALF = 65504.0
 LARGEST_SCALE = (31 << 10 - SCALE_SHIFT) - 1
 FARTHEST_ZERO = 248.0
 
@@ -52,6 +53,9 @@ def unseal(slices: Tensor, layout: SliceLayout) -> tuple[Tensor, Tensor]:
     heads = slices.unflatten(1, (layout.kv_heads, layout.head_bytes))
     k = _numbers(heads, 0, layout.k, layout.k_dim, layout)
     v = _numbers(heads, layout.v_codes, layout.v, layout.v_dim, layout)
+    if layout.k.form == "fp8":
+        middles = _piece(heads, layout.k_params, 2 * layout.k_dim).view(torch.float16)
+        k.add_(middles.float().unsqueeze(2))
     if layout.k.form == "int":
         groups = size // layout.k.group
         params = _piece(heads, layout.k_params, 2 * layout.k_dim * groups).view(torch.int16)
@@ -108,27 +112,32 @@ def _code(k: Tensor, v: Tensor, layout: SliceLayout) -> Tensor:
         content = piece.flatten(2).contiguous().view(torch.uint8)
         made[:, :, first : first + content.shape[2]] = content
 
-    if layout.k.form == "int":
+    if layout.k.form == "fp8":
+        x = k.float()
+        middle = ((x.amax(2) + x.amin(2)) / 2).clamp(-LARGEST_HALF, LARGEST_HALF).half()
+        put(0, _e4m3(x - middle.float().unsqueeze(2)))
+        put(layout.k_params, middle)
+    elif layout.k.form == "int":
         grouped = k.float().unflatten(2, (-1, layout.k.group))
         codes, params = _quantise(grouped, 3, layout.k.bits)
         put(0, _packed(codes.flatten(2, 3), layout.k.bits))
         put(layout.k_params, params)
     else:
-        put(0, _plain(k, layout.k))
-    if layout.v.form == "int" and layout.v_dim:
+        put(0, k)
+    if layout.v.form == "fp8":
+        put(layout.v_codes, _e4m3(v.float()))
+    elif layout.v.form == "int" and layout.v_dim:
         grouped = v.float().unflatten(3, (-1, layout.v.group))
         codes, params = _quantise(grouped, 4, layout.v.bits)
         put(layout.v_codes, _packed(codes.flatten(3, 4), layout.v.bits))
         put(layout.v_params, params.squeeze(4).transpose(2, 3))
     elif layout.v_dim:
-        put(layout.v_codes, _plain(v, layout.v))
+        put(layout.v_codes, v)
     return made.flatten(1)
 
 
-def _plain(x: Tensor, part: Part) -> Tensor:
-    if part.form == "exact":
-        return x
-    return x.float().clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
+def _e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
 
 
 def _quantise(x: Tensor, of: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +145,7 @@ def _quantise(x: Tensor, of: int, bits: int) -> tuple[Tensor, Tensor]:
     top, unit = 2**bits - 1, 2**bits / 16
     low, high = x.amin(of, keepdim=True), x.amax(of, keepdim=True)
     wanted = torch.maximum((high - low) / top, low.abs() / (FARTHEST_ZERO * unit))
-    wanted = wanted.clamp(max=65504.0)
+    wanted = wanted.clamp(max=LARGEST_HALF)
     # The bits of a positive fp16 number rise with it: the first scale that is not below.
     bits_up = _bits(wanted) + (wanted.half().float() < wanted)
     first = (bits_up + (1 << SCALE_SHIFT) - 1) >> SCALE_SHIFT
