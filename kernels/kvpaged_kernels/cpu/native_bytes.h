@@ -83,7 +83,7 @@ struct ByteQueries {
     float unit[GROUP], low[GROUP];  // what a sum of products is times, and what is added
 };
 
-// Of 64 wide, byte 2 i + e of a token's codes: dimensions i + 32 e and, in the high nibble, 16 more.
+// Of 64 wide, byte 2 i + e of a token's codes: dimension i + 32 e and, in the high nibble, 16 on.
 static constexpr auto NIBBLES_64 =
     ordered<uint8_t>([](int b) { return b % 32 / 2 + b % 2 * 32; });
 static constexpr auto NIBBLES = ordered<uint8_t>([](int b) { return b / 2 + b % 2 * 64; });
@@ -132,17 +132,33 @@ static inline void prepare(
     for (int g = 0; g < GROUP; g++) in_code_order(hi[g], to.hi[g]), in_code_order(lo[g], to.lo[g]);
 }
 
-// The sums across of VL / EACH vectors, each of EACH tokens.
+// Two vectors side by side, summed in pairs: of numbers, of twos of them, of fours.
+static inline Ints fold_1(Ints a, Ints b) {
+    return (Ints)_mm512_unpacklo_epi32((__m512i)a, (__m512i)b) +
+           (Ints)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b);
+}
+static inline Ints fold_2(Ints a, Ints b) {
+    return (Ints)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b) +
+           (Ints)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+}
+static inline Ints fold_4(Ints a, Ints b) {
+    return (Ints)_mm512_shuffle_i64x2((__m512i)a, (__m512i)b, 0x88) +
+           (Ints)_mm512_shuffle_i64x2((__m512i)a, (__m512i)b, 0xdd);
+}
+
+// The sums across of VL / EACH vectors, each of EACH tokens. Shuffles within quarters of a vector
+// are cheaper than such as cross them.
 template <int EACH>
-static inline Ints whole_sums(Ints* v) {
+static inline Ints whole_sums(const Ints* v) {
+    Ints four[VL / EACH / 4];
 #pragma GCC unroll 4
-    for (int count = VL / EACH; count > 1; count /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < count / 2; i++) {
-            const Floats a = (Floats)v[2 * i], b = (Floats)v[2 * i + 1];
-            v[i] = (Ints)even_of(a, b) + (Ints)odd_of(a, b);
-        }
-    return v[0];
+    for (int i = 0; i < VL / EACH / 4; i++)
+        four[i] = fold_2(fold_1(v[4 * i], v[4 * i + 1]), fold_1(v[4 * i + 2], v[4 * i + 3]));
+    if constexpr (EACH == 1)
+        return fold_4(fold_4(four[0], four[1]), fold_4(four[2], four[3]));
+    const __m512i order =
+        _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    return (Ints)_mm512_permutexvar_epi32(order, (__m512i)fold_4(four[0], four[1]));
 }
 
 // Scores of VL tokens, before the scale.
@@ -183,8 +199,9 @@ static inline void score_bytes(
 }
 
 static constexpr auto EVEN = ordered<uint8_t>([](int b) { return b % 4 * 32 + b / 4 * 2; });
-static constexpr auto TWO = ordered<uint8_t>([](int b) { return b % 2 * 32 + b / 2; });
-static constexpr auto FOUR = ordered<uint16_t>([](int w) { return w % 2 * 32 + w / 2; });
+// Of 32 codes of two tokens: pairs, 4 of the first 16 and 4 of the second by turns.
+static constexpr auto PAIRED = ordered<uint8_t>(
+    [](int b) { return b % 2 * 32 + b % 16 / 8 * 16 + b / 16 * 4 + b % 8 / 2; });
 
 // Codes of 4 tokens from `codes` on, for two vectors of dimensions: 4 tokens a lane.
 static inline void four_tokens(const uint8_t* codes, int part, __m512i (&to)[2]) {
@@ -203,11 +220,11 @@ static inline void four_tokens(const uint8_t* codes, int part, __m512i (&to)[2])
         return;
     }
     const uint8_t* from = codes + part * 32;
-    const __m512i a = _mm512_permutexvar_epi8(TWO, two_of(from, from + V_BYTES));
+    const __m512i a = _mm512_permutexvar_epi8(PAIRED, two_of(from, from + V_BYTES));
     const __m512i b =
-        _mm512_permutexvar_epi8(TWO, two_of(from + 2 * V_BYTES, from + 3 * V_BYTES));
-    to[0] = _mm512_permutex2var_epi16(a, FOUR, b);
-    to[1] = _mm512_permutex2var_epi16(a, _mm512_add_epi16(FOUR, _mm512_set1_epi16(16)), b);
+        _mm512_permutexvar_epi8(PAIRED, two_of(from + 2 * V_BYTES, from + 3 * V_BYTES));
+    to[0] = _mm512_unpacklo_epi16(a, b);
+    to[1] = _mm512_unpackhi_epi16(a, b);
 }
 
 // Which vectors of the output they are.

@@ -84,10 +84,6 @@ static inline void score_tables(
     }
 }
 
-// Of 32 codes of two tokens: pairs, 4 of the first 16 and 4 of the second by turns.
-static constexpr auto PAIRED = ordered<uint8_t>(
-    [](int b) { return b % 2 * 32 + b % 16 / 8 * 16 + b / 16 * 4 + b % 8 / 2; });
-
 // What a slice adds to the output; weights are rounded to bf16.
 static inline void add_tables(
     const float (*scores)[SCORES], const uint8_t* codes, const uint8_t* next,
