@@ -393,10 +393,11 @@ class CacheBooks:
         """For a new batch: its rows in each group, without pages."""
         made: list[GroupRows] = []
         for pages, group, backend in zip(self.classes, self.groups, self.backends, strict=True):
-            kind = MixedRows if isinstance(pages, MixedClass) else GroupRows
-            made.append(
-                kind(pages, rows=rows, device=group.device, window=group.window, backend=backend)
-            )
+            facts = group.device, group.window, backend
+            if isinstance(pages, MixedClass):
+                made.append(MixedRows(pages, rows, *facts))
+            else:
+                made.append(GroupRows(pages, rows, *facts))
         return made
 
     def register(self, batch: Holder) -> None:

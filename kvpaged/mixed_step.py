@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvpaged import ops
+from kvpaged import mixed_ops, ops
 from kvpaged.config import Backend
 from kvpaged.errors import UsageError
 from kvpaged.group_rows import Flags, GroupRows
@@ -182,12 +182,12 @@ def attend_mixed(
         return torch.cat(outs)
     sealed = pages.sealed.slices[place], pages.sealed.geometry.layouts[place]
     if group.own is None:
-        return ops.mixed_decode(
+        return mixed_ops.mixed_decode(
             pages.layers[place], *sealed, q, group.table, group.lengths, options, keep=pages.keep,
             backend=backend,
         )  # fmt: skip
     own_k, own_v = group.own.at_hand.pop(place)
-    return ops.mixed_prefill(
+    return mixed_ops.mixed_prefill(
         pages.layers[place], *sealed, q, own_k, own_v, group.own.bounds, group.table, group.cu_q,
         group.lengths, options, keep=pages.keep, max_q=group.max_q, max_len=group.max_len,
         backend=backend,

@@ -152,7 +152,7 @@ def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
     v_group = width if width % v_group else v_group
     bits = 8 * geometry.itemsize
     parts = [
-        Part(EXACT, bits) if code == EXACT
+        Part("exact", bits) if code == EXACT
         else Part("fp8", 8) if code == "fp8"
         else Part("int", int(code[3:]), group)
         for code, group in ((k, min(K_GROUP.get(k, 0), size)), (v, v_group))

@@ -216,7 +216,9 @@ class Gathering:
 
 
 def host_room(view: PoolView, group: int, size: int, pages: int) -> Tensor:
-    """Memory for the bodies of pages, of `size` bytes each, uint8 `[pages, bytes]`, pinned where copies want that."""
+    """Memory for the bodies of pages, of `size` bytes each, uint8 `[pages, size]`, pinned where
+    copies want that.
+    """
     pin = not view.immediate[group] and torch.cuda.is_available()
     return torch.empty(pages, size, dtype=torch.uint8, pin_memory=pin)
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpaged import ops
+from kvpaged import mixed_ops
 from kvpaged.config import Backend
 from kvpaged.errors import IntegrityError
 from kvpaged.pages.classops import page_checksums, verify_pages
@@ -24,7 +24,7 @@ def code_pages(of: MixedClass, full: Ids, compressed: Ids, *, backend: Backend) 
     k, v = of.exact.whole
     for layers, slices in of.sealed.runs:
         layout = of.sealed.geometry.layouts[layers.start]
-        sums, errors = ops.seal(
+        sums, errors = mixed_ops.seal(
             k[:, layers], v[:, layers], source, slices, target, layout, backend=backend
         )
         of.sealed.checksums[kept, layers] = sums
@@ -46,7 +46,7 @@ def code_layer(
         backend: which implementation.
     """
     slices, layout = of.sealed.slices[place], of.sealed.geometry.layouts[place]
-    sums, errors = ops.seal(
+    sums, errors = mixed_ops.seal(
         k.unsqueeze(1), v.unsqueeze(1), own, slices.unsqueeze(1), entries, layout, backend=backend
     )
     of.sealed.checksums[numbers, place] = sums.squeeze(1)

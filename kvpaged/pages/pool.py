@@ -148,6 +148,11 @@ class PageClass:
         """Bytes of the budget that these pages, each named once, take."""
         return self.bytes_of(len(ids))
 
+    @property
+    def exact(self) -> "PageClass":
+        """Itself: see `MixedClass`."""
+        return self
+
     # What admission counts in: here pages.
 
     @property
@@ -300,9 +305,9 @@ class PagePool:
         shared: torch.Tensor | None, checksums: bool,
     ) -> PageClass | SealedClass:  # fmt: skip
         size = geometry.page_bytes * per_frame * self.plan.frames
-        whole = isinstance(geometry, SealedGeometry)
-        # Runs of a layer's head lie in one piece each, compressed pages in one altogether.
-        runs = 1 if whole else 2 * geometry.layers * geometry.kv_heads
+        runs = 1  # compressed pages lie in one piece altogether, else a layer's head does
+        if isinstance(geometry, PageGeometry):
+            runs = 2 * geometry.layers * geometry.kv_heads
         large = wants_large_pages(size // runs, len(self.plan.pages_per_frame))
         storage = self._storage(size, large=large) if shared is None else shared
         system = self._maps[-1] if shared is None and self._maps else None

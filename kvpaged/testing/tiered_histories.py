@@ -111,7 +111,7 @@ class TieredHistories(Histories):
             self.counts["timeouts"] += tier.timeouts
             assert not tier.parked
         for page_class in self.cache.classes:
-            assert not page_class.allocator._leases
+            assert not page_class.exact.allocator._leases
             assert page_class.allocator.used_pages() == 0
         self.cache.close()
         assert self.mover.staging.used == 0

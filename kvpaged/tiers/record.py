@@ -2,7 +2,8 @@
 
 The body of an exact page is its page-major form, whatever the layout of the pool it came from: for
 each layer of the group K `[kv_head, slot, k_width]`, then V `[kv_head, slot, v_width]`,
-little-endian, without padding; that of a compressed page its slices, layer after layer. The head, little-endian:
+little-endian, without padding; that of a compressed page its slices, layer after layer. The head,
+little-endian:
 
     0   8  magic "kvpgrec1"            36  4  depth, pages from the sequence's start, from 1
     8   2  version, 1                  40 16  key of the page
@@ -190,9 +191,7 @@ class Head:
         if (self.key, self.group, self.tokens) != (key, group, tokens):
             raise IntegrityError("the record is of another page")
         if not self.fits(geometry):
-            raise IntegrityError(
-                f"the record is of pages of format {self.form}, {self.geometry}"
-            )
+            raise IntegrityError(f"the record is of pages of format {self.form}, {self.geometry}")
         if body_size != body_bytes(geometry):
             raise IntegrityError(f"the record has {body_size} bytes")
 

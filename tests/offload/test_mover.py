@@ -279,10 +279,10 @@ def test_room_for_one_group_is_not_made_of_what_another_builds_on(monkeypatch):
         assert run(cache, prompt[: 4 * PAGE + 1]) == 4 * PAGE
         take = GroupRows.take_loading
 
-        def evicting(self: GroupRows, known: list[int | None]) -> Any:
+        def evicting(self: GroupRows, known: list[int | None], first: int) -> Any:
             cache.index.clear()
             scramble(cache)
-            return take(self, known)
+            return take(self, known, first)
 
         monkeypatch.setattr(GroupRows, "take_loading", evicting)
         assert run(cache, prompt) == 6 * PAGE

@@ -149,7 +149,7 @@ def scramble(cache: PagedKVCache) -> None:
     """
     with cache.lock:
         for page_class in cache.classes:
-            allocator = page_class.allocator
+            allocator = page_class.exact.allocator
             free = np.array(
                 [
                     page

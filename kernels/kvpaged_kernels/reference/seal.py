@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.sealed_checks import check_seal
 from kvpaged_kernels.reference.checksum import checksum
 from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT, Part, SliceLayout
+from kvpaged_kernels.sealed_checks import check_seal
 
 TRIED = (2, 1, 0, -1)
 """Scales that are tried for a group, by their distance from the first that holds its whole range:
@@ -194,7 +194,8 @@ def _quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             best = torch.where(better, error, best)
             codes = torch.where(better, code, codes)
             params = torch.where(better, param, params)
-    assert codes is not None and params is not None
+    assert codes is not None
+    assert params is not None
     return codes.to(torch.uint8), params.squeeze(-1).to(torch.int16)
 
 
@@ -203,7 +204,7 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     parts = codes.to(torch.int32).unflatten(-1, (4, -1)).unbind(-2)
-    words = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
+    words: Tensor = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
     return words.to(torch.int16).view(torch.uint8)
 
 
