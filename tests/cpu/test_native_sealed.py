@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,54 @@ def test_decode_equals_the_oracle(dtype, k, v, size, dims, group, threads, only_
             rows.judge(mixed.mixed_decode(**rows.given), "mixed_decode")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "k", "v", "size", "dims", "group"), LAYOUTS)
+def test_prefill_equals_the_oracle(dtype, k, v, size, dims, group, threads, only_native):
+    layout = make_layout(dtype, k, v, size, dims)
+    counts = [1, size, size + 1, 0, 2 * size + 5, 40, 33]
+    lengths = [1, size, size + 1, 70, 3 * size + 5, 2 * size + 40, 250]
+    torch.manual_seed(threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for keep, window, softcap, sinks in OPTIONS:
+            rows = make_rows(
+                layout, lengths, counts, group=group, keep=keep, window=window, softcap=softcap,
+                sinks=sinks,
+            )  # fmt: skip
+            rows.judge(mixed.mixed_prefill(**rows.given), "mixed_prefill")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_prefill_refuses_what_does_not_fit(only_native):
+    layout = make_layout(*LAYOUTS[0][:5])
+    rows = make_rows(layout, [200, 70], [100, 6], group=3, keep=1)
+    given = rows.given
+    assert given["cu_own"].tolist() == [0, 3, 4]
+    wrong: dict[str, dict[str, Any]] = {
+        "row 0 has 3 own pages, its new tokens need 2": {"seq_lens": [192, 70]},
+        "row 0 has 100 new tokens of 99": {"seq_lens": [99, 70]},
+        "row 0 has 99 new tokens": {"cu_q": [1, 100, 106]},
+        "row 2 has 0 new tokens of 105 in all; there are 106": {"cu_q": [0, 100, 105]},
+        "row 0 has 2 own pages": {"cu_own": [0, 2, 4]},
+        "row 1 has 1 own pages, its new tokens need 1; there are 3": {"own": 3},
+        "page 1 of row 0 is entry 99": {"entry": 99},
+    }
+    for text, changes in wrong.items():
+        changed = dict(given)
+        for name, values in changes.items():
+            if name == "own":
+                changed |= {x: given[x][:values] for x in ("own_k", "own_v")}
+            elif name == "entry":
+                changed["block_table"] = given["block_table"].clone()
+                changed["block_table"][0, 1] = values
+            else:
+                changed[name] = torch.tensor(values, dtype=torch.int32)
+        with pytest.raises(ValueError, match=text):
+            mixed.mixed_prefill(**changed)
 
 
 def test_decode_refuses_what_there_is_not(only_native):

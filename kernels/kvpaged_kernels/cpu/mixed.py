@@ -109,6 +109,12 @@ def mixed_prefill(
         keep=keep, max_q=max_q, max_len=max_len, scale=scale, window=window, softcap=softcap,
         sinks=sinks, alibi_slopes=alibi_slopes,
     )  # fmt: skip
+    if native and _is_native(q, layout, alibi_slopes):
+        layer = NativeSealed(
+            k_pages, v_pages, slices, layout, q.shape[1], keep=keep, scale=scale, window=window,
+            softcap=softcap,
+        )  # fmt: skip
+        return layer.prefill(q, own_k, own_v, cu_own, block_table, cu_q, seq_lens, sinks)
     rows = _Rows(k_pages, v_pages, slices, layout, keep, scale, window, softcap, alibi_slopes)
     out, lse = _nothing(q, layout)
     spans = zip(pairwise(cu_q.tolist()), pairwise(cu_own.tolist()), seq_lens.tolist(), strict=True)

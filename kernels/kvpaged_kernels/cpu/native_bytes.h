@@ -37,16 +37,6 @@ constexpr int SHARE = K_PER < SLICE ? K_PER : SLICE;  // tokens of a slice that 
 
 typedef Floats Wide[GROUP][K_ROOM];  // queries as floats
 
-// Integers of 15 bits as two of 8: hi * 128 + lo, VL of them.
-static inline void put_bytes(Floats x, int8_t* hi, int8_t* lo) {
-    const __m512i whole = _mm512_cvtps_epi32((__m512)x);
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
-    const __m128i low =
-        _mm512_cvtepi32_epi8(_mm512_sub_epi32(whole, _mm512_slli_epi32(high, 7)));
-    const __m128i above = _mm512_cvtepi32_epi8(high);
-    memcpy(hi, &above, 16);
-    memcpy(lo, &low, 16);
-}
 constexpr float MOST_WHOLE = 127 * 128;
 
 static inline Ints products(Ints sum, __m512i codes, __m512i numbers) {
@@ -72,6 +62,31 @@ constexpr Order<T> ordered(Rule rule) {
     return order;
 }
 
+// Where the number `n` of 64 is after they were packed into bytes, quarters of vectors apart.
+constexpr int packed_at(int n) { return n % 16 / 4 * 16 + n / 16 * 4 + n % 4; }
+static constexpr auto UNPACKED_ORDER = ordered<uint8_t>(packed_at);
+
+// 64 integers of 15 bits, `x` times `factor`, as two bytes each: hi * 128 + lo, as packed.
+static inline void split(const Floats* x, float factor, __m512i& hi, __m512i& lo) {
+    __m512i words[2], high[2];
+    for (int i = 0; i < 2; i++) {
+        words[i] = _mm512_packs_epi32(_mm512_cvtps_epi32((__m512)(x[2 * i] * factor)),
+                                      _mm512_cvtps_epi32((__m512)(x[2 * i + 1] * factor)));
+        high[i] = _mm512_srai_epi16(_mm512_add_epi16(words[i], _mm512_set1_epi16(64)), 7);
+        words[i] = _mm512_sub_epi16(words[i], _mm512_slli_epi16(high[i], 7));
+    }
+    hi = _mm512_packs_epi16(high[0], high[1]);
+    lo = _mm512_packs_epi16(words[0], words[1]);
+}
+
+// The same, in order, into memory.
+static inline void split_to(const Floats* x, float factor, int8_t* hi, int8_t* lo) {
+    __m512i high, low;
+    split(x, factor, high, low);
+    _mm512_storeu_si512(hi, _mm512_permutexvar_epi8(UNPACKED_ORDER, high));
+    _mm512_storeu_si512(lo, _mm512_permutexvar_epi8(UNPACKED_ORDER, low));
+}
+
 // Sums of products go 4 codes a lane. A vector holds the codes of a token, the low nibbles of one
 // or the high, or, of 4 bits and 64 wide, those of two tokens.
 constexpr int TOGETHER = K_FORM == INT4 && K_DIM == 64 ? 2 : 1;
@@ -83,29 +98,40 @@ struct ByteQueries {
     float unit[GROUP], low[GROUP];  // what a sum of products is times, and what is added
 };
 
-// Of 64 wide, byte 2 i + e of a token's codes: dimension i + 32 e and, in the high nibble, 16 on.
+// Of 64 wide, byte 2 i + e of a token's codes: dimension i + 32 e and, in the high nibble, 16 on,
+// which are packed 4 bytes on. Of wider ones, dimensions i and i + dim / 2, and dim / 4 on.
 static constexpr auto NIBBLES_64 =
-    ordered<uint8_t>([](int b) { return b % 32 / 2 + b % 2 * 32; });
+    ordered<uint8_t>([](int b) { return packed_at(b % 32 / 2 + b % 2 * 32); });
 static constexpr auto NIBBLES = ordered<uint8_t>([](int b) { return b / 2 + b % 2 * 64; });
 
-// Bytes of all dimensions in the order of codes.
-static inline void in_code_order(const int8_t* bytes, __m512i* to) {
-    if (K_FORM == INT8) {
-        for (int i = 0; i < K_OPERANDS; i++) to[i] = load_512(bytes + 64 * i);
+// A query's bytes in the order of codes.
+static inline void in_code_order(const Floats* q, float factor, __m512i* hi, __m512i* lo) {
+    if constexpr (K_DIM == 64) {
+        __m512i high, low;
+        split(q, factor, high, low);
+        if (K_FORM == INT8) {
+            hi[0] = _mm512_permutexvar_epi8(UNPACKED_ORDER, high);
+            lo[0] = _mm512_permutexvar_epi8(UNPACKED_ORDER, low);
+            return;
+        }
+        const __m512i second = _mm512_add_epi8(NIBBLES_64, _mm512_set1_epi8(4));
+        hi[0] = _mm512_permutexvar_epi8(NIBBLES_64, high);
+        lo[0] = _mm512_permutexvar_epi8(NIBBLES_64, low);
+        hi[1] = _mm512_permutexvar_epi8(second, high);
+        lo[1] = _mm512_permutexvar_epi8(second, low);
         return;
     }
-    constexpr int PART = K_DIM / 4;
-    if (K_DIM == 64) {
-        const __m512i x = load_512(bytes), high = _mm512_set1_epi8(PART);
-        to[0] = _mm512_permutexvar_epi8(NIBBLES_64, x);
-        to[1] = _mm512_permutexvar_epi8(_mm512_add_epi8(NIBBLES_64, high), x);
-        return;
-    }
-    for (int i = 0; i < K_LOADS; i++)
-        for (int n = 0; n < 2; n++) {
-            const int8_t* from = bytes + 32 * i + n * PART;
-            to[2 * i + n] =
-                _mm512_permutex2var_epi8(load_512(from), NIBBLES, load_512(from + 2 * PART));
+    alignas(64) int8_t bytes[2][K_DIM + 64];
+    for (int d = 0; d < K_DIM; d += 64)
+        split_to(q + d / VL, factor, bytes[0] + d, bytes[1] + d);
+    for (int side = 0; side < 2; side++)
+        for (int i = 0; i < K_OPERANDS; i++) {
+            __m512i& to = side ? lo[i] : hi[i];
+            const int8_t* from = bytes[side] + 64 * i;
+            to = load_512(from);
+            if (K_FORM == INT8) continue;
+            from = bytes[side] + i / 2 * 32 + i % 2 * (K_DIM / 4);
+            to = _mm512_permutex2var_epi8(load_512(from), NIBBLES, load_512(from + K_DIM / 2));
         }
 }
 
@@ -114,7 +140,6 @@ static inline void prepare(
     Floats scale[K_ROOM], low[K_ROOM];
     for (int d = 0; d < K_ROOM; d++)
         meaning_of<K_FORM>(load_words(params + 2 * d * VL), scale[d], low[d]);
-    alignas(64) int8_t hi[GROUP][K_DIM + 64], lo[GROUP][K_DIM + 64];
     for (int g = 0; g < GROUP; g++) {
         Floats scaled[K_ROOM], sum = {}, most = {};
         for (int d = 0; d < K_ROOM; d++) {
@@ -126,10 +151,8 @@ static inline void prepare(
         const float top = greatest(most), inverse = top > 0 ? MOST_WHOLE / top : 0;
         to.unit[g] = top / MOST_WHOLE;
         to.low[g] = total_of(sum);
-        for (int d = 0; d < K_ROOM; d++)
-            put_bytes(scaled[d] * inverse, hi[g] + d * VL, lo[g] + d * VL);
+        in_code_order(scaled, inverse, to.hi[g], to.lo[g]);
     }
-    for (int g = 0; g < GROUP; g++) in_code_order(hi[g], to.hi[g]), in_code_order(lo[g], to.lo[g]);
 }
 
 // Two vectors side by side, summed in pairs: of numbers, of twos of them, of fours.
@@ -234,7 +257,7 @@ static inline int vector_of(int part, int n) {
 }
 
 struct ByteWeights {
-    alignas(64) int8_t hi[GROUP][SLICE], lo[GROUP][SLICE];
+    alignas(64) int8_t hi[GROUP][64], lo[GROUP][64];
     float unit[GROUP], low[GROUP];
 };
 
@@ -244,7 +267,7 @@ static inline void weigh_bytes(
     for (int t = 0; t < SLICE / VL; t++)
         meaning_of<V_FORM>(load_words(params + 2 * t * VL), scale[t], low[t]);
     for (int g = 0; g < GROUP; g++) {
-        Floats weights[SLICE / VL], sum = {}, most = {};
+        Floats weights[64 / VL] = {}, sum = {}, most = {};
         for (int t = 0; t < SLICE / VL; t++) {
             const Floats p = load(scores[g] + t * VL);
             weights[t] = p * scale[t];
@@ -254,8 +277,7 @@ static inline void weigh_bytes(
         const float top = greatest(most), inverse = top > 0 ? MOST_WHOLE / top : 0;
         to.unit[g] = top / MOST_WHOLE;
         to.low[g] = total_of(sum);
-        for (int t = 0; t < SLICE / VL; t++)
-            put_bytes(weights[t] * inverse, to.hi[g] + t * VL, to.lo[g] + t * VL);
+        split_to(weights, inverse, to.hi[g], to.lo[g]);
     }
 }
 

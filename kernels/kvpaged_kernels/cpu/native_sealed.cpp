@@ -1,10 +1,12 @@
 // Attention over pages of which some are sealed.
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <vector>
 
 #include "native_sealed_few.h"
+#include "native_sealed_many.h"
 #include "native_threads.h"
 
 // What a call is given. Row i's last token has the query q + i * q_row, its heads q_head apart.
@@ -28,24 +30,6 @@ struct Decode {
         return out + (row * pages.layer.kv_heads + head) * GROUP * V_DIM;
     }
 };
-
-// What is told to Python, by number (`_WRONG`, native_sealed.py).
-enum What : int64_t { FINE, LENGTH, ENTRY };
-
-struct Told {
-    int64_t what, row, a, b, entries;
-};
-
-static Told check_pages(
-    const Pages& pages, const int32_t* entries, int64_t row, int64_t first, int64_t place,
-    int64_t stop) {
-    for (int64_t page = first; page < stop; page++) {
-        const bool sealed = page >= pages.keep && page < place;
-        const int64_t all = sealed ? pages.sealed_entries : pages.layer.entries;
-        if (uint32_t(entries[page]) >= uint64_t(all)) return {ENTRY, row, page, entries[page], all};
-    }
-    return {FINE};
-}
 
 // A thread's share. All rows' pages, a KV head after the other, are one line of work, cut wherever
 // that falls; where it cuts a row's head, the first piece waits in `tails`, the others in `heads`.
@@ -173,6 +157,31 @@ int64_t mixed_decode(const Decode* call, int threads, Told* told) {
         return threads * int64_t(2 * sizeof(Part));
     }
     run(*call, work, heads, tails);
+    return 0;
+}
+
+// As `mixed_decode`. `tokens`: new ones; `own`: their pages.
+int64_t mixed_prefill(
+    const Prefill* call, int64_t tokens, int64_t own, int threads, Told* told) {
+    *told = check_prefill(*call, tokens, own);
+    if (told->what) return 0;
+    const Rooms* rooms = nullptr;
+    std::vector<Block> blocks;
+    try {
+        make_blocks(*call, blocks);
+        threads = int(std::max<int64_t>(std::min<int64_t>(threads, blocks.size()), 1));
+        rooms = &rooms_for(threads);
+    } catch (const std::bad_alloc&) {
+        return threads * int64_t(sizeof(Room));
+    }
+    const int first_processor = processor();
+    std::atomic<size_t> next{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        spread(first_processor);
+        for (size_t i; (i = next++) < blocks.size();)
+            run_block(*call, blocks[i], *(*rooms)[omp_get_thread_num()]);
+    }
     return 0;
 }
 }

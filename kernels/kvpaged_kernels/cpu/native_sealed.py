@@ -91,6 +91,21 @@ class _Decode(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Prefill(ctypes.Structure):
+    _fields_ = (
+        ("pages", _Layer),
+        ("k", _address), ("v", _address),
+        ("k_entry", _int), ("k_head", _int), ("k_slot", _int),
+        ("v_entry", _int), ("v_head", _int), ("v_slot", _int),
+        ("kv_heads", _int), ("entries", _int), ("window", _int),
+        ("scale", ctypes.c_float), ("softcap", ctypes.c_float),
+        ("table", _address), ("lengths", _address), ("cu_q", _address), ("cu_own", _address),
+        ("table_row", _int), ("width", _int), ("rows", _int),
+        ("q", _address), ("q_row", _int), ("q_head", _int),
+        ("sinks", _address), ("out", _address),
+    )  # fmt: skip
+
+
 class _Told(ctypes.Structure):
     _fields_ = (("what", _int), ("row", _int), ("a", _int), ("b", _int), ("entries", _int))
 
@@ -99,6 +114,8 @@ _WRONG = (
     "",
     "row {row} has {a} tokens, a table of {b} pages",
     "page {a} of row {row} is entry {b} of {entries}",
+    "row {row} has {a} new tokens of {b} in all; there are {entries} queries",
+    "row {row} has {a} own pages, its new tokens need {b}; there are {entries}",
 )
 """By `_Told.what`."""
 
@@ -111,6 +128,9 @@ class _Code:
         code = load("native_sealed", layout.dtype, constants)
         self.decode = code.mixed_decode
         self.decode.restype, self.decode.argtypes = _int, [_address, ctypes.c_int, _address]
+        self.prefill = code.mixed_prefill
+        self.prefill.restype = _int
+        self.prefill.argtypes = [_address, _int, _int, ctypes.c_int, _address]
 
 
 _code = lru_cache(maxsize=64)(_Code)
@@ -156,9 +176,35 @@ class NativeSealed:
             None if sinks is None else sinks.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         told = _Told()
-        wanted = self._code.decode(
-            ctypes.addressof(call), native_threads(), ctypes.addressof(told)
+        wanted = self._code.decode(ctypes.addressof(call), native_threads(), ctypes.addressof(told))
+        _refuse(wanted, told)
+        return out
+
+    def prefill(
+        self, q: Tensor, own_k: Tensor, own_v: Tensor, cu_own: Tensor, block_table: Tensor,
+        cu_q: Tensor, seq_lens: Tensor, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of ragged new tokens, as `reference.mixed.mixed_prefill` defines it; arguments
+        are checked but for what tables, lengths and boundaries hold.
+
+        Raises:
+            MemoryError: to work in.
+            ValueError: as of `decode`; boundaries don't rise from 0 to all queries, or own pages
+                are not those of a row's new tokens.
+        """
+        out = q.new_empty((*q.shape[:2], self._layout.v_dim))
+        sinks = None if sinks is None else sinks.detach().float().contiguous()
+        call = _Prefill(
+            self._pages, own_k.data_ptr(), own_v.data_ptr(), *own_k.stride()[:3],
+            *own_v.stride()[:3], self._layout.kv_heads, len(own_k), 0, 0.0, 0.0,
+            block_table.data_ptr(), seq_lens.data_ptr(), cu_q.data_ptr(), cu_own.data_ptr(),
+            block_table.stride(0), block_table.shape[1], len(seq_lens), q.data_ptr(),
+            *q.stride()[:2], None if sinks is None else sinks.data_ptr(), out.data_ptr(),
         )  # fmt: skip
+        told = _Told()
+        wanted = self._code.prefill(
+            ctypes.addressof(call), len(q), len(own_k), native_threads(), ctypes.addressof(told)
+        )
         _refuse(wanted, told)
         return out
 
