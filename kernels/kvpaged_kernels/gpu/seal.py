@@ -63,7 +63,7 @@ def _seal_plain(
     FORM: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """K or V without parameters: exact (`pages` are 16-bit words then) or e4m3."""
+    """What has no parameters: exact K or V (`pages` are 16-bit words then), or V as e4m3."""
     dim = tl.arange(0, BLOCK_D)[None, None, :]
     total = tl.zeros([], tl.int64)
     worst = tl.zeros([], tl.float32)
@@ -89,7 +89,9 @@ def _seal_k(
     FORM: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr,
     PARAMS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """K in integers: `[group of tokens, token, channel]`; of 4 bits, four channels make a word."""
+    """K but where it is exact: `[group of tokens, token, channel]`; four channels of 4 bits make a
+    word. Of e4m3 numbers the whole page is one group, whose middle is taken off.
+    """
     PARTS: tl.constexpr = 4 if FORM == _INT4 else 1
     BITS: tl.constexpr = 4 if FORM == _INT4 else 8
     WIDTH: tl.constexpr = DIM // PARTS
@@ -105,7 +107,15 @@ def _seal_k(
         for part in range(PARTS):
             dim = part * WIDTH + column
             x = tl.load(pages + slot * stride_slot + dim, mask=there, other=0.0).to(tl.float32)
-            code, param, error = quantise(x, there, False, BITS)
+            if FORM == _FP8:
+                high, low = tl.max(x, 1, keep_dims=True), tl.min(x, 1, keep_dims=True)
+                middle = tl.minimum(tl.maximum((high + low) / 2, -65504.0), 65504.0).to(tl.float16)
+                x -= middle.to(tl.float32)
+                code, value = e4m3(x)
+                param = middle.to(tl.int16, bitcast=True).to(tl.int32)
+                error = tl.max(tl.abs(value - x))
+            else:
+                code, param, error = quantise(x, there, False, BITS)
             total += _write(head, first, PARAMS + group * DIM + dim, param, there)
             worst = tl.maximum(worst, error)
             words |= code << 4 * part
@@ -208,7 +218,7 @@ def _seal(
     head = words + tl.load(dst + number // layers) * stride_s_entry + layer * stride_s_layer
     head += kv_head * HEAD_WORDS
     first = (kv_head * HEAD_WORDS).to(tl.int32)
-    if K_FORM <= _FP8:
+    if K_FORM == _EXACT:
         total, worst = _seal_plain(
             k_pages, stride_k_slot, head, first, 0, K_FORM, K_DIM, PAGE_SIZE, BLOCK_KT, BLOCK_K
         )
@@ -235,17 +245,17 @@ def _seal(
 
 
 def _k_constants(layout: SliceLayout) -> dict[str, Any]:
-    """How K is worked through: integers by channels, all tokens of the page at a time."""
+    """How K is worked through: by channels, all tokens of the page at a time."""
     pieces, size = pieces_of(layout, "K"), layout.page_size
     # Exact numbers are copied as 16-bit words.
     dim = layout.k_dim * layout.dtype.itemsize // 2 if pieces.form == EXACT else layout.k_dim
     width = triton.next_power_of_2(dim // 4 if pieces.form == INT4 else dim)
     block = max(1, _TILE // width), width
-    if pieces.form > FP8:
+    if pieces.form != EXACT:
         block = size, max(16, _TILE // size)
     return {
         "K_FORM": pieces.form,
-        "K_GROUP": pieces.group,
+        "K_GROUP": pieces.group or size,
         "K_DIM": dim,
         "BLOCK_KT": min(size, block[0]),
         "BLOCK_K": min(width, block[1]),
