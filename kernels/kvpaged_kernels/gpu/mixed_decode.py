@@ -15,42 +15,18 @@ from torch import Tensor
 from kvpaged_kernels.checks import require
 from kvpaged_kernels.gpu.decode import merge_launch
 from kvpaged_kernels.gpu.decode_configs import DecodeConfig
-from kvpaged_kernels.gpu.launch import (
-    E4M3_SCALE,
-    INTERPRETED,
-    Device,
-    Launch,
-    attention_arguments,
-    device_of,
-)
+from kvpaged_kernels.gpu.launch import Device, Launch, attention_arguments, device_of
 from kvpaged_kernels.gpu.mixed_configs import EXACT_TOKENS, mixed_decode_config, shared_tokens
+from kvpaged_kernels.gpu.mixed_steps import exact_step, sealed_step
 from kvpaged_kernels.gpu.plan import DecodePlan, Shape, plan_launch, row_tokens
-from kvpaged_kernels.gpu.primitives import LOWEST, add_sinks, dot, load_slopes, load_tokens
-from kvpaged_kernels.gpu.sealed_pieces import EXACT, FP8, INT8, pieces_of, word_dtype
-from kvpaged_kernels.gpu.sealed_tiles import add_exact_v, add_v, columns, in_log2, k_scores
+from kvpaged_kernels.gpu.primitives import LOWEST, add_sinks, load_slopes
+from kvpaged_kernels.gpu.sealed_pieces import EXACT, INT8, sealed_arguments
+from kvpaged_kernels.gpu.sealed_tiles import columns, load_q
 from kvpaged_kernels.sealed import SliceLayout
 from kvpaged_kernels.sealed_checks import check_mixed_decode
 
 _EXACT = tl.constexpr(EXACT)
-_FP8 = tl.constexpr(FP8)
 _INT8 = tl.constexpr(INT8)
-
-
-@triton.jit
-def load_q(
-    places, mask, FORM: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, FP32: tl.constexpr
-):  # fmt: skip
-    """Queries in the pieces that K is read in; fp16 beside codes."""
-    pieces = ()
-    for piece in tl.static_range(1 if FORM == _EXACT else 4 if FORM > _INT8 else 2):
-        dim, there = columns(piece, FORM, WORDS, WORDS, BLOCK)
-        query = tl.load(
-            places[:, None] + dim[None, :], mask=mask[:, None] & there[None, :], other=0.0
-        )  # fmt: skip
-        if FORM != _EXACT and not FP32:
-            query = query.to(tl.float16)
-        pieces = pieces + (query,)
-    return pieces
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "window", "keep"])
@@ -172,29 +148,15 @@ def _mixed_decode(
             first = start + number * EXACT_N
             if number >= kept:
                 first = own_start + (number - kept) * EXACT_N
-            token = first + tl.arange(0, EXACT_N)
-            valid = token < end
             entry = tl.load(table + first // PAGE_SIZE).to(tl.int64)
-            k = load_tokens(
-                k_head, entry, first, valid, STRIDE_K_ENTRY, STRIDE_K_SLOT,
-                K_DIM, BLOCK_K, PAGE_SIZE, EXACT_N, True,
+            acc, m, over = exact_step(
+                acc, m, over, query, k_head + entry * STRIDE_K_ENTRY,
+                v_head + entry * STRIDE_V_ENTRY, first, end, position, slope, window, score_scale,
+                cap, STRIDE_K_SLOT, STRIDE_V_SLOT, K_DIM, BLOCK_K, PAGE_SIZE,
+                V_FORM, V_WORDS, V_TILES, V_WIDTH, V_BLOCK, EXACT_N,
+                HAS_WINDOW, HAS_SOFTCAP, FP32,
             )  # fmt: skip
-            scores = dot(query, tl.trans(k), tl.zeros([BLOCK_M, EXACT_N], tl.float32))
-            scores = in_log2(
-                scores, token, position, slope, window, score_scale, cap,
-                HAS_WINDOW, HAS_SOFTCAP, True, FP32,
-            )  # fmt: skip
-            m_new = tl.maximum(m, tl.max(scores, 1))
-            p = tl.exp2(scores - m_new[:, None])
-            alpha = tl.exp2(m - m_new)
-            over = over * alpha + tl.sum(p, 1)
-            acc = add_exact_v(
-                acc, p, alpha, v_head + entry * STRIDE_V_ENTRY, token % PAGE_SIZE, valid,
-                STRIDE_V_SLOT, V_FORM, V_WORDS, V_TILES, V_WIDTH, V_BLOCK,
-            )  # fmt: skip
-            m = m_new
 
-        # Each column's own sum from here on, which saves a reduction a tile.
         total = tl.where(tl.arange(0, TOKENS)[None, :] == 0, over[:, None], 0.0)
         q_pieces = load_q(places, mask, K_FORM, K_WORDS, K_BLOCK, FP32)
         k_head = k_codes + kv_head * K_CODES_HEAD
@@ -207,34 +169,15 @@ def _mixed_decode(
             following = token + BLOCK_N
             next_entry = tl.load(table + following // PAGE_SIZE, mask=following < last, other=0)
             place = entry.to(tl.int64)
-            slot = token % PAGE_SIZE
-            k_of = k_head + place * STRIDE_K_CODES
-            v_of = v_head + place * STRIDE_V_CODES
             params_of = head_params + place * STRIDE_PARAMS
-            m_new = m
-            each = ()
-            for part in tl.static_range(BLOCK_N // TOKENS):
-                scores = k_scores(
-                    q_pieces, k_of, params_of + K_PARAMS, slot + part * TOKENS, K_FORM, K_DIM,
-                    K_WORDS, K_BLOCK, K_GROUP, TOKENS, FP32, PTX,
-                )  # fmt: skip
-                scores = in_log2(
-                    scores, token + part * TOKENS + tl.arange(0, TOKENS), position, slope, window,
-                    sealed_scale, cap, HAS_WINDOW, HAS_SOFTCAP, False, FP32,
-                )  # fmt: skip
-                m_new = tl.maximum(m_new, tl.max(scores, 1))
-                each = each + (scores,)
-            alpha = tl.exp2(m - m_new)
-            total = total * alpha[:, None]
-            for part in tl.static_range(BLOCK_N // TOKENS):
-                p = tl.exp2(each[part] - m_new[:, None])
-                total += p
-                acc = add_v(
-                    acc, p, alpha if part == 0 else None, v_of, params_of + V_PARAMS,
-                    slot + part * TOKENS, V_FORM, V_WORDS, V_TILES, V_WIDTH, V_BLOCK, V_GROUP,
-                    V_GROUPS, PAGE_SIZE, TOKENS, FP32, PTX,
-                )  # fmt: skip
-            m = m_new
+            acc, m, total = sealed_step(
+                acc, m, total, q_pieces, k_head + place * STRIDE_K_CODES,
+                v_head + place * STRIDE_V_CODES, params_of + K_PARAMS, params_of + V_PARAMS,
+                token, position, slope, window, sealed_scale, cap,
+                K_FORM, K_DIM, K_WORDS, K_BLOCK, K_GROUP,
+                V_FORM, V_WORDS, V_TILES, V_WIDTH, V_BLOCK, V_GROUP, V_GROUPS,
+                PAGE_SIZE, BLOCK_N, TOKENS, HAS_WINDOW, HAS_SOFTCAP, FP32, PTX,
+            )  # fmt: skip
             entry = next_entry
 
         over = tl.sum(total, 1)
@@ -263,42 +206,6 @@ def _mixed_decode(
                 lines = (row * q_heads + head) * V_DIM
                 given = result.to(out.dtype.element_ty)
                 tl.store(out + lines[:, None] + dim[None, :], given, mask=inside)
-
-
-def sealed_arguments(slices: Tensor, layout: SliceLayout, device: Device) -> dict[str, Any]:
-    """The arguments of a kernel that reads sealed pages: the slices seen as K's words, as V's and
-    as parameters, and how each lies in them.
-    """
-    k_words, v_words = (slices.view(word_dtype(layout, name)) for name in ("K", "V"))
-    params = slices.view(torch.int16)
-    k, v = pieces_of(layout, "K"), pieces_of(layout, "V")
-    return {
-        "k_codes": k_words,
-        "v_codes": v_words,
-        "params": params,
-        "STRIDE_K_CODES": k_words.stride(0),
-        "STRIDE_V_CODES": v_words.stride(0),
-        "STRIDE_PARAMS": params.stride(0),
-        "K_CODES_HEAD": layout.head_bytes // k_words.itemsize,
-        "V_CODES_HEAD": layout.head_bytes // v_words.itemsize,
-        "PARAMS_HEAD": layout.head_bytes // 2,
-        "V_CODES": layout.v_codes // v_words.itemsize,
-        "K_PARAMS": layout.k_params // 2,
-        "V_PARAMS": layout.v_params // 2,
-        "K_FORM": k.form,
-        "K_WORDS": k.words,
-        "K_BLOCK": k.block,
-        "K_GROUP": k.group,
-        "V_FORM": v.form,
-        "V_WORDS": v.words,
-        "V_TILES": v.tiles,
-        "V_WIDTH": v.width,
-        "V_BLOCK": v.block,
-        "V_GROUP": v.group,
-        "V_GROUPS": v.groups,
-        "FP32": layout.dtype == torch.float32,
-        "PTX": int(device.arch.startswith("sm_") and not INTERPRETED),
-    }
 
 
 def mixed_decode_launches(
@@ -338,8 +245,7 @@ def mixed_decode_launches(
         arch=device.arch,
     )  # fmt: skip
     del arguments["BLOCK_V"], arguments["FP8"]
-    sealed = sealed_arguments(slices, layout, device)
-    factor = E4M3_SCALE if sealed["K_FORM"] == FP8 else 1.0
+    sealed = sealed_arguments(slices, layout, arguments["score_scale"], device.arch)
     attending = Launch(
         kernel=_mixed_decode,
         grid=(plan.programs,),
@@ -352,7 +258,6 @@ def mixed_decode_launches(
             "stride_q_token": q.stride(0),
             "stride_q_head": q.stride(1),
             "keep": min(keep, 2**20),
-            "sealed_scale": arguments["score_scale"] * factor,
             "BLOCK_N": config.block_n,
             "TOKENS": shared_tokens(layout, config.block_n),
             "EXACT_N": min(config.block_n, EXACT_TOKENS),

@@ -13,12 +13,14 @@ piece's columns lie in one group: tile t of a quarter, or a group's bytes. The p
 tile come first.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from kvpaged_kernels.checks import require
+from kvpaged_kernels.gpu.launch import E4M3_SCALE, INTERPRETED
 from kvpaged_kernels.sealed import Part, SliceLayout
 
 EXACT, FP8, INT8, INT4 = range(4)
@@ -46,18 +48,6 @@ class Pieces(NamedTuple):
     pieces: int
     group: int
     groups: int
-
-    def constants(self, name: str) -> dict[str, int]:
-        """As the kernels' arguments of K or V."""
-        return {
-            f"{name}_FORM": self.form,
-            f"{name}_WORDS": self.words,
-            f"{name}_TILES": self.tiles,
-            f"{name}_WIDTH": self.width,
-            f"{name}_BLOCK": self.block,
-            f"{name}_GROUP": self.group,
-            f"{name}_GROUPS": self.groups,
-        }
 
 
 def form_of(part: Part) -> int:
@@ -92,7 +82,43 @@ def pieces_of(layout: SliceLayout, name: str) -> Pieces:
     return Pieces(form, words, tiles, width, block, tiles * each, part.group, groups)
 
 
-def word_dtype(layout: SliceLayout, name: str) -> torch.dtype:
-    """The dtype that a slice is seen in to read K's or V's words."""
-    part = layout.k if name == "K" else layout.v
-    return layout.dtype if part.form == "exact" else torch.int16
+def sealed_arguments(
+    slices: Tensor, layout: SliceLayout, score_scale: float, arch: str
+) -> dict[str, Any]:
+    """The arguments of a kernel that reads sealed pages: the slices seen as K's words, as V's and
+    as parameters, how each lies in them, and the factor of scores, `score_scale` elsewhere.
+    """
+    k_words, v_words = (
+        slices.view(layout.dtype if part.form == "exact" else torch.int16)
+        for part in (layout.k, layout.v)
+    )
+    params = slices.view(torch.int16)
+    k, v = pieces_of(layout, "K"), pieces_of(layout, "V")
+    return {
+        "sealed_scale": score_scale * (E4M3_SCALE if k.form == FP8 else 1.0),
+        "k_codes": k_words,
+        "v_codes": v_words,
+        "params": params,
+        "STRIDE_K_CODES": k_words.stride(0),
+        "STRIDE_V_CODES": v_words.stride(0),
+        "STRIDE_PARAMS": params.stride(0),
+        "K_CODES_HEAD": layout.head_bytes // k_words.itemsize,
+        "V_CODES_HEAD": layout.head_bytes // v_words.itemsize,
+        "PARAMS_HEAD": layout.head_bytes // 2,
+        "V_CODES": layout.v_codes // v_words.itemsize,
+        "K_PARAMS": layout.k_params // 2,
+        "V_PARAMS": layout.v_params // 2,
+        "K_FORM": k.form,
+        "K_WORDS": k.words,
+        "K_BLOCK": k.block,
+        "K_GROUP": k.group,
+        "V_FORM": v.form,
+        "V_WORDS": v.words,
+        "V_TILES": v.tiles,
+        "V_WIDTH": v.width,
+        "V_BLOCK": v.block,
+        "V_GROUP": v.group,
+        "V_GROUPS": v.groups,
+        "FP32": layout.dtype == torch.float32,
+        "PTX": int(arch.startswith("sm_") and not INTERPRETED),
+    }

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvpaged_kernels.gpu.launch import E4M3_SCALE
-from kvpaged_kernels.gpu.primitives import capped, dot, e4m3_even, e4m3_odd
+from kvpaged_kernels.gpu.primitives import dot, e4m3_even, e4m3_odd
 from kvpaged_kernels.gpu.sealed_pieces import EXACT, FP8, INT4, INT8
 from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT
 
@@ -276,21 +276,17 @@ def add_exact_v(
 
 
 @triton.jit
-def in_log2(
-    scores, token, position, slope, window, score_scale, cap,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISE: tl.constexpr,
+def load_q(
+    places, mask, FORM: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, FP32: tl.constexpr
 ):  # fmt: skip
-    """Scores in units of log2 with everything in them, -inf where a token is not seen."""
-    scores *= score_scale
-    if HAS_SOFTCAP:
-        scores = capped(scores, cap, PRECISE)
-    if slope is not None:
-        distance = (token[None, :] - position[:, None]).to(tl.float32)
-        scores += slope[:, None] * distance
-    if CAUSAL:
-        scores = tl.where(token[None, :] <= position[:, None], scores, -float("inf"))
-    if HAS_WINDOW:
-        seen = token[None, :] > position[:, None] - window
-        scores = tl.where(seen, scores, -float("inf"))
-    return scores
+    """Queries in the pieces that K is read in; fp16 beside codes."""
+    pieces = ()
+    for piece in tl.static_range(1 if FORM == _EXACT else 4 if FORM > _INT8 else 2):
+        dim, there = columns(piece, FORM, WORDS, WORDS, BLOCK)
+        query = tl.load(
+            places[:, None] + dim[None, :], mask=mask[:, None] & there[None, :], other=0.0
+        )  # fmt: skip
+        if FORM != _EXACT and not FP32:
+            query = query.to(tl.float16)
+        pieces = pieces + (query,)
+    return pieces
