@@ -146,6 +146,19 @@ class PagedKVCache(CacheBooks):
             salt=salt, salt_from=salt_from, private=private,
         )  # fmt: skip
 
+    def sequence_bytes(self, tokens: int) -> int:
+        """Bytes of the pool that a sequence of so many tokens takes, if it shares nothing: in its
+        format, the open page and what stays exact included, and what a window leaves behind not.
+        """
+        self.check_open()
+        size, total = self.config.page_size, 0
+        for group, pages in zip(self.groups, self.classes, strict=True):
+            first = 0
+            if group.window is not None:  # a page's worth of rewinding is kept
+                first = max(tokens - group.window + 1 - size, 0) // size
+            total += pages.sequence_bytes(tokens, first)
+        return total
+
     # -- what its pages are valid for --------------------------------------------------------------
 
     @property

@@ -235,6 +235,13 @@ class MixedClass:
         exact = self.exact.bytes_of(len(ids) - compressed)
         return exact + self.sealed.bytes_of(compressed)
 
+    def sequence_bytes(self, tokens: int, first: int) -> int:
+        """See `PageClass.sequence_bytes`."""
+        full, rest = divmod(tokens, self.geometry.page_size)
+        compressed = full - max(min(self.keep, full), first)
+        exact = full - first - compressed + (rest > 0)
+        return self.exact.bytes_of(exact) + self.sealed.bytes_of(compressed)
+
     # What admission counts in: compressed pages; exact ones are so many of them, rounded up.
 
     @property

@@ -153,6 +153,10 @@ class PageClass:
         """Itself: see `MixedClass`."""
         return self
 
+    def sequence_bytes(self, tokens: int, first: int) -> int:
+        """Bytes of the budget that a sequence of so many tokens takes from its page `first` on."""
+        return self.bytes_of(-(-tokens // self.geometry.page_size) - first)
+
     # What admission counts in: here pages.
 
     @property
