@@ -55,7 +55,9 @@ class Rows(NamedTuple):
             return
         rounding = [(x - exact).abs().max().item() for x in (other, exact.to(out.dtype).double())]
         error = (out.double() - exact).abs().max().item()
-        assert error <= 3 * sum(rounding) + 3e-6, (error, rounding)
+        # Scores, up to some 50 here, are sums in fp32; e^x makes their errors relative ones.
+        summing = 64 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+        assert error <= 3 * sum(rounding) + summing, (error, rounding, summing)
 
 
 def make_rows(

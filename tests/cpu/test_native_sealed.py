@@ -1,13 +1,14 @@
 """Native code over sealed pages against the oracles."""
 
 import logging
+import platform
 import shutil
 from typing import Any
 
 import pytest
 import torch
 
-from kvpaged_kernels.cpu import mixed, native_sealed
+from kvpaged_kernels.cpu import mixed, native, native_sealed
 from kvpaged_kernels.cpu.native import NativeError
 from kvpaged_kernels.sealed import Part
 from tests.cpu.sealed_rows import lay_out, make_rows, part
@@ -93,6 +94,30 @@ def test_prefill_equals_the_oracle(dtype, k, v, size, dims, group, threads, only
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are its flags")
+@pytest.mark.parametrize("flags", [("-march=haswell",), ("-march=native", "-mno-avx512bf16")])
+@pytest.mark.parametrize(("dtype", "k", "v", "size", "dims", "group"), LAYOUTS[::5])
+def test_older_processors(flags, dtype, k, v, size, dims, group, only_native, monkeypatch):
+    """Without wide vectors, and without products of bf16."""
+    others = tuple(x for x in native._FLAGS if not x.startswith("-march"))
+    monkeypatch.setattr(native, "_FLAGS", (*others, *flags))
+    native_sealed._code.cache_clear()
+    native_sealed.native_seal.cache_clear()
+    native.load.cache_clear()
+    try:
+        layout = make_layout(dtype, k, v, size, dims)
+        torch.manual_seed(0)
+        rows = make_rows(layout, [1, size + 1, 300], group=group, keep=1, window=150, softcap=5.0)
+        rows.judge(mixed.mixed_decode(**rows.given), "mixed_decode")
+        rows = make_rows(layout, [size + 1, 300], [2, 100], group=group, sinks=True)
+        rows.judge(mixed.mixed_prefill(**rows.given), "mixed_prefill")
+        check_seal(layout.k, layout.v, dtype, native=True, size=size, dims=dims)
+    finally:
+        native_sealed._code.cache_clear()
+        native_sealed.native_seal.cache_clear()
+        native.load.cache_clear()
+
+
 def test_prefill_refuses_what_does_not_fit(only_native):
     layout = make_layout(*LAYOUTS[0][:5])
     rows = make_rows(layout, [200, 70], [100, 6], group=3, keep=1)
@@ -175,8 +200,8 @@ def test_every_number_of_fp8_is_found():
     layout = lay_out(Part("exact", 32), Part("fp8", 8), torch.float32, heads=1)
     slices = [torch.empty(1, 1, layout.slice_bytes, dtype=torch.uint8) for _ in range(2)]
     entry = torch.tensor([0])
-    for x, native in zip(slices, (True, False), strict=True):
-        mixed.seal(pages, pages, entry, x, entry, layout, native=native)
+    for x, by in zip(slices, (True, False), strict=True):
+        mixed.seal(pages, pages, entry, x, entry, layout, native=by)
     assert len(slices[0][0, 0, layout.v_codes :].unique()) == 256
     assert torch.equal(*slices)
 
