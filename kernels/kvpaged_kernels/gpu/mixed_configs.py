@@ -44,6 +44,6 @@ def mixed_prefill_blocks(layout: SliceLayout, group: int, arch: str) -> Blocks:
     rows = padded(layout.page_size * group)
     if layout.dtype.itemsize == 4:
         return Blocks(min(rows, 16), min(layout.page_size, 32), 4, 1)
-    head_dim = max(layout.k_dim, layout.v_dim)
-    most = 128 if head_dim <= 64 else 64
-    return Blocks(min(rows, most), min(layout.page_size, 64), 4 if head_dim <= 128 else 8, 2)
+    wide = max(layout.k_dim, layout.v_dim) > 128
+    m = min(rows, 64 if wide else 128)
+    return Blocks(m, min(layout.page_size, 32), 8 if m == 128 or wide else 4, 3)
