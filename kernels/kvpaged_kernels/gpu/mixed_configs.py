@@ -11,6 +11,11 @@ from kvpaged_kernels.sealed import SliceLayout
 EXACT_TOKENS = 16
 """Tokens of a tile of exact pages, of which a sequence has few: not what registers go to."""
 
+_WIDE = ("sm_90", "sm_100", "sm_103")
+"""Architectures whose wide multiplications read an operand from shared memory: registers to
+spare.
+"""
+
 
 def shared_tokens(layout: SliceLayout, block_n: int) -> int:
     """Tokens of a tile of `block_n` that are multiplied at a time: those with one set of K's
@@ -40,10 +45,17 @@ def mixed_decode_config(layout: SliceLayout, group: int, arch: str) -> DecodeCon
 
 
 def mixed_prefill_blocks(layout: SliceLayout, group: int, arch: str) -> Blocks:
-    """The blocks of `mixed_prefill`: as many rows as an own page has, at most 64, or 128."""
+    """The blocks of `mixed_prefill`: as many rows as an own page has, up to what spills nothing."""
     rows = padded(layout.page_size * group)
     if layout.dtype.itemsize == 4:
         return Blocks(min(rows, 16), min(layout.page_size, 32), 4, 1)
     head_dim = max(layout.k_dim, layout.v_dim)
-    most = 128 if head_dim <= 64 else 64
-    return Blocks(min(rows, most), min(layout.page_size, 64), 4 if head_dim <= 128 else 8, 2)
+    m, warps = 128, 8
+    if arch.startswith("gfx") and head_dim > 64:
+        m, warps = 64, 4
+    elif arch not in _WIDE and head_dim > 64 and (layout.k.bits, layout.v.bits) != (4, 4):
+        m, warps = 32, 4
+    if head_dim > 128:
+        m, warps = m // 2, 8
+    m = min(rows, m)
+    return Blocks(m, min(layout.page_size, 32), warps if m >= 64 else 4, 3)
