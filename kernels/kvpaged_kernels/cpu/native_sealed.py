@@ -197,7 +197,8 @@ def native_seal(layout: SliceLayout) -> NativeSeal | None:
     try:
         return NativeSeal(layout)
     except NativeError as error:
-        _log.warning("pages are sealed by stock torch: %s", error)
+        # As text: whoever keeps the record would keep the frames of the error, and so batches.
+        _log.warning("pages are sealed by stock torch: %s", str(error))
         return None
 
 
@@ -207,6 +208,6 @@ def has_native_sealed(layout: SliceLayout, group: int) -> bool:
     try:
         _code(layout, group)
     except NativeError as error:
-        _log.warning("attention over sealed pages stays with stock torch: %s", error)
+        _log.warning("attention over sealed pages stays with stock torch: %s", str(error))
         return False
     return True
