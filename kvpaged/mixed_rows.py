@@ -218,6 +218,8 @@ class MixedRows(GroupRows):
                 raise
         except OutOfPagesError:
             return None
+        numbers = torch.from_numpy(self.mixed.numbers(new[compressed])).long()
+        self.mixed.sealed.errors[numbers] = torch.nan  # not those of what was there before
         coming = iter(new.tolist())
         return np.array([next(coming) if page is None else page for page in known], np.int32)
 

@@ -29,6 +29,7 @@ codes away from 0, and is exact to a quarter of a step where 0 lies within them.
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 Form = Literal["exact", "fp8", "int"]
 
@@ -53,6 +54,18 @@ class Part(NamedTuple):
     form: Form
     bits: int
     group: int = 0
+
+
+class Receipt(NamedTuple):
+    """What is known of slices that were made.
+
+    Attributes:
+        sums: int64 `[n, layers]`, their checksums, as `reference.checksum` defines them.
+        errors: fp32 `[n, layers, 2]`, the largest absolute error of K and of V.
+    """
+
+    sums: Tensor
+    errors: Tensor
 
 
 class SliceLayout(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvpaged_kernels.cpu.native_sealed import NativeSealed, has_native_sealed, native_seal
 from kvpaged_kernels.cpu.parts import apply_sinks, attend_general, attend_part
-from kvpaged_kernels.cpu.sealing import Receipt, seal_pages, unseal
-from kvpaged_kernels.sealed import SliceLayout
+from kvpaged_kernels.cpu.sealing import seal_pages, unseal
+from kvpaged_kernels.sealed import Receipt, SliceLayout
 from kvpaged_kernels.sealed_checks import check_mixed_decode, check_mixed_prefill, check_seal
 
 QUERY_BLOCK = 256

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvpaged_kernels.cpu.native import NativeError, load, native_threads
 from kvpaged_kernels.cpu.native_copy import coefficients
-from kvpaged_kernels.cpu.sealing import Receipt
-from kvpaged_kernels.sealed import Part, SliceLayout
+from kvpaged_kernels.sealed import Part, Receipt, SliceLayout
 
 _log = logging.getLogger(__name__)
 _int, _address = ctypes.c_int64, ctypes.c_void_p
@@ -243,7 +242,8 @@ def native_seal(layout: SliceLayout) -> NativeSeal | None:
     try:
         return NativeSeal(layout)
     except NativeError as error:
-        _log.warning("pages are sealed by stock torch: %s", error)
+        # As text: whoever keeps the record would keep the frames of the error, and so batches.
+        _log.warning("pages are sealed by stock torch: %s", str(error))
         return None
 
 
@@ -253,6 +253,6 @@ def has_native_sealed(layout: SliceLayout, group: int) -> bool:
     try:
         _code(layout, group)
     except NativeError as error:
-        _log.warning("attention over sealed pages stays with stock torch: %s", error)
+        _log.warning("attention over sealed pages stays with stock torch: %s", str(error))
         return False
     return True

@@ -1,12 +1,10 @@
 """K and V of full pages as coded slices, and back, in stock torch (`kvpaged_kernels.sealed`)."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kvpaged_kernels.cpu.native_copy import coefficients
-from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT, Part, SliceLayout
+from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT, Part, Receipt, SliceLayout
 
 TRIED = (2, 1, 0, -1)
 """Scales that are tried for a group, by their distance from the first that holds its whole range,
@@ -17,13 +15,6 @@ E4M3_MOST = 448.0
 LARGEST_HALF = 65504.0
 LARGEST_SCALE = (31 << 10 - SCALE_SHIFT) - 1
 FARTHEST_ZERO = 248.0
-
-
-class Receipt(NamedTuple):
-    """What is known of slices that were made: see `reference.seal.Receipt`."""
-
-    sums: Tensor
-    errors: Tensor
 
 
 def seal_pages(
