@@ -132,17 +132,19 @@ def correct_rows(setting: Setting, record: Record) -> None:
             own = (length - 1) // PAGE_SIZE
             for place in range(1, own):
                 mixed[row, place] = int((entries == int(table[row, place])).nonzero()[0, 0])
-        given = (q, k, v, slices[:, 0], layout, mixed, found.seq_lens)
-        out = mixed_decode(*given, keep=1, scale=dim**-0.5).float().cpu()
-        of_cpu = [x.cpu() if isinstance(x, Tensor) else x for x in given]
-        truth = oracle(*of_cpu, keep=1, scale=dim**-0.5).float()
+        given = (q, k, v, slices[:, 0])
+        rows = (mixed, found.seq_lens)
+        out = mixed_decode(*given, layout, *rows, keep=1, scale=dim**-0.5).float().cpu()
+        on_cpu = [x.cpu() for x in (*given, *rows)]
+        truth = oracle(*on_cpu[:4], layout, *on_cpu[4:], keep=1, scale=dim**-0.5).float()
         error = float((out - truth).abs().max() / truth.abs().max())
-        row = {
+        found_row: dict[str, Any] = {
             "case": "correct", "format": name, "error": error, "bound": bound,
             "squared_error_over_oracle": worse, "sums": sums,
             "passed": error <= bound and worse <= 1.01 and sums,
         }  # fmt: skip
-        record.add(row, f"correct {name}: {row['passed']} ({error:.2g}, {worse:.4f})")
+        verdict = "right" if found_row["passed"] else "WRONG"
+        record.add(found_row, f"correct {name}: {verdict} ({error:.2g}, {worse:.4f})")
 
 
 def decode_rows(setting: Setting, record: Record) -> None:
