@@ -135,8 +135,8 @@ def correct_rows(setting: Setting, record: Record) -> None:
         given = (q, k, v, slices[:, 0])
         rows = (mixed, found.seq_lens)
         out = mixed_decode(*given, layout, *rows, keep=1, scale=dim**-0.5).float().cpu()
-        on_cpu = [x.cpu() for x in (*given, *rows)]
-        truth = oracle(*on_cpu[:4], layout, *on_cpu[4:], keep=1, scale=dim**-0.5).float()
+        q_, k_, v_, coded, table_, lens = (x.cpu() for x in (*given, *rows))
+        truth = oracle(q_, k_, v_, coded, layout, table_, lens, keep=1, scale=dim**-0.5).float()
         error = float((out - truth).abs().max() / truth.abs().max())
         found_row: dict[str, Any] = {
             "case": "correct", "format": name, "error": error, "bound": bound,
