@@ -13,10 +13,12 @@ from kvpaged.tiers.host import HostTier
 from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
+    from kvpaged.calibration import Calibration, calibrate
     from kvpaged.lsm.store import TensorStore
     from kvpaged.tiers.disk import DiskTier
 
 __all__ = [
+    "Calibration",
     "Completion",
     "DiskTier",
     "Generator",
@@ -31,14 +33,19 @@ __all__ = [
     "TensorStore",
     "TokenBatch",
     "TokenEvent",
+    "calibrate",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`TensorStore` and `DiskTier` when first asked for: only a store needs zstandard and
-    xxhash.
+    """`TensorStore` and `DiskTier` when first asked for, because only a store needs zstandard and
+    xxhash; `calibrate` because few ever do.
     """
+    if name in ("Calibration", "calibrate"):
+        from kvpaged import calibration
+
+        return getattr(calibration, name)
     if name == "DiskTier":
         from kvpaged.tiers.disk import DiskTier
 

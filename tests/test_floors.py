@@ -49,6 +49,8 @@ FLOORS = {
     "kvpaged.given": 6,
     "kvpaged.saved": 6,
     "kvpaged.documents": 6,
+    "kvpaged.likeness": 7,
+    "kvpaged.calibration": 7,
     "kvpaged.generate": 7,
     "kvpaged.integrations": 7,
     "kvpaged.testing": 8,
