@@ -36,7 +36,7 @@ from benchmarks.aot_binary import (
     resources,
     wide_products,
 )
-from benchmarks.aot_launches import TARGETS, launch_of, source_of
+from benchmarks.aot_launches import TARGETS, launch_of, sealed_layout, source_of
 from benchmarks.aot_report import DOCUMENT, document
 from benchmarks.aot_sources import PEER_RESULTS, ROOT, digest
 from benchmarks.int4_loop import GROUP, int4_launch
@@ -112,7 +112,11 @@ def compile_job(job: Job) -> dict[str, Any]:
         return {**json.loads(cached.read_text()), "cached": True}
     blocks = {k: v for k, v in launch.arguments.items() if k in ("BLOCK_M", "BLOCK_N")}
     tile: tuple[float, float] | None = None
-    if "BLOCK_N" in blocks:
+    if job.shipped.kernel.startswith("mixed"):
+        layout = sealed_layout(job.shipped)
+        bytes_ = blocks["BLOCK_N"] * layout.head_bytes / layout.page_size
+        tile = bytes_, bytes_
+    elif "BLOCK_N" in blocks:
         slots = blocks["BLOCK_N"] * getattr(torch, job.shipped.dtype).itemsize
         padded = launch.arguments["BLOCK_K"] + launch.arguments["BLOCK_V"]
         tile = slots * (job.shipped.k_dim + job.shipped.v_dim), slots * padded

@@ -14,9 +14,13 @@ from kvpaged_kernels.gpu.copy import copy_launch
 from kvpaged_kernels.gpu.decode import decode_launches
 from kvpaged_kernels.gpu.decode_configs import DecodeConfig
 from kvpaged_kernels.gpu.launch import Device, Launch
+from kvpaged_kernels.gpu.mixed_decode import mixed_decode_launches, mixed_plan_launch
+from kvpaged_kernels.gpu.mixed_prefill import mixed_prefill_launch
 from kvpaged_kernels.gpu.plan import Shape, plan_launch
 from kvpaged_kernels.gpu.prefill import prefill_launch
+from kvpaged_kernels.gpu.seal import seal_launch
 from kvpaged_kernels.gpu.transfer import fill_launch
+from kvpaged_kernels.sealed import Part, Receipt, SliceLayout
 
 
 class Target(NamedTuple):
@@ -120,6 +124,69 @@ def _attention_launch(shipped: Shipped, device: Device) -> Launch:
     return merging if shipped.kernel == "merge" else attending
 
 
+def sealed_layout(shipped: Shipped) -> SliceLayout:
+    """The layout of slices of a configuration of sealed pages, in the groups that formats take."""
+    groups = {"int8": min(64, shipped.page_size), "int4": 32}
+    k, v = (
+        Part("fp8", 8) if code == "fp8" else Part("int", int(code[3:]), group)
+        for code, group in zip(
+            shipped.options[:2],
+            (groups.get(shipped.options[0], 0), max(32, shipped.v_dim // 4)),
+            strict=True,
+        )
+    )
+    return SliceLayout.of(
+        k, v, kv_heads=shipped.kv_heads, page_size=shipped.page_size, k_dim=shipped.k_dim,
+        v_dim=shipped.v_dim, dtype=getattr(torch, shipped.dtype),
+    )  # fmt: skip
+
+
+def _sealed_launch(shipped: Shipped, device: Device) -> Launch:
+    layout, dtype = sealed_layout(shipped), getattr(torch, shipped.dtype)
+    q_heads = shipped.kv_heads * shipped.group
+    k_pages, v_pages = (_pages(shipped, dtype, dim) for dim in (shipped.k_dim, shipped.v_dim))
+    slices = torch.empty_strided(
+        (_ENTRIES, layout.slice_bytes), (_UNIT, 1), dtype=torch.uint8, device="meta"
+    )
+    if shipped.kernel == "seal":
+        entries = _meta(_ROWS, dtype=torch.int64)
+        receipt = Receipt(
+            _meta(_ROWS, 1, dtype=torch.int64), _meta(_ROWS, 1, 2, dtype=torch.float32)
+        )
+        return seal_launch(
+            k_pages.unsqueeze(1), v_pages.unsqueeze(1), entries, slices.unsqueeze(1), entries,
+            layout, receipt,
+        )  # fmt: skip
+    lens = _meta(_ROWS, dtype=torch.int32)
+    options: dict[str, Any] = {
+        "keep": 1,
+        "scale": shipped.k_dim**-0.5,
+        "softcap": None,
+        "sinks": _meta(q_heads, dtype=dtype) if "sinks" in shipped.options else None,
+        "alibi_slopes": None,
+        "device": device,
+    }
+    window = 4096 if "window" in shipped.options else None
+    table = _meta(_ROWS, 1024, dtype=torch.int32)
+    if shipped.kernel == "mixed decode":
+        plan, _ = mixed_plan_launch(layout, q_heads, lens, window=window, device=device)
+        q = _meta(_ROWS, q_heads, shipped.k_dim, dtype=dtype)
+        return mixed_decode_launches(
+            q, k_pages, v_pages, slices, layout, table, lens,
+            _meta(_ROWS, q_heads, shipped.v_dim, dtype=dtype), plan=plan, **options,
+        )[0]  # fmt: skip
+    own_k, own_v = (
+        _meta(64, shipped.kv_heads, shipped.page_size, dim, dtype=dtype)
+        for dim in (shipped.k_dim, shipped.v_dim)
+    )
+    ragged = _meta(_ROWS + 1, dtype=torch.int32)
+    return mixed_prefill_launch(
+        _meta(_TOKENS, q_heads, shipped.k_dim, dtype=dtype), k_pages, v_pages, slices, layout,
+        own_k, own_v, ragged, table, ragged, lens,
+        _meta(_TOKENS, q_heads, shipped.v_dim, dtype=dtype), window=window, **options,
+    )  # fmt: skip
+
+
 def decode_on_meta(
     shape: Shape,
     device: Device,
@@ -175,6 +242,8 @@ def launch_of(shipped: Shipped, device: Device) -> Launch:
             device="meta",
         )
         return checksum_launch(tensor, entries, _meta(_ROWS, _LAYERS, dtype=torch.int64), 0)
+    if shipped.kernel in ("seal", "mixed decode", "mixed prefill"):
+        return _sealed_launch(shipped, device)
     return _attention_launch(shipped, device)
 
 

@@ -10,7 +10,29 @@ from kvpaged_kernels.gpu.configs import SHIPPED, Shipped
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 _CUDA = [target for target in TARGETS if target.startswith("sm_")]
+_LOOPS = ("decode", "prefill", "mixed decode", "mixed prefill")
+_SEALED = ("seal", "mixed decode", "mixed prefill")
 _CODINGS = {"model": "bf16", "fp8": "fp8", "int4": "int4"}
+
+_NOTES = {
+    "mixed decode": (
+        "Over sealed pages; the main loop is the one over them, bytes are all that is stored, with",
+        "scales and zero points. What codes stand for is worked out in registers, in fp16. The",
+        "other way, K's scales folded into the queries once for 32 tokens, was counted for sm_90:",
+        "int4, dim 128, page 64 (groups 4 and 8 are both packed into 16 rows): lane operations a",
+        "stored byte, registers, bytes spilled.",
+        "",
+        "| warps, tile, stages | scales in registers | scales in the queries |",
+        "|---|---|---|",
+        "| 1, 16x64, 2 | **6.35**, 255, 0 | **7.64**, 255, 224 |",
+        "| 1, 16x32, 3 | **7.08**, 236, 0 | **8.56**, 255, 96 |",
+        "| 2, 16x64, 3 | **8.91**, 232, 0 | **10.17**, 243, 0 |",
+        "| 4, 16x64, 3 | **13.93**, 211, 0 | **13.62**, 226, 0 |",
+        "",
+        "Of four warps each has a fourth of the codes that parameters are unpacked for.",
+        "",
+    ),
+}
 
 
 def document(results: list[dict[str, Any]], peers: list[dict[str, Any]], digest: str) -> str:
@@ -41,8 +63,8 @@ def document(results: list[dict[str, Any]], peers: list[dict[str, Any]], digest:
         *_beside(results, peers),
     ]
     for kernel in dict.fromkeys(s.kernel for s in SHIPPED):
-        lines += [f"## {kernel}", ""]
-        loops = kernel in ("decode", "prefill")
+        lines += [f"## {kernel}", "", *_NOTES.get(kernel, ())]
+        loops = kernel in _LOOPS
         lines.append(
             "| configuration | target | tile | regs / spill / shared | per SM | main loop |"
             if loops
@@ -62,16 +84,18 @@ def _field(result: dict[str, Any]) -> Any:
 
 
 def _title(shipped: Shipped) -> str:
-    parts = [shipped.dtype]
-    if shipped.kernel in ("append", "decode", "prefill"):
+    parts, options = [shipped.dtype], shipped.options
+    if shipped.kernel in _SEALED:
+        parts, options = [f"K {options[0]}, V {options[1]}"], options[2:]
+    if shipped.kernel in ("append", "seal", *_LOOPS):
         dims = {shipped.k_dim, shipped.v_dim}
         parts.append("dim " + "/".join(map(str, sorted(dims, reverse=True))))
         parts.append(f"page {shipped.page_size}")
-    if shipped.kernel in ("decode", "prefill"):
+    if shipped.kernel in _LOOPS:
         parts.append(f"group {shipped.group}")
     if shipped.kernel == "merge":
         parts.append(f"dim {shipped.v_dim}")
-    return ", ".join((*parts, *shipped.options))
+    return ", ".join((*parts, *options))
 
 
 def _products(result: dict[str, Any]) -> str:

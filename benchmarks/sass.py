@@ -3,9 +3,9 @@
     python -m benchmarks.sass FILE.cubin
 
 The machine code of a kernel is disassembled with the tools that come with Triton. Loops are
-backward branches; the *main loop* is the innermost loop with the widest traffic from global memory,
-and of several with equal traffic the one with the fewest instructions (a kernel may hold the same
-loop again with masks, for the ends of a range).
+backward branches; the *main loop* is the innermost loop with the most tensor-core products, of
+several with as many the one with the widest traffic from global memory, and then the one with the
+fewest instructions (a kernel may hold the same loop again with masks, for the ends of a range).
 """
 
 import re
@@ -141,7 +141,10 @@ def main_loop(text: str) -> Loop | None:
     found = [loop for loop in loops(text) if loop.warp_bytes]
     if not found:
         return None
-    return max(found, key=lambda loop: (loop.warp_bytes, -loop.instructions))
+    return max(
+        found,
+        key=lambda loop: (sum(loop.products.values()), loop.warp_bytes, -loop.instructions),
+    )
 
 
 if __name__ == "__main__":

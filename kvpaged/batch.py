@@ -9,15 +9,13 @@ from torch import Tensor
 
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UsageError
-from kvpaged.group_rows import Flags, Growth
+from kvpaged.growth import take_all, take_each
+from kvpaged.mixed_step import attend_mixed, plan_mixed, single_rows, write_mixed
 from kvpaged.ops import Options
-from kvpaged.pages.extents import Ids
+from kvpaged.pages.mixed import MixedClass
 from kvpaged.pages.prefix import Trail
 from kvpaged.pages.stage import Stage
 from kvpaged.sequences import Sequences
-from kvpaged.mixed_step import attend_mixed, plan_mixed, single_rows, write_mixed
-from kvpaged.pages.mixed import MixedClass
-from kvpaged.pages.table import Successor
 from kvpaged.step import (
     Ints,
     Step,
@@ -148,7 +146,9 @@ class Batch(Sequences):
                 rows.trim(self.lengths)
             self._loose = False
             try:
-                growths = cache.with_room(lambda: self._take(counts, touched, single))
+                growths = cache.with_room(
+                    lambda: take_all(self._groups, self.lengths, counts, touched, single)
+                )
             except OutOfPagesError as error:
                 raise cache.shortage(error, self.memory_bytes(), counts, self.lengths) from None
             for rows, growth in zip(self._groups, growths, strict=True):
@@ -179,40 +179,6 @@ class Batch(Sequences):
             plan_mixed(self.step, self._groups)
         return self.step
 
-    def _take(self, counts: Ints, touched: Flags | None, single: Flags | None) -> list[Growth]:
-        """The pages of a step, in each group; the lock is held.
-
-        Raises:
-            OutOfPagesError: there is no room; nothing is held.
-        """
-        needs = [rows.needs(self.lengths, counts, touched, single) for rows in self._groups]
-        growths: list[Growth] = []
-        try:
-            for rows, need in zip(self._groups, needs, strict=True):
-                growths.append(rows.take(need))
-        except OutOfPagesError:
-            for rows, growth in zip(self._groups, growths, strict=False):
-                rows.give_back(growth)
-            raise
-        return growths
-
-    def _take_each(self, full: Ints, filling: Ints) -> list[tuple[Ids, list[Successor]]]:
-        """The same for a page for each of some rows, and for what is to follow the open pages of
-        others, which are about to fill.
-        """
-        taken: list[tuple[Ids, list[Successor]]] = []
-        try:
-            for rows in self._groups:
-                ids = rows.take_each(full) if len(full) else np.empty(0, np.int32)
-                taken.append((ids, []))
-                taken[-1] = ids, rows.take_successors(filling, self.lengths)
-        except OutOfPagesError:
-            for rows, (ids, successors) in zip(self._groups, taken, strict=False):
-                rows.page_class.allocator.release(ids)
-                rows.give_back(Growth([], [], successors))
-            raise
-        return taken
-
     def again(self, more: npt.NDArray[np.int32] | None = None) -> Step | None:
         """`begin` for one more token of each row that the step before gave one, at a fraction of
         its cost; `None`, and nothing changed, where that does not hold: `begin` is to be called.
@@ -236,7 +202,9 @@ class Batch(Sequences):
             with cache.lock:
                 cache.collect_garbage()
                 try:
-                    taken = cache.with_room(lambda: self._take_each(full, filling))
+                    taken = cache.with_room(
+                        lambda: take_each(self._groups, self.lengths, full, filling)
+                    )
                 except OutOfPagesError as error:
                     raise cache.shortage(
                         error, self.memory_bytes(), last.counts, self.lengths

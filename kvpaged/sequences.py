@@ -103,8 +103,7 @@ class Sequences:
         """Bytes of those pages."""
         classes = self._cache.classes
         return sum(
-            classes[group].bytes_held(np.unique(self.held(group)))
-            for group in range(len(classes))
+            classes[group].bytes_held(np.unique(self.held(group))) for group in range(len(classes))
         )
 
     # -- the prefix index --------------------------------------------------------------------------

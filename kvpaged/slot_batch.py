@@ -112,8 +112,8 @@ class SlotBatch(Batch):
         elif all(group.window is None for group in self._groups):
             self.settled[slot] = held
             good = (held + outcome.pages) * self._cache.config.page_size
-            found = min(found, good)
-            self.rewind(slot, found)
+            self.rewind(slot, min(found, good))
+            found = int(self.lengths[slot])
         else:  # what a window sees before the missing page may never have been asked for
             self._last, self._plans = None, [None] * len(self._groups)
             with self._cache.lock:

@@ -146,6 +146,7 @@ class TokenBatch(Batch):
                 f"tokens wait to be computed: layers {missing[:8]} have not attended in this step"
             )
         self.commit(self._pending)
+        self.owed = [NOTHING] * self.rows
         self.publish()
 
     def _complete(self) -> bool:
@@ -155,7 +156,7 @@ class TokenBatch(Batch):
         ids = [np.concatenate(both) for both in zip(self.owed, ids, strict=True)]
         flat = np.concatenate(ids) if ids else np.empty(0, np.int64)
         step = self.begin(np.array([len(x) for x in ids], np.int64), flat.astype(np.int32))
-        self._pending, self.owed = ids, [NOTHING] * self.rows
+        self._pending = ids  # what is owed stays so until it is computed: the step may be dropped
         self.tokens = step.tokens.long()
         self.positions = step.positions.long()
         self.cu_seqlens = step.cu_seqlens

@@ -15,7 +15,10 @@ import pytest
 from benchmarks import aot_sources
 
 ROOT = Path(__file__).parent.parent
-KERNELS = {"append", "copy", "checksum", "transfer", "plan", "merge", "decode", "prefill"}
+KERNELS = {
+    "append", "copy", "checksum", "transfer", "plan", "merge", "decode", "prefill", "seal",
+    "mixed decode", "mixed prefill",
+}  # fmt: skip
 CUDA = {"sm_80", "sm_90", "sm_100", "sm_120"}
 
 
@@ -71,6 +74,16 @@ def test_decode_loads_wide_and_has_few_operations_a_byte(report):
         assert 0 < result["operations_per_byte"] <= most
 
 
+def test_decode_of_4_bits_is_within_what_bandwidth_leaves(report):
+    """An H100 has about 9.5 lane operations for each byte it can load."""
+    found = [r for r in report["results"] if r["kernel"] == "mixed decode" and r["target"] in CUDA]
+    assert len(found) == len(CUDA)
+    for result in found:
+        assert result["options"] == ["int4", "int4"]
+        assert result["load_bits"] == 128
+        assert 0 < result["operations_per_byte"] <= 8
+
+
 def test_the_document_is_of_these_sources():
     """docs/kernels.md was made from the tree as it is: `make aot` after a change of kernels."""
     digest = aot_sources.digest()
@@ -103,5 +116,5 @@ def test_no_entry_offset_is_narrower_than_int64(report):
     assert report["results"]
     for result in report["results"]:
         assert result["narrow_products"] == [], result
-        if result["kernel"] in ("decode", "prefill"):
+        if result["kernel"].endswith(("decode", "prefill")):
             assert result["wide_products"] >= 2  # of K and of V: the check looks at something

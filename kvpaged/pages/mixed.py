@@ -235,6 +235,13 @@ class MixedClass:
         exact = self.exact.bytes_of(len(ids) - compressed)
         return exact + self.sealed.bytes_of(compressed)
 
+    def sequence_bytes(self, tokens: int, first: int) -> int:
+        """See `PageClass.sequence_bytes`."""
+        full, rest = divmod(tokens, self.geometry.page_size)
+        compressed = full - max(min(self.keep, full), first)
+        exact = full - first - compressed + (rest > 0)
+        return self.exact.bytes_of(exact) + self.sealed.bytes_of(compressed)
+
     # What admission counts in: compressed pages; exact ones are so many of them, rounded up.
 
     @property
@@ -262,6 +269,10 @@ class MixedClass:
         return self.sealed.allocator.available() + self.open_cost * (
             exact.free_pages + exact.cached_pages()
         )
+
+    def room_units(self) -> int:
+        """See `PageClass.room_units`."""
+        return self.sealed.allocator.room() + self.open_cost * self.exact.allocator.free_pages
 
 
 AnyAllocator = PageAllocator | MixedAllocator

@@ -26,6 +26,12 @@ def _mix32(x):
 
 
 @triton.jit
+def coefficients(index):
+    """The factor of each word, int64, by its index in the slice."""
+    return _mix32(index.to(tl.uint32) + _GOLDEN).to(tl.int32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
 def _checksum(
     words,
     entries,
@@ -48,8 +54,7 @@ def _checksum(
     for _ in range(pieces):
         for start in range(0, piece_words, BLOCK):
             word = tl.load(base + start + offset, mask=start + offset < piece_words, other=0)
-            coefficient = _mix32((index + start).to(tl.uint32) + _GOLDEN).to(tl.int32, bitcast=True)
-            total += word.to(tl.int64) * coefficient.to(tl.int64)
+            total += word.to(tl.int64) * coefficients(index + start)
         base += stride_piece
         index += piece_words
     tl.store(sums + program, tl.sum(total, 0))

@@ -66,10 +66,11 @@ def prefill_blocks(element: int, k_dim: int, v_dim: int, shared_memory: int) -> 
 
 
 class Shipped(NamedTuple):
-    """A specialisation that is compiled ahead of time for every target, at most 60 in all.
+    """A specialisation that is compiled ahead of time for every target, at most 90 in all.
 
     `options` names what is on, of window, softcap, sinks, alibi and, for decode, queries (up to 8 a
-    row). `v_dim` 0 is a group without V. Blocks, warps and stages are those the launcher chooses.
+    row); of the kernels of sealed pages, how K and V are coded comes first. `v_dim` 0 is a group
+    without V. Blocks, warps and stages are those the launcher chooses.
     """
 
     kernel: str
@@ -139,5 +140,13 @@ SHIPPED = (
     Shipped("prefill", "bfloat16", 128, 128, 64, 8, 4, ("window",)),
     Shipped("prefill", "bfloat16", 256, 256, 64, 4, 2, ("window", "softcap")),
     Shipped("prefill", "bfloat16", 64, 64, 64, 8, 8, ("window", "sinks")),
+    *(
+        Shipped(kernel, "bfloat16", dim, dim, 64, 8, 4, codes)
+        for kernel in ("seal", "mixed decode", "mixed prefill")
+        for dim in (128, 64)
+        for codes in (("int4", "int4"), ("int8", "int8"), ("fp8", "fp8"), ("int8", "int4"))
+    ),
+    Shipped("mixed decode", "bfloat16", 128, 128, 64, 8, 8, ("int4", "int4")),
+    Shipped("mixed decode", "bfloat16", 64, 64, 64, 8, 8, ("int4", "int4", "window", "sinks")),
 )
 """What is compiled ahead of time; the first of each kernel stands for it in the test suite."""

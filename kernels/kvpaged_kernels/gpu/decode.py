@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpaged_kernels.checks import DECODED_FLOATS, check_decode, require
+from kvpaged_kernels.gpu.decode_configs import padded
 from kvpaged_kernels.gpu.launch import Launch, attention_arguments, device_of
 from kvpaged_kernels.gpu.plan import DecodePlan, Shape, plan_launch, row_tokens
 from kvpaged_kernels.gpu.primitives import LOWEST, add_sinks, attend, load_slopes
@@ -274,16 +275,25 @@ def decode_launches(
         num_stages=config.num_stages,
         max_registers=config.max_registers if plan.arch.startswith("sm_") else None,
     )
-    lines = min(config.block_m, shape.group * shape.max_q)
-    same = ("GROUP", "V_DIM", "BLOCK_V")
-    merging = Launch(
+    return [attending, merge_launch(plan, both)]
+
+
+def merge_launch(plan: DecodePlan, both: dict[str, Any]) -> Launch:
+    """The launch of the merge; `both`: what it has in common with the attention's."""
+    shape = plan.shape
+    lines = min(plan.config.block_m, shape.group * shape.max_q)
+    return Launch(
         kernel=_merge,
         grid=(plan.programs - 1, triton.cdiv(lines, _MERGE_ROWS)),
         arguments=both
-        | {name: arguments[name] for name in same}
-        | {"BLOCK_R": _MERGE_ROWS, "BLOCK_P": _MERGE_PARTS},
+        | {
+            "GROUP": shape.group,
+            "V_DIM": shape.v_dim,
+            "BLOCK_V": padded(shape.v_dim),
+            "BLOCK_R": _MERGE_ROWS,
+            "BLOCK_P": _MERGE_PARTS,
+        },
     )
-    return [attending, merging]
 
 
 def paged_decode(
