@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -124,6 +124,10 @@ class CacheBooks:
             self.pools, self.classes = build_pools(self.groups, self.config, self.kv_format)
         self.compressed = any(isinstance(each, MixedClass) for each in self.classes)
         """Whether full pages of some group are coded."""
+        self.spare = 2 if self.compressed else 1
+        """Pages that rows keep behind a window, so that they can rewind by a page's tokens; a row
+        that comes to end within a compressed page ends before it.
+        """
         self._homes = {
             layer: Home(
                 group=number, place=place, pages=self.classes[number],
@@ -381,10 +385,14 @@ class CacheBooks:
         """For a new batch: its rows in each group, without pages."""
         made: list[GroupRows] = []
         for pages, group, backend in zip(self.classes, self.groups, self.backends, strict=True):
-            kind = MixedRows if isinstance(pages, MixedClass) else GroupRows
-            made.append(
-                kind(pages, rows=rows, device=group.device, window=group.window, backend=backend)
-            )
+            given: Any = {
+                "rows": rows, "device": group.device, "window": group.window, "backend": backend,
+                "spare": self.spare,
+            }  # fmt: skip
+            if isinstance(pages, MixedClass):
+                made.append(MixedRows(pages, **given))
+            else:
+                made.append(GroupRows(pages, **given))
         return made
 
     def register(self, batch: Holder) -> None:

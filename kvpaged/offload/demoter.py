@@ -327,9 +327,7 @@ class Demoter:
             for start in range(0, len(some), most):
                 self._demote_some(group, size, targets, some[start : start + most])
 
-    def _demote_some(
-        self, group: int, size: int, targets: tuple[int, ...], due: list[Due]
-    ) -> None:
+    def _demote_some(self, group: int, size: int, targets: tuple[int, ...], due: list[Due]) -> None:
         room = self._staging.take(len(due), size, self._options.write_deadline_s)
         if room is None:  # whoever has it all does not answer: these are tried again
             for number in targets:

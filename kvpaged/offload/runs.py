@@ -167,7 +167,12 @@ def runs_of(entries: Ids, step: int = 1) -> list[Run]:
 
 
 def blocks_of(
-    geometry: PageGeometry | SealedGeometry, layers: slice, *, pages: int, storage_bytes: int, record_stride: int
+    geometry: PageGeometry | SealedGeometry,
+    layers: slice,
+    *,
+    pages: int,
+    storage_bytes: int,
+    record_stride: int,
 ) -> list[Block]:
     """The blocks of some layers' slices of the page at entry 0 and of the first record.
 

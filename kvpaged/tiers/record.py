@@ -190,9 +190,7 @@ class Head:
         if (self.key, self.group, self.tokens) != (key, group, tokens):
             raise IntegrityError("the record is of another page")
         if not self.fits(geometry):
-            raise IntegrityError(
-                f"the record is of pages of format {self.form}, {self.geometry}"
-            )
+            raise IntegrityError(f"the record is of pages of format {self.form}, {self.geometry}")
         if body_size != body_bytes(geometry):
             raise IntegrityError(f"the record has {body_size} bytes")
 
