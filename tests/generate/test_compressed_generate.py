@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpaged import Generator, HostTier, SamplingParams
+from kvpaged import Generator, HostTier, OutOfPagesError, SamplingParams
 from tests.generate.asked import mixed
 from tests.hf.compressed import FORMATS, MODELS, Reply, cold, make
 
@@ -61,7 +61,7 @@ def test_together_and_found(name, kind, layout):
 def test_in_little_memory_rows_are_set_back_and_come_back(name, kind, layout):
     prompts, replies = work(name, kind)
     model = model_of(kind)
-    memory = "84KiB" if kind == "llama" else "128KiB"
+    memory = "224KiB" if kind == "llama" else "320KiB"
     with (
         make(model, name, layout=layout, memory=memory) as cache,
         Generator(model, cache, chunk=9, max_running=8) as generator,
@@ -107,3 +107,24 @@ def test_over_a_tier(name, kind):
         offload = cache.stats().offload
         assert offload is not None
         assert offload.tiers[0].promoted > 0
+
+
+def test_a_row_that_can_not_go_on_is_ended():
+    """Its exact pages lie in both frames of the pool, so that there is none for a compressed page:
+    it went back to the beginning of its page and came there again, for ever.
+    """
+    prompts, replies = work("fp8", "llama")
+    model = model_of("llama")
+    with (
+        make(model, "fp8", layout="layer-major", memory="84KiB") as cache,
+        Generator(model, cache, chunk=9, max_running=8) as generator,
+    ):
+        for completion, reply in zip(
+            generator.generate(prompts, max_new_tokens=NEW), replies, strict=True
+        ):
+            if completion.error is None:
+                reply.check(completion.tokens)
+            else:
+                assert isinstance(completion.error, OutOfPagesError)
+        cache.check_integrity()
+        assert cache.stats().used == 0
