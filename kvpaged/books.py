@@ -130,6 +130,10 @@ class CacheBooks:
             self.pools, self.classes = build_pools(self.groups, self.config, self.kv_format)
         self.compressed = any(isinstance(each, MixedClass) for each in self.classes)
         """Whether full pages of some group are coded."""
+        self.spare = 2 if self.compressed else 1
+        """Pages that rows keep behind a window, so that they can rewind by a page's tokens; a row
+        that comes to end within a compressed page ends before it.
+        """
         self._homes = {
             layer: Home(
                 group=number, place=place, pages=self.classes[number],
@@ -393,7 +397,7 @@ class CacheBooks:
         """For a new batch: its rows in each group, without pages."""
         made: list[GroupRows] = []
         for pages, group, backend in zip(self.classes, self.groups, self.backends, strict=True):
-            facts = group.device, group.window, backend
+            facts = group.device, group.window, backend, self.spare
             if isinstance(pages, MixedClass):
                 made.append(MixedRows(pages, rows, *facts))
             else:

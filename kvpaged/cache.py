@@ -154,8 +154,8 @@ class PagedKVCache(CacheBooks):
         size, total = self.config.page_size, 0
         for group, pages in zip(self.groups, self.classes, strict=True):
             first = 0
-            if group.window is not None:  # a page's worth of rewinding is kept
-                first = max(tokens - group.window + 1 - size, 0) // size
+            if group.window is not None:
+                first = max(tokens - group.window + 1 - self.spare * size, 0) // size
             total += pages.sequence_bytes(tokens, first)
         return total
 

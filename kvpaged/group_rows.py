@@ -90,10 +90,12 @@ class GroupRows:
         device: torch.device,
         window: int | None,
         backend: Backend,
+        spare: int = 1,
     ) -> None:
+        """`spare`: pages that stay behind a window, to rewind into (`CacheBooks.spare`)."""
         self.page_class: AnyClass = page_class
         self.exact: PageClass = page_class.exact
-        self.window = window
+        self.window, self._spare = window, spare
         self.backend = backend
         self.table = BlockTable(rows, device=device)
         self.page_size = self._size = page_class.geometry.page_size
@@ -246,14 +248,14 @@ class GroupRows:
         """Let go of open pages that compressed ones have followed."""
 
     def leave_window(self, lengths: Ints, settled: Ints) -> None:
-        """Give back pages no later query sees, but for one page's worth of rewinding.
+        """Give back pages no later query sees, but for a page's worth of rewinding.
 
         `settled`: logical pages of each row of which it is known whether others may have them, so
         that what leaves goes to those.
         """
         if self.window is None:
             return
-        first = np.maximum(lengths - self.window + 1 - self._size, 0) // self._size
+        first = np.maximum(lengths - self.window + 1 - self._spare * self._size, 0) // self._size
         first = np.minimum(first, settled)
         rows = np.flatnonzero(first > self.table.first).tolist()
         self._release([self.table.drop_first(row, int(first[row])) for row in rows])

@@ -27,9 +27,9 @@ class MixedRows(GroupRows):
 
     def __init__(
         self, page_class: MixedClass, rows: int, device: torch.device, window: int | None,
-        backend: Backend,
+        backend: Backend, spare: int = 2,
     ) -> None:  # fmt: skip
-        super().__init__(page_class, rows, device, window, backend)
+        super().__init__(page_class, rows, device, window, backend, spare)
         self.mixed = page_class
         self.few = 1
         self._filled: list[tuple[int, int]] = []  # open pages to be coded, and as which

@@ -351,13 +351,13 @@ class SavedSessions(Generic[S]):
 
     def _needed(self, mover: Mover, trail: Trail, ids: Ids) -> Sequence[tuple[Piece, bool]]:
         """The full pages of a row that whoever goes on with it reads, and whether it must: of a
-        group with a window a page more is of use, to rows that begin at another's column.
+        group with a window some more are of use, to rows that begin at another's column.
         """
         size = self._cache.config.page_size
         tokens = len(ids) // size * size
         windows = [group.window for group in self._cache.groups]
         firsts = [0 if w is None else max(tokens - w + 1, 0) // size for w in windows]
-        loose = [max(first - 1, 0) for first in firsts]
+        loose = [max(first - self._cache.spare, 0) for first in firsts]
         found = locate(mover.pool, mover.stack, trail, encode_tokens(ids[:tokens]), loose)
         return [(p, p.place >= firsts[p.group]) for p in (*found.here, *found.missing)]
 

@@ -126,8 +126,9 @@ class Sequences:
         nodes = match.nodes[: -(-length // size)]
         for number, group in enumerate(self._groups):
             first = match.first_page(number, length)
-            if first and nodes[first - 1].pages[number] is not None:
-                first -= 1  # as much room for a rewind as a row that left its window has
+            for _ in range(self._cache.spare):  # room to rewind as a row has that left its window
+                if first and nodes[first - 1].pages[number] is not None:
+                    first -= 1
             pages = [node.pages[number] for node in nodes[first:]]
             group.attach(row, first, np.array(pages, np.int32))
         trail = self._trails[row]

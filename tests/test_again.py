@@ -180,7 +180,7 @@ def test_out_of_compressed_pages_changes_nothing():
                 break
         used = cache.stats().used
         for _ in range(2):
-            with pytest.raises(OutOfPagesError, match="of compressed pages"):
+            with pytest.raises(OutOfPagesError, match="more pages are needed and 0 of"):
                 batch.again()
             assert cache.stats().used == used
             assert not batch._groups[0].table.successors

@@ -85,6 +85,7 @@ class Engine:
         self.sampler = StepSampler(batch, self.rows)
         self.line: list[Line] = []
         self.stats = EngineStats()
+        self._rewound: tuple[Reply, int] | None = None
         self._look = True  # something has changed for those who wait
         self._deadline = np.inf  # no request ends before it
         self._loads = Loads(batch, self.rows, needs)
@@ -354,8 +355,10 @@ class Engine:
             self._maker.change()
             return
         length, size = int(self.batch.lengths[slot]), self.needs.page_size
-        if len(running) == 1 and length % size:
-            # Its last page may be one that others wrote: it takes another instead of a copy.
+        if len(running) == 1 and length % size and self._rewound != (reply, length):
+            # Its last page may be one that others wrote: it takes another instead of a copy. Once:
+            # where a compressed page lacks room, it would come to the same place again.
+            self._rewound = reply, length
             self.batch.rewind(slot, length - length % size)
             self._maker.change()
             return

@@ -54,7 +54,7 @@ class PageNeeds:
         window = self._cache.groups[group].window
         if window is None:
             return whole
-        return min(whole, -(-(window + chunk) // self.page_size) + 2)
+        return min(whole, -(-(window + chunk) // self.page_size) + 1 + self._cache.spare)
 
     def _cost(self, group: int, tokens: int, chunk: int) -> int:
         """The same in the units that a group is counted in."""
