@@ -5,8 +5,9 @@
 Each window of a text (1,024 tokens at once, then 256 that are scored, 64 at a time, teacher-forced,
 fp32) runs through a cache of each format: perplexity, KL(exact || format) a token, how often the
 most likely token is the exact model's. transformers' `QuantizedCache` gets the same tokens the same
-way; what is missing for it is said. Then numbers hidden in text and asked for, and the first token
-at which greedy replies of 500 tokens differ.
+way, if hqq and optimum-quanto are there (`make quality` puts them into build/peers); what could not
+be measured is said. Then numbers hidden in text and asked for, and the first token at which greedy
+replies of 500 tokens differ.
 """
 
 import argparse
