@@ -34,9 +34,9 @@ def of_model(name: str, found: Mapping[str, Any]) -> str:
             ", ".join("-" if at is None else str(at) for at in replies.get(system, ())),
         ])  # fmt: skip
     notes = [
-        f"{found['windows']} windows, +- the standard error over them; needles in {asked:,} tokens; "
-        "bits as of a 16-bit model, all in: a full page (of peers: what is quantised), a whole "
-        "sequence",
+        f"{found['windows']} windows, +- the standard error over them; needles in {asked:,} "
+        "tokens; bits as of a 16-bit model, all in: a full page (of peers: what is quantised), a "
+        "whole sequence",
     ]
     for system, entry in found["systems"].items():
         bits = entry["bits"]
