@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from kvpaged import operators as _operators  # noqa: F401 - registers torch.ops.kvpaged
 from kvpaged.cache import PagedKVCache
 from kvpaged.errors import KVPagedError, OutOfPagesError
+from kvpaged.formats.kv import KVFormat
 from kvpaged.generate.generator import Generator
 from kvpaged.generate.params import Completion, SamplingParams, TokenEvent
 from kvpaged.geometry import LayerGroup, PageGeometry
@@ -23,6 +24,7 @@ __all__ = [
     "DiskTier",
     "Generator",
     "HostTier",
+    "KVFormat",
     "KVPagedError",
     "LayerGroup",
     "OffloadOptions",
