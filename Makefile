@@ -68,8 +68,21 @@ bench: $(READY)  ## tokens/s, first token, KV memory and shared prefixes, beside
 	$(RUN) -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM))
 	$(RUN) -m benchmarks.prefix $(if $(VLLM),--vllm $(VLLM))
 
-quality: $(READY)  ## what compressed formats do to predictions, beside HF QuantizedCache
-	$(RUN) -m benchmarks.quality $(QUALITY_ARGS)
+# transformers' QuantizedCache needs these. They stay out of .venv, for importing transformers imports
+# hqq where it is installed, which warns of a deprecated torch.jit; quanto compiles C++ when first
+# used and wants ninja on PATH. With PY=... they are measured if your interpreter has them.
+PEERS := build/peers
+PEER_PACKAGES := hqq==0.2.8.post1 optimum-quanto==0.2.7 einops==0.8.2 termcolor==3.3.0 ninja==1.13.2
+
+$(PEERS)/.there: | $(READY)
+	@rm -rf $(PEERS)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target $(PEERS) $(PEER_PACKAGES)
+	@touch $@
+
+quality: $(READY) $(if $(READY),$(PEERS)/.there)  ## what compressed formats do to predictions, beside HF QuantizedCache
+	PATH="$(CURDIR)/$(PEERS)/bin:$$PATH" PYTHONPATH=.:kernels:$(PEERS)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	    $(PY) -m benchmarks.quality $(QUALITY_ARGS)
 
 PEER_KERNELS = $(if $(VLLM_KERNELS),--vllm $(VLLM_KERNELS)) $(if $(SGLANG_KERNELS),--sglang $(SGLANG_KERNELS))
 

@@ -5,8 +5,9 @@
 Each window of a text (1,024 tokens at once, then 256 that are scored, 64 at a time, teacher-forced,
 fp32) runs through a cache of each format: perplexity, KL(exact || format) a token, how often the
 most likely token is the exact model's. transformers' `QuantizedCache` gets the same tokens the same
-way; what is missing for it is said. Then numbers hidden in text and asked for, and the first token
-at which greedy replies of 500 tokens differ.
+way, if hqq and optimum-quanto are there (`make quality` puts them into build/peers); what could not
+be measured is said. Then numbers hidden in text and asked for, and the first token at which greedy
+replies of 500 tokens differ.
 """
 
 import argparse
@@ -36,10 +37,12 @@ MORE = {
 }
 """Formats beside the named ones that can be asked for."""
 
+PARTS = ("needles", "replies")
+
 DIVERGES_AFTER = 320
 """Tokens of the prompts whose replies are followed."""
 
-FURTHER = 20
+FURTHER = 25
 """Windows that needles and replies take as long as."""
 
 OWN, PEER = "exact", "hf-exact"
@@ -68,8 +71,10 @@ def measure_windows(
                 said(f"{name}: {each:.1f} s a window")
                 total += each
         if not number:  # needles are as long, replies a third of a window each
-            minutes = total * (len(rows) + FURTHER) / 60
-            said(f"all of this model will take about {minutes:.0f} minutes")
+            said(
+                f"all windows will take about {total * len(rows) / 60:.0f} minutes, needles and "
+                f"replies {total * FURTHER / 60:.0f}"
+            )
     return found
 
 
@@ -153,14 +158,16 @@ def measure(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
             exact = found[PEER if each in PEERS else OWN]
             entry = {**measures.summarise(exact, found[each]), "bits": system.bits()}
             document["systems"][each] = entry
-        size, count = (160, 1) if chosen.quick else (1_400, 15)
-        prompts = measures.needles(tokenizer, ids, tokens=size, count=chosen.needles or count)
-        document["needles"] = measure_needles(model, tokenizer, systems, prompts, 5)
-        said(f"{len(prompts)} needles done")
-        start, new = (64, 10) if chosen.quick else (DIVERGES_AFTER, 500)
-        replies = measures.windows(ids, 1 if chosen.quick else 4, start)
-        document["divergence"] = measure_divergence(model, systems, replies, new)
-        said("replies done")
+        if "needles" in chosen.parts:
+            size, count = (160, 1) if chosen.quick else (1_400, 15)
+            prompts = measures.needles(tokenizer, ids, tokens=size, count=chosen.needles or count)
+            document["needles"] = measure_needles(model, tokenizer, systems, prompts, 5)
+            said(f"{len(prompts)} needles done")
+        if "replies" in chosen.parts:
+            start, new = (64, 10) if chosen.quick else (DIVERGES_AFTER, 500)
+            begins = measures.windows(ids, 1 if chosen.quick else 4, start)
+            document["divergence"] = measure_divergence(model, systems, begins, new)
+            said("replies done")
     finally:
         for system in systems.values():
             system.close()
@@ -174,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="of " + ", ".join(MODELS))
     parser.add_argument("--formats", default=",".join(FORMATS), help=f"of {FORMATS} {tuple(MORE)}")
     parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--parts", default=",".join(PARTS), help="beside windows: of " + str(PARTS))
     parser.add_argument("--needles", type=int, default=0, help="prompts; 0: as many as usual")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--backend", choices=("cpu", "reference"), help="of our caches")
@@ -183,8 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="results folder")
     chosen = parser.parse_args(arguments)
     named, chosen.formats = chosen.models.split(","), chosen.formats.split(",")
+    chosen.parts = [part for part in chosen.parts.split(",") if part]
     for kind, given, known in (
         ("model", named, MODELS), ("format", chosen.formats, (*FORMATS, *MORE)),
+        ("part", chosen.parts, PARTS),
     ):  # fmt: skip
         if unknown := set(given) - set(known):
             parser.error(f"no {kind} is called {', '.join(sorted(unknown))}")

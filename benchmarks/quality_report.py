@@ -13,28 +13,30 @@ def report(found: Mapping[str, Any]) -> str:
 
 def of_model(name: str, found: Mapping[str, Any]) -> str:
     """The table of one model, and what is not in it."""
-    needles, replies = found["needles"], found["divergence"]
+    needles, replies = found.get("needles", {}), found.get("divergence", {})
+    length, asked = replies.get("new_tokens", 0), needles.get("tokens", 0)
     heads = [
         name, "bits", "at 1500", "at 8000", "perplexity", "change %", "1000 KL a token",
-        "top-1 as exact", "needles", "as exact", f"{replies['new_tokens']} greedy tokens differ at",
+        "top-1 as exact", "needles", "as exact", f"{length} greedy tokens differ at",
     ]  # fmt: skip
     lines = []
     for system, entry in found["systems"].items():
         bits = entry["bits"]
-        needle = needles[system]
+        needle = needles.get(system)
         change = _with_error(entry["change_percent"], entry["change_error"], 2)
         lines.append([
             system, f"{bits['page']:.2f}", *(_bits(bits, f"{n} tokens") for n in (1500, 8000)),
             f"{entry['perplexity']:.4f}", change,
             _with_error(1e3 * entry["kl"], 1e3 * entry["kl_error"], 3),
-            f"{100 * entry['agree']:.1f} %", f"{needle['hits']}/{needles['prompts']}",
-            f"{needle['as_exact']}/{needles['prompts']}",
-            ", ".join("-" if at is None else str(at) for at in replies[system]),
+            f"{100 * entry['agree']:.1f} %",
+            f"{needle['hits']}/{needles['prompts']}" if needle else "",
+            f"{needle['as_exact']}/{needles['prompts']}" if needle else "",
+            ", ".join("-" if at is None else str(at) for at in replies.get(system, ())),
         ])  # fmt: skip
     notes = [
-        f"{found['windows']} windows, +- the standard error over them; needles in "
-        f"{needles['tokens']} tokens; bits as of a 16-bit model, all in: a full page (of peers: "
-        "what is quantised), a whole sequence",
+        f"{found['windows']} windows, +- the standard error over them; needles in {asked:,} "
+        "tokens; bits as of a 16-bit model, all in: a full page (of peers: what is quantised), a "
+        "whole sequence",
     ]
     for system, entry in found["systems"].items():
         bits = entry["bits"]

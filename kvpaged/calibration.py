@@ -137,6 +137,10 @@ def calibrate(
     much. What is chosen is measured on held-out windows, and chosen again where it misses the
     budget or leaves much of it.
 
+    Best done with the model in fp32. In 16 bits what is coded turns roundings over all the way up,
+    so each divergence has a floor, and floors add up; the choice holds its budget all the same, for
+    it is measured as a whole.
+
     Args:
         model: a `transformers` causal LM, in eval mode, that `for_model` serves.
         texts: what it is to be good at: strings, with a `tokenizer`, or token ids.
