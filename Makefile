@@ -4,6 +4,7 @@
 #   FULL=1              make bench: every point instead of the usual ones
 #   VLLM=<python>       make bench: an interpreter that has vLLM, to be measured beside
 #   PYTEST_ARGS=...     make test: more arguments for pytest; -n 0 runs it in one process
+#   QUALITY_ARGS=...    make quality: --models smollm2 --formats int8,int4 --windows 6, and so on
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -24,7 +25,7 @@ endif
 # The tree is importable as it stands, so nothing has to be installed on a machine with torch.
 RUN := PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PY)
 
-.PHONY: help demo test check format bench aot gpu notebooks soak clean
+.PHONY: help demo test check format bench quality aot gpu notebooks soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -66,6 +67,9 @@ bench: $(READY)  ## tokens/s, first token, KV memory and shared prefixes, beside
 	$(RUN) -m benchmarks.generate $(if $(FULL),--full)
 	$(RUN) -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM))
 	$(RUN) -m benchmarks.prefix $(if $(VLLM),--vllm $(VLLM))
+
+quality: $(READY)  ## what compressed formats do to predictions, beside HF QuantizedCache
+	$(RUN) -m benchmarks.quality $(QUALITY_ARGS)
 
 PEER_KERNELS = $(if $(VLLM_KERNELS),--vllm $(VLLM_KERNELS)) $(if $(SGLANG_KERNELS),--sglang $(SGLANG_KERNELS))
 

@@ -18,9 +18,9 @@ from kvpaged_kernels.gpu.mixed_decode import mixed_decode_launches, mixed_plan_l
 from kvpaged_kernels.gpu.mixed_prefill import mixed_prefill_launch
 from kvpaged_kernels.gpu.plan import Shape, plan_launch
 from kvpaged_kernels.gpu.prefill import prefill_launch
-from kvpaged_kernels.gpu.seal import Receipt, seal_launch
+from kvpaged_kernels.gpu.seal import seal_launch
 from kvpaged_kernels.gpu.transfer import fill_launch
-from kvpaged_kernels.sealed import Part, SliceLayout
+from kvpaged_kernels.sealed import Part, Receipt, SliceLayout
 
 
 class Target(NamedTuple):

@@ -24,8 +24,8 @@ from benchmarks import common, gpu_peers, triton_peers
 from benchmarks.gpu_common import LIMIT_S, Record, Setting
 
 PARTS = (
-    "report", "correctness", "tune", "decode", "prefill", "pages", "transfer", "layout",
-    "end_to_end", "serving",
+    "report", "correctness", "tune", "decode", "prefill", "sealed", "pages", "transfer",
+    "layout", "end_to_end", "serving",
 )  # fmt: skip
 GRACE_S = 90
 """How long after its limit a part is stopped, whatever it is at."""
@@ -75,9 +75,9 @@ def is_good(document: dict[str, Any]) -> bool:
     """Whether a part ended by itself and found nothing wrong; correctness must also be whole."""
     if document.get("ended", "exit status 0") != "exit status 0" or not document["rows"]:
         return False
-    if document["part"] == "correctness":
-        return document["complete"] and all(row["passed"] for row in document["rows"])
-    return True
+    if document["part"] == "correctness" and not document["complete"]:
+        return False
+    return all(row.get("passed", True) for row in document["rows"])
 
 
 def report(parts: dict[str, dict[str, Any]]) -> str:

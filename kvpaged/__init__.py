@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from kvpaged import operators as _operators  # noqa: F401 - registers torch.ops.kvpaged
 from kvpaged.cache import PagedKVCache
 from kvpaged.errors import KVPagedError, OutOfPagesError
+from kvpaged.formats.kv import KVFormat
 from kvpaged.generate.generator import Generator
 from kvpaged.generate.params import Completion, SamplingParams, TokenEvent
 from kvpaged.geometry import LayerGroup, PageGeometry
@@ -13,14 +14,17 @@ from kvpaged.tiers.host import HostTier
 from kvpaged.token_batch import TokenBatch
 
 if TYPE_CHECKING:
+    from kvpaged.calibration import Calibration, calibrate
     from kvpaged.lsm.store import TensorStore
     from kvpaged.tiers.disk import DiskTier
 
 __all__ = [
+    "Calibration",
     "Completion",
     "DiskTier",
     "Generator",
     "HostTier",
+    "KVFormat",
     "KVPagedError",
     "LayerGroup",
     "OffloadOptions",
@@ -31,14 +35,19 @@ __all__ = [
     "TensorStore",
     "TokenBatch",
     "TokenEvent",
+    "calibrate",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`TensorStore` and `DiskTier` when first asked for: only a store needs zstandard and
-    xxhash.
+    """`TensorStore` and `DiskTier` when first asked for, because only a store needs zstandard and
+    xxhash; `calibrate` because few ever do.
     """
+    if name in ("Calibration", "calibrate"):
+        from kvpaged import calibration
+
+        return getattr(calibration, name)
     if name == "DiskTier":
         from kvpaged.tiers.disk import DiskTier
 

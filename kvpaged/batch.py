@@ -9,15 +9,13 @@ from torch import Tensor
 
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UsageError
-from kvpaged.group_rows import Flags, Growth
+from kvpaged.growth import take_all, take_each
+from kvpaged.mixed_step import attend_mixed, plan_mixed, single_rows, write_mixed
 from kvpaged.ops import Options
-from kvpaged.pages.extents import Ids
+from kvpaged.pages.mixed import MixedClass
 from kvpaged.pages.prefix import Trail
 from kvpaged.pages.stage import Stage
 from kvpaged.sequences import Sequences
-from kvpaged.mixed_step import attend_mixed, plan_mixed, single_rows, write_mixed
-from kvpaged.pages.mixed import MixedClass
-from kvpaged.pages.table import Successor
 from kvpaged.step import (
     Ints,
     Step,
@@ -54,6 +52,8 @@ class Batch(Sequences):
     Attributes:
         lengths: tokens of each row, int64 `[rows]`.
         logs: their ids, as far as known.
+        owed: of each row, the ids of tokens that come next because they were computed before: a
+            compressed page is rewound whole. Whoever begins the next step computes them first.
         private: why nothing more of it goes into the prefix index, or `None`.
         filled: int64, rows whose last page the last step filled, if it gave each row one token.
     """
@@ -97,6 +97,7 @@ class Batch(Sequences):
                     first = int(mine.table.first[source])
                     theirs.attach(row, first, mine.table.held(source).copy())
         other.lengths = self.lengths[chosen]
+        other.owed = [self.owed[row] for row in chosen]
         other.settled = self.settled[chosen]
         other.logs = [self.logs[row].copy() for row in chosen]
         other.private, other._identity = self.private, self._identity
@@ -145,7 +146,9 @@ class Batch(Sequences):
                 rows.trim(self.lengths)
             self._loose = False
             try:
-                growths = cache.with_room(lambda: self._take(counts, touched, single))
+                growths = cache.with_room(
+                    lambda: take_all(self._groups, self.lengths, counts, touched, single)
+                )
             except OutOfPagesError as error:
                 raise cache.shortage(error, self.memory_bytes(), counts, self.lengths) from None
             for rows, growth in zip(self._groups, growths, strict=True):
@@ -176,40 +179,6 @@ class Batch(Sequences):
             plan_mixed(self.step, self._groups)
         return self.step
 
-    def _take(self, counts: Ints, touched: Flags | None, single: Flags | None) -> list[Growth]:
-        """The pages of a step, in each group; the lock is held.
-
-        Raises:
-            OutOfPagesError: there is no room; nothing is held.
-        """
-        needs = [rows.needs(self.lengths, counts, touched, single) for rows in self._groups]
-        growths: list[Growth] = []
-        try:
-            for rows, need in zip(self._groups, needs, strict=True):
-                growths.append(rows.take(need))
-        except OutOfPagesError:
-            for rows, growth in zip(self._groups, growths, strict=False):
-                rows.give_back(growth)
-            raise
-        return growths
-
-    def _take_each(self, full: Ints, filling: Ints) -> list[tuple[Ids, list[Successor]]]:
-        """The same for a page for each of some rows, and for what is to follow the open pages of
-        others, which are about to fill.
-        """
-        taken: list[tuple[Ids, list[Successor]]] = []
-        try:
-            for rows in self._groups:
-                ids = rows.take_each(full) if len(full) else np.empty(0, np.int32)
-                taken.append((ids, []))
-                taken[-1] = ids, rows.take_successors(filling, self.lengths)
-        except OutOfPagesError:
-            for rows, (ids, successors) in zip(self._groups, taken, strict=False):
-                rows.page_class.allocator.release(ids)
-                rows.give_back(Growth([], [], successors))
-            raise
-        return taken
-
     def again(self, more: npt.NDArray[np.int32] | None = None) -> Step | None:
         """`begin` for one more token of each row that the step before gave one, at a fraction of
         its cost; `None`, and nothing changed, where that does not hold: `begin` is to be called.
@@ -233,7 +202,9 @@ class Batch(Sequences):
             with cache.lock:
                 cache.collect_garbage()
                 try:
-                    taken = cache.with_room(lambda: self._take_each(full, filling))
+                    taken = cache.with_room(
+                        lambda: take_each(self._groups, self.lengths, full, filling)
+                    )
                 except OutOfPagesError as error:
                     raise cache.shortage(
                         error, self.memory_bytes(), last.counts, self.lengths
@@ -385,6 +356,7 @@ class Batch(Sequences):
                 group.trim(self.lengths)
                 group.select(chosen)
         self.lengths = self.lengths[chosen]
+        self.owed = [self.owed[row] for row in chosen]
         self.settled = self.settled[chosen]
         self._unclean, self._touched = self._unclean[chosen], self._touched[chosen]
         self._mark(slice(None), unclean=False)
@@ -401,17 +373,28 @@ class Batch(Sequences):
     def rewind_all(self, lengths: Ints) -> None:
         """Forget each row's tokens from `lengths[row]` (int64 `[rows]`) on, and a running step.
 
+        A row that would end within a compressed page ends before it, and owes its tokens up to
+        there (`owed`).
+
         Raises:
             UsageError: a length is out of range, or so far back that pages it would see have left a
-                window; nothing changed.
+                window, or within a compressed page whose token ids are not known; nothing changed.
         """
         self.check_open()
-        wrong = np.flatnonzero((lengths < 0) | (lengths > self.lengths))
+        whole = self.whole()
+        wrong = np.flatnonzero((lengths < 0) | (lengths > whole))
         if wrong.size:
             row = int(wrong[0])
             raise UsageError(
-                f"row {row} has {self.lengths[row]} tokens and cannot rewind to {lengths[row]}"
+                f"row {row} has {whole[row]} tokens and cannot rewind to {lengths[row]}"
             )
+        owed = [ids[: max(int(lengths[row] - self.lengths[row]), 0)] for row, ids in
+                enumerate(self.owed)]  # fmt: skip
+        asked, lengths = lengths, np.minimum(lengths, self.lengths)
+        for group in self._groups:
+            lengths = np.minimum(lengths, group.rewindable(self.lengths, lengths))
+        for row in np.flatnonzero(lengths < np.minimum(asked, self.lengths)).tolist():
+            owed[row] = self._ids_between(row, int(lengths[row]), int(asked[row]))
         for group in self._groups:
             group.check_rewind(self.lengths, lengths)
         self.drop_step()
@@ -424,10 +407,19 @@ class Batch(Sequences):
             if (trail := self._trails[row]) is not None:
                 trail.cut(int(full[row]))
                 self.settled[row] = min(self.settled[row], full[row])
-        self.lengths = lengths.copy()
+        self.lengths, self.owed = lengths.copy(), owed
         with self._cache.lock:
             for group in self._groups:
                 group.trim(lengths)
+
+    def _ids_between(self, row: int, start: int, stop: int) -> TokenIds:
+        ids = self._known_ids(row, start)
+        if ids is None or len(ids) < stop - start:
+            raise UsageError(
+                f"row {row} cannot rewind to {stop}, within a compressed page: its tokens from "
+                f"{start} on would be computed again, and their ids are not known"
+            )
+        return ids[: stop - start]
 
     def close(self) -> None:
         """Give all pages back. Closing twice is nothing."""

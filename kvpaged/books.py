@@ -30,7 +30,13 @@ from kvpaged.pages.mixed import AnyClass, MixedClass
 from kvpaged.pages.prefix import PrefixIndex, Trail
 from kvpaged.pages.room import wait_for_room
 from kvpaged.pages.table import BlockTable
-from kvpaged.stats import CacheStats, Counters, GroupStats, ReuseStats
+from kvpaged.stats import (
+    CacheStats,
+    Counters,
+    GroupStats,
+    ReuseStats,
+    compressed_stats,
+)
 from kvpaged.tiers.base import Tier
 
 T = TypeVar("T")
@@ -180,16 +186,22 @@ class CacheBooks:
         return report(self.mover, self.counters.sealed)
 
     def _group_stats(self, number: int, alive: list[Holder]) -> GroupStats:
-        group, allocator = self.groups[number], self.classes[number].allocator
+        group, pages = self.groups[number], self.classes[number]
+        allocator = pages.allocator
+        compressed, exact = None, allocator
+        if isinstance(pages, MixedClass):
+            exact = pages.exact.allocator
+            compressed = compressed_stats(self.kv_format.name, pages.sealed)
         return GroupStats(
             layers=len(group.layers),
             window=group.window,
             page_bytes=group.geometry.page_bytes,
-            pages=allocator.capacity,
+            pages=exact.capacity,
             open_pages=int((allocator.states == OPEN).sum()),
             sealed_pages=int((allocator.states == SEALED).sum()),
             cached_pages=allocator.cached_pages(),
             tokens=sum(batch.tokens_held(number) for batch in alive),
+            compressed=compressed,
         )
 
     def tenant_stats(self, salt: Salt) -> ReuseStats:
@@ -331,6 +343,7 @@ class CacheBooks:
         identity, namespace, private = self.current()
         if not namespace or private is not None:
             return [None] * rows
+        extra = self.kv_format.key() + extra
         with self.lock:
             root = self.index.root(namespace, extra)
         size = self.config.page_size
@@ -380,10 +393,11 @@ class CacheBooks:
         """For a new batch: its rows in each group, without pages."""
         made: list[GroupRows] = []
         for pages, group, backend in zip(self.classes, self.groups, self.backends, strict=True):
-            kind = MixedRows if isinstance(pages, MixedClass) else GroupRows
-            made.append(
-                kind(pages, rows=rows, device=group.device, window=group.window, backend=backend)
-            )
+            facts = group.device, group.window, backend
+            if isinstance(pages, MixedClass):
+                made.append(MixedRows(pages, rows, *facts))
+            else:
+                made.append(GroupRows(pages, rows, *facts))
         return made
 
     def register(self, batch: Holder) -> None:

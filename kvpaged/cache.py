@@ -146,6 +146,19 @@ class PagedKVCache(CacheBooks):
             salt=salt, salt_from=salt_from, private=private,
         )  # fmt: skip
 
+    def sequence_bytes(self, tokens: int) -> int:
+        """Bytes of the pool that a sequence of so many tokens takes, if it shares nothing: in its
+        format, the open page and what stays exact included, and what a window leaves behind not.
+        """
+        self.check_open()
+        size, total = self.config.page_size, 0
+        for group, pages in zip(self.groups, self.classes, strict=True):
+            first = 0
+            if group.window is not None:  # a page's worth of rewinding is kept
+                first = max(tokens - group.window + 1 - size, 0) // size
+            total += pages.sequence_bytes(tokens, first)
+        return total
+
     # -- what its pages are valid for --------------------------------------------------------------
 
     @property
@@ -227,7 +240,7 @@ class PagedKVCache(CacheBooks):
             StorageError: the file can't be written, or a tier does not answer.
             IntegrityError: bytes are not what was sealed.
         """
-        self.check_open()
+        self._check_documents()
         ids = as_ids(_flat(input_ids), 0)
         extra: bytes | None = b""
         if self._preparation is not None:
@@ -261,10 +274,18 @@ class PagedKVCache(CacheBooks):
             UsageError: it is of another model, or of other pages, or nothing is kept for others.
             IntegrityError: it is damaged; the message says where. StorageError: it can't be read.
         """
-        self.check_open()
+        self._check_documents()
         return import_document(
             self, path, lambda extra: self.trails(1, salt, salt_from, extra=extra)[0]
         )
+
+    def _check_documents(self) -> None:
+        self.check_open()
+        if self.compressed:
+            raise UsageError(
+                f"a document holds exact pages, and this cache's are compressed "
+                f"({self.kv_format.name})"
+            )
 
     # -- in a loop of one's own --------------------------------------------------------------------
 

@@ -195,14 +195,17 @@ class _Import:
                 yield some
                 some, size = [], 0
             some.append(piece)
-            size += self._view.body_bytes(piece.group)
+            size += self._view.body_bytes(piece.group, piece.place)
         yield some
 
     def _read(self, pieces: Sequence[Piece]) -> list[list[Gathered]]:
         """Pages of each group, which lie side by side."""
         groups = range(len(self._firsts))
         counts = [sum(piece.group == group for piece in pieces) for group in groups]
-        rooms = [host_room(self._view, group, counts[group]) for group in groups]
+        rooms = [
+            host_room(self._view, group, self._view.body_bytes(group, 0), counts[group])
+            for group in groups
+        ]
         found: list[list[Gathered]] = [[] for _ in groups]
         for piece in pieces:
             mine = found[piece.group]

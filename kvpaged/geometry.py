@@ -211,10 +211,12 @@ class SealedGeometry:
     Attributes:
         exact: the page it is made of.
         layouts: of each layer's slice.
+        form: the id of the format (docs/format.md).
     """
 
     exact: PageGeometry
     layouts: tuple[SliceLayout, ...]
+    form: int = 0
 
     def __post_init__(self) -> None:
         if len(self.layouts) != self.exact.layers:
@@ -247,6 +249,10 @@ class SealedGeometry:
     def page_bytes(self) -> int:
         """Bytes a page takes in the pool: its content, padded to whole units."""
         return -(-self.content_bytes // UNIT_BYTES) * UNIT_BYTES
+
+    def entries_per_page(self) -> int:
+        """How far apart the entries of two adjacent pages are."""
+        return self.page_bytes // UNIT_BYTES
 
     def bits_per_element(self) -> float:
         """Bits of the page for each element of K and V, scales, zero points and padding in it."""

@@ -31,11 +31,30 @@ class Copy(NamedTuple):
     new: int
 
 
+class Growing(NamedTuple):
+    """What a row takes for a step where full pages are compressed (`MixedRows`).
+
+    Attributes:
+        row: which.
+        compressed: of each new page in order, whether it is a compressed one.
+        closes: the place of its open page, if a compressed one is to follow that.
+        coded: see `Successor`.
+    """
+
+    row: int
+    compressed: list[bool]
+    closes: int | None
+    coded: bool
+
+
 class Needs(NamedTuple):
-    """What a step has to take: copies of last pages (row, place, page), new ones (row, count)."""
+    """What a step has to take: copies of last pages (row, place, page), new ones (row, count), or
+    what rows grow by (`MixedRows`).
+    """
 
     copies: list[tuple[int, int, int]]
     new: list[tuple[int, int]]
+    growing: Sequence[Growing] = ()
 
     def pages(self) -> int:
         """How many pages that is."""
@@ -67,14 +86,13 @@ class GroupRows:
     def __init__(
         self,
         page_class: AnyClass,
-        *,
         rows: int,
         device: torch.device,
         window: int | None,
         backend: Backend,
     ) -> None:
         self.page_class: AnyClass = page_class
-        self.exact = page_class if isinstance(page_class, PageClass) else page_class.exact
+        self.exact: PageClass = page_class.exact
         self.window = window
         self.backend = backend
         self.table = BlockTable(rows, device=device)
@@ -258,6 +276,10 @@ class GroupRows:
         self.table.select(rows, self.page_class.entries(self.table.pages[rows]))
         self.page_class.allocator.share(self.table.all_held())
         self.page_class.allocator.release(before)
+
+    def rewindable(self, before: Ints, lengths: Ints) -> Ints:
+        """Where rows that had `before` tokens can really end, to have no more than `lengths`."""
+        return lengths
 
     def check_rewind(self, before: Ints, lengths: Ints) -> None:
         """Raise `UsageError` if a row shortened to its length would see pages it gave back."""

@@ -7,14 +7,13 @@ open page, which is coded, all layers together, when the step counts.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kvpaged.config import Backend
 from kvpaged.errors import OutOfPagesError
-from kvpaged.group_rows import Copy, Flags, GroupRows, Growth, Ints, Needs
+from kvpaged.group_rows import Copy, Flags, GroupRows, Growing, Growth, Ints, Needs
 from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.classops import keep_checksums
 from kvpaged.pages.coding import code_pages
@@ -23,30 +22,14 @@ from kvpaged.pages.mixed import MixedClass
 from kvpaged.pages.table import Successor
 
 
-class Growing(NamedTuple):
-    """What a row takes for a step.
-
-    Attributes:
-        row: which.
-        compressed: of each new page in order, whether it is a compressed one.
-        closes: the place of its open page, if a compressed one is to follow that.
-        coded: see `Successor`.
-    """
-
-    row: int
-    compressed: list[bool]
-    closes: int | None
-    coded: bool
-
-
 class MixedRows(GroupRows):
     """`GroupRows` where full pages are compressed, but for the first `keep` of each sequence."""
 
     def __init__(
-        self, page_class: MixedClass, *, rows: int, device: torch.device, window: int | None,
+        self, page_class: MixedClass, rows: int, device: torch.device, window: int | None,
         backend: Backend,
     ) -> None:  # fmt: skip
-        super().__init__(page_class, rows=rows, device=device, window=window, backend=backend)
+        super().__init__(page_class, rows, device, window, backend)
         self.mixed = page_class
         self.few = 1
         self._filled: list[tuple[int, int]] = []  # open pages to be coded, and as which
@@ -57,7 +40,7 @@ class MixedRows(GroupRows):
     def needs(
         self, lengths: Ints, counts: Ints, touched: Flags | None, single: Flags | None = None
     ) -> Needs:
-        """See `GroupRows`: `Needs.new` has, for each row, a `Growing` in the place of a count."""
+        """See `GroupRows.needs`."""
         copies = self._copies(lengths, counts, touched)
         growing = []
         for row in np.flatnonzero(counts).tolist():
@@ -68,7 +51,7 @@ class MixedRows(GroupRows):
         sealed = sum(sum(each.compressed) + (each.closes is not None) for each in growing)
         exact = len(copies) + sum(len(each.compressed) - sum(each.compressed) for each in growing)
         self.mixed.allocator.check_room(exact, sealed)
-        return Needs(copies, growing)
+        return Needs(copies, [], growing)
 
     def _growing(self, row: int, length: int, count: int, decoded: bool) -> Growing:
         size, keep = self._size, self.mixed.keep
@@ -89,7 +72,7 @@ class MixedRows(GroupRows):
             for row, place, page in needs.copies:
                 before = self.page_at(row, place - 1)
                 growth.copies.append(Copy(row, place, page, int(allocator.alloc(1, before)[0])))
-            for row, compressed, closes, coded in needs.new:
+            for row, compressed, closes, coded in needs.growing:
                 if closes is not None:
                     successors.append(self._successor(row, closes, coded))
                 if compressed:
@@ -200,6 +183,12 @@ class MixedRows(GroupRows):
         self._forget(self.table.successors)
         super().trim(lengths)
 
+    def rewindable(self, before: Ints, lengths: Ints) -> Ints:
+        """See `GroupRows.rewindable`: not within a page that has been compressed."""
+        place = lengths // self._size
+        inside = (place >= self.mixed.keep) & ((place + 1) * self._size <= before)
+        return np.where(inside, place * self._size, lengths)
+
     def drop_row(self, row: int) -> None:
         """See `GroupRows.drop_row`."""
         self._forget([each for each in self.table.successors if each.row == row])
@@ -229,6 +218,8 @@ class MixedRows(GroupRows):
                 raise
         except OutOfPagesError:
             return None
+        numbers = torch.from_numpy(self.mixed.numbers(new[compressed])).long()
+        self.mixed.sealed.errors[numbers] = torch.nan  # not those of what was there before
         coming = iter(new.tolist())
         return np.array([next(coming) if page is None else page for page in known], np.int32)
 

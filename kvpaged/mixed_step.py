@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvpaged import ops
+from kvpaged import mixed_ops, ops
 from kvpaged.config import Backend
 from kvpaged.errors import UsageError
 from kvpaged.group_rows import Flags, GroupRows
@@ -31,7 +31,7 @@ class OwnPages:
     Attributes:
         bounds: int32 `[rows + 1]`, where each row's begin.
         count: how many there are.
-        owners, slots: int64 `[tokens]`, each new token's own page, and its slot there.
+        places: int64 `[tokens]`, each new token's slot, own pages side by side.
         begun, begun_entries: int64, own pages that have older tokens, and the exact pages those
             are in.
         kept, kept_slots: int64, new tokens that go into exact pages of the pool, and where
@@ -43,8 +43,7 @@ class OwnPages:
 
     bounds: Tensor
     count: int
-    owners: Tensor
-    slots: Tensor
+    places: Tensor
     begun: Tensor
     begun_entries: Tensor
     kept: Tensor
@@ -118,8 +117,8 @@ def _own_pages(of: MixedRows, rows: Ints, starts: Ints, counts: Ints) -> OwnPage
         return torch.from_numpy(array.astype(np.int64)).to(table.device, non_blocking=True)
 
     return OwnPages(
-        bounds=sent(np.array(bounds)).int(), count=bounds[-1], owners=sent(owner),
-        slots=sent(slot), begun=sent(begun_own),
+        bounds=sent(np.array(bounds)).int(), count=bounds[-1], places=sent(owner * size + slot),
+        begun=sent(begun_own),
         begun_entries=sent(pages.exact.entries(begun_ids.astype(np.int32))), kept=sent(kept),
         kept_slots=sent(home[owner[kept]] * size + slot[kept]), full=sent(full_own),
         full_entries=sent(pages.sealed.entries(numbers)), full_numbers=sent(numbers),
@@ -153,11 +152,12 @@ def write_mixed(
     assert layer.v_pages is not None
     at_hand = []
     for new, there in ((k, layer.k_pages), (v, layer.v_pages)):
-        page = new.new_zeros(own.count, *there.shape[1:])
+        heads, size, width = there.shape[1:]
+        page = new.new_zeros(own.count, size, heads, width)  # tokens lie as they came
         if own.begun.numel():
-            page[own.begun] = there[own.begun_entries]
-        page[own.owners, :, own.slots] = new
-        at_hand.append(page)
+            page[own.begun] = there[own.begun_entries].transpose(1, 2)
+        page.view(-1, heads, width).index_copy_(0, own.places, new)
+        at_hand.append(page.transpose(1, 2))
     own.at_hand[place] = (at_hand[0], at_hand[1])
     if own.kept.numel():
         ops.append(layer, k[own.kept], v[own.kept], own.kept_slots, backend=backend)
@@ -182,12 +182,12 @@ def attend_mixed(
         return torch.cat(outs)
     sealed = pages.sealed.slices[place], pages.sealed.geometry.layouts[place]
     if group.own is None:
-        return ops.mixed_decode(
+        return mixed_ops.mixed_decode(
             pages.layers[place], *sealed, q, group.table, group.lengths, options, keep=pages.keep,
             backend=backend,
         )  # fmt: skip
     own_k, own_v = group.own.at_hand.pop(place)
-    return ops.mixed_prefill(
+    return mixed_ops.mixed_prefill(
         pages.layers[place], *sealed, q, own_k, own_v, group.own.bounds, group.table, group.cu_q,
         group.lengths, options, keep=pages.keep, max_q=group.max_q, max_len=group.max_len,
         backend=backend,

@@ -26,10 +26,8 @@ from kvpaged_kernels.cpu import plan as cpu_plan
 from kvpaged_kernels.cpu import prefill as cpu_prefill
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan, SpanPlan
-from kvpaged_kernels.sealed import SliceLayout
 
 if TYPE_CHECKING:
-    from kvpaged_kernels.reference.seal import Receipt
     from kvpaged_kernels.gpu.plan import DecodePlan as SharePlan
 
 
@@ -109,31 +107,6 @@ class Kernels(NamedTuple):
     copy_pages: Callable[..., None]
     checksum: Callable[..., Tensor]
     fill_pages: Callable[..., None]
-
-
-class MixedKernels(NamedTuple):
-    """The same for pages of which full ones are compressed."""
-
-    seal: Callable[..., "Receipt"]
-    decode: Callable[..., Tensor]
-    prefill: Callable[..., Tensor]
-
-
-@lru_cache(maxsize=3)
-def _mixed(backend: str) -> MixedKernels:
-    """The kernels of a backend; each is imported when it is first asked for."""
-    if backend == "reference":
-        from kvpaged_kernels.reference.mixed import mixed_decode, mixed_prefill
-        from kvpaged_kernels.reference.seal import seal
-    elif backend == "cpu":
-        from kvpaged_kernels.cpu.mixed import mixed_decode, mixed_prefill, seal
-    elif backend == "triton":
-        from kvpaged_kernels.gpu.mixed_decode import mixed_decode
-        from kvpaged_kernels.gpu.mixed_prefill import mixed_prefill
-        from kvpaged_kernels.gpu.seal import seal
-    else:
-        raise ConfigError(f"no kernels are called {backend!r}")
-    return MixedKernels(seal, mixed_decode, mixed_prefill)
 
 
 @lru_cache(maxsize=1)
@@ -236,7 +209,7 @@ def decode(
         return _decode_on_cpu(pages, q, table, lengths, options, plan)
     more = {} if backend == "reference" else {"plan": plan}
     return _kernels(backend).paged_decode(
-        q, pages.k_pages, _values(pages), table, lengths, cu_q=cu_q, max_q=max_q,
+        q, pages.k_pages, values_of(pages), table, lengths, cu_q=cu_q, max_q=max_q,
         **options._asdict(), **more,
     )  # fmt: skip
 
@@ -255,7 +228,7 @@ def _decode_on_cpu(
     if not isinstance(plan, DecodePlan):
         plan = plan_decode(pages, table, lengths, options.window)
     return cpu_decode.paged_decode(
-        q, pages.k_pages, _values(pages), plan,
+        q, pages.k_pages, values_of(pages), plan,
         scale=options.scale, softcap=options.softcap, sinks=options.sinks,
     )  # fmt: skip
 
@@ -299,48 +272,11 @@ def prefill(
         elif spans is None:
             spans = plan_spans(pages, table, cu_q, lengths, options.window)
         return cpu_prefill.paged_prefill(
-            q, pages.k_pages, _values(pages), spans, **options._asdict()
+            q, pages.k_pages, values_of(pages), spans, **options._asdict()
         )
     return _kernels(backend).paged_prefill(
-        q, pages.k_pages, _values(pages), table, cu_q, lengths,
+        q, pages.k_pages, values_of(pages), table, cu_q, lengths,
         max_q=max_q, max_len=max_len, **options._asdict(),
-    )  # fmt: skip
-
-
-def seal(
-    k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, *, backend: Backend,
-) -> "Receipt":  # fmt: skip
-    """Code layers of full pages as slices of compressed ones: see
-    `kvpaged_kernels.reference.seal.seal`.
-    """
-    return _mixed(backend).seal(k_pages, v_pages, src, slices, dst, layout)
-
-
-def mixed_decode(
-    pages: LayerPages, slices: Tensor, layout: SliceLayout, q: Tensor, table: Tensor,
-    lengths: Tensor, options: Options, *, keep: int, backend: Backend,
-) -> Tensor:  # fmt: skip
-    """Attention of one query token a row over exact and compressed pages: see
-    `kvpaged_kernels.reference.mixed.mixed_decode`.
-    """
-    return _mixed(backend).decode(
-        q, pages.k_pages, _values(pages), slices, layout, table, lengths, keep=keep,
-        **options._asdict(),
-    )  # fmt: skip
-
-
-def mixed_prefill(
-    pages: LayerPages, slices: Tensor, layout: SliceLayout, q: Tensor, own_k: Tensor,
-    own_v: Tensor, cu_own: Tensor, table: Tensor, cu_q: Tensor, lengths: Tensor, options: Options,
-    *, keep: int, max_q: int, max_len: int, backend: Backend,
-) -> Tensor:  # fmt: skip
-    """Attention of ragged new tokens over their own pages, exact, and compressed ones before them:
-    see `kvpaged_kernels.reference.mixed.mixed_prefill`.
-    """
-    return _mixed(backend).prefill(
-        q, pages.k_pages, _values(pages), slices, layout, own_k, own_v, cu_own, table, cu_q,
-        lengths, keep=keep, max_q=max_q, max_len=max_len, **options._asdict(),
     )  # fmt: skip
 
 
@@ -417,7 +353,7 @@ def plan_shares(
     _, kv_heads, page_size, k_dim = pages.k_pages.shape
     shape = Shape(
         rows=lengths.shape[0], kv_heads=kv_heads, group=q_heads // kv_heads, k_dim=k_dim,
-        v_dim=_values(pages).shape[3], page_size=page_size, max_q=max_q, window=window,
+        v_dim=values_of(pages).shape[3], page_size=page_size, max_q=max_q, window=window,
         dtype=pages.flat.dtype,
     )  # fmt: skip
     return plan_decode(shape, lengths, cu_q, records=records)
@@ -447,7 +383,7 @@ def plan_spans(
     )  # fmt: skip
 
 
-def _values(pages: LayerPages) -> Tensor:
+def values_of(pages: LayerPages) -> Tensor:
     """The pages attention takes values from: V, or the one tensor of a group without V."""
     return pages.k_pages if pages.v_pages is None else pages.v_pages
 

@@ -23,6 +23,8 @@ from kvpaged.tokens import TokenLog
 NEVER = 2**62
 """Stands for the settled pages of a row nothing more of which goes into the prefix index."""
 
+NOTHING: TokenIds = np.empty(0, np.int64)
+
 
 class Sequences:
     """The rows of a batch between steps: their lengths, their pages, their places in the prefix
@@ -43,6 +45,7 @@ class Sequences:
         self._identity = next((trail.identity for trail in self._trails if trail), None)
         self.lengths: Ints = np.zeros(rows, np.int64)
         self.logs = [TokenLog() for _ in range(rows)]
+        self.owed: list[TokenIds] = [NOTHING] * rows
         self.closed = False
         self._groups = cache.make_rows(rows)
         # Rows past whose ends slots may hold other than zeros; rows whose last page may be shared
@@ -68,6 +71,16 @@ class Sequences:
         """Where a step's tokens and positions are: that of the first group."""
         return self._cache.groups[0].device
 
+    @property
+    def page_size(self) -> int:
+        """Token slots a page."""
+        return self._cache.config.page_size
+
+    @property
+    def compressed(self) -> bool:
+        """Whether full pages of some group are coded, and shared whole."""
+        return self._cache.compressed
+
     def held(self, group: int) -> Ids:
         """Page ids of a group that rows hold, shared pages as often as they are held."""
         held: Ids = self._groups[group].table.all_held()
@@ -90,8 +103,7 @@ class Sequences:
         """Bytes of those pages."""
         classes = self._cache.classes
         return sum(
-            classes[group].bytes_held(np.unique(self.held(group)))
-            for group in range(len(classes))
+            classes[group].bytes_held(np.unique(self.held(group))) for group in range(len(classes))
         )
 
     # -- the prefix index --------------------------------------------------------------------------
@@ -267,6 +279,14 @@ class Sequences:
                 if mine is not None and theirs is not None and mine != theirs:
                     group.swap(row, place, theirs)
             self.settled[row] = place + 1
+
+    def whole(self) -> Ints:
+        """Tokens of each row, those it owes included."""
+        return self.lengths + np.array([len(ids) for ids in self.owed], np.int64)
+
+    def owes(self) -> bool:
+        """Whether a row has tokens that are to be computed again."""
+        return any(ids.size for ids in self.owed)
 
     def _known_ids(self, row: int, start: int) -> TokenIds | None:
         """A row's token ids from place `start` on, or `None` if some are not known."""

@@ -9,7 +9,7 @@ from kvpaged.errors import UsageError
 from kvpaged.keys import Salt
 from kvpaged.offload.promotion import Promotion
 from kvpaged.pages.prefix import Match, Trail
-from kvpaged.sequences import NEVER
+from kvpaged.sequences import NEVER, NOTHING
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids, TokenLog
 
@@ -112,8 +112,8 @@ class SlotBatch(Batch):
         elif all(group.window is None for group in self._groups):
             self.settled[slot] = held
             good = (held + outcome.pages) * self._cache.config.page_size
-            found = min(found, good)
-            self.rewind(slot, found)
+            self.rewind(slot, min(found, good))
+            found = int(self.lengths[slot])
         else:  # what a window sees before the missing page may never have been asked for
             self._last, self._plans = None, [None] * len(self._groups)
             with self._cache.lock:
@@ -179,8 +179,16 @@ class SlotBatch(Batch):
         self._mark([source], unclean=False)
         self._mark(target)
 
+    def rewind_all(self, lengths: Ints) -> None:
+        """See `Batch.rewind_all`; nothing is owed: what a row has not computed of its ids is
+        computed as a prompt's.
+        """
+        super().rewind_all(lengths)
+        self.owed = [NOTHING] * self.rows
+
     def rewind(self, slot: int, to: int) -> None:
-        """Forget a row's keys and values from token `to` on; its ids stay.
+        """Forget a row's keys and values from token `to` on, or from the beginning of the
+        compressed page it lies in; its ids stay.
 
         Raises:
             UsageError: see `Batch.rewind_all`.

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from kvpaged.offload.report import OffloadStats
+from kvpaged.pages.allocator import SEALED
+from kvpaged.pages.pool import SealedClass
 
 
 @dataclass(slots=True)
@@ -34,12 +39,13 @@ class GroupStats:
     Attributes:
         layers: how many layers share its pages.
         window: tokens a query sees, or `None`.
-        page_bytes: bytes of the budget a page takes.
-        pages: pages the whole budget would be.
+        page_bytes: bytes of the budget a page takes, an exact one.
+        pages: exact pages the whole budget would be.
         open_pages: pages that take new tokens.
         sealed_pages: full, immutable pages in use.
         cached_pages: full pages nobody uses, kept until memory is needed.
         tokens: token slots filled, shared ones once for each row that holds them.
+        compressed: of full pages that are coded; `None`: none are.
     """
 
     layers: int
@@ -50,6 +56,31 @@ class GroupStats:
     sealed_pages: int
     cached_pages: int
     tokens: int
+    compressed: "CompressedStats | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedStats:
+    """The compressed pages of a layer group.
+
+    Attributes:
+        format: its name.
+        page_bytes: bytes of the budget that one takes.
+        bits: of one for each element of K and V, scales, zero points and padding in it.
+        pages: compressed pages the whole budget would be.
+        used: pages in use.
+        cached: pages nobody uses.
+        error_k, error_v: the largest absolute error of K and V among those that were coded here.
+    """
+
+    format: str
+    page_bytes: int
+    bits: float
+    pages: int
+    used: int
+    cached: int
+    error_k: float
+    error_v: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,3 +108,16 @@ class CacheStats:
     reuse: ReuseStats
     groups: tuple[GroupStats, ...]
     offload: OffloadStats | None = None
+
+
+def compressed_stats(name: str, pages: SealedClass) -> CompressedStats:
+    """Of the compressed pages of a group, in the format of that name."""
+    allocator, geometry = pages.allocator, pages.geometry
+    there = np.flatnonzero(allocator.states >= SEALED)
+    errors = pages.errors[torch.from_numpy(there).to(pages.errors.device)]
+    most = errors.nan_to_num(0.0).amax((0, 1)).tolist() if len(there) else (0.0, 0.0)
+    return CompressedStats(
+        format=name, page_bytes=geometry.page_bytes, bits=geometry.bits_per_element(),
+        pages=allocator.capacity, used=allocator.used_pages(), cached=allocator.cached_pages(),
+        error_k=most[0], error_v=most[1],
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import Salt
 from kvpaged.loading import Ahead
+from kvpaged.sequences import NOTHING
 from kvpaged.tokens import Ids
 
 
@@ -105,7 +106,8 @@ class TokenBatch(Batch):
 
     def rewind(self, row: int, *, to: int) -> None:
         """Forget row `row`'s tokens from `to` on; tokens that wait to be computed are dropped on
-        all rows.
+        all rows. Where `to` lies within a compressed page, that page's tokens up to there come
+        first in the row's next `tokens`.
 
         Raises:
             UsageError: no such row, or see `Batch.rewind_all`.
@@ -114,7 +116,7 @@ class TokenBatch(Batch):
             self._settle()
         if not 0 <= row < self.rows:
             raise UsageError(f"row {row} is not in 0..{self.rows - 1}")
-        lengths = self.lengths.copy()
+        lengths = self.whole()
         lengths[row] = to
         self.rewind_all(lengths)
 
@@ -144,15 +146,17 @@ class TokenBatch(Batch):
                 f"tokens wait to be computed: layers {missing[:8]} have not attended in this step"
             )
         self.commit(self._pending)
+        self.owed = [NOTHING] * self.rows
         self.publish()
 
     def _complete(self) -> bool:
         return self.step is not None and len(self.step.attended) == len(self._cache.layers)
 
     def _prepare(self, ids: list[np.ndarray]) -> None:
+        ids = [np.concatenate(both) for both in zip(self.owed, ids, strict=True)]
         flat = np.concatenate(ids) if ids else np.empty(0, np.int64)
         step = self.begin(np.array([len(x) for x in ids], np.int64), flat.astype(np.int32))
-        self._pending = ids
+        self._pending = ids  # what is owed stays so until it is computed: the step may be dropped
         self.tokens = step.tokens.long()
         self.positions = step.positions.long()
         self.cu_seqlens = step.cu_seqlens

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from kvpaged import LayerGroup, OutOfPagesError, PagedKVCache, PageGeometry
+from kvpaged.pages.mixed import MixedClass
 from kvpaged.slot_batch import SlotBatch
 
 DIM, HEADS, ROWS = 16, 2, 5
 
 
-def make(windows, backend, layout, memory="2MiB"):
+def make(windows, backend, layout, memory="2MiB", kv_format="auto"):
     groups = [
         LayerGroup(
             geometry=PageGeometry(
@@ -21,13 +22,13 @@ def make(windows, backend, layout, memory="2MiB"):
         )
         for layer, window in enumerate(windows)
     ]
-    return PagedKVCache(groups, memory, backend=backend, layout=layout)
+    return PagedKVCache(groups, memory, backend=backend, layout=layout, kv_format=kv_format)
 
 
 def poison(cache):
     """Leave pages that somebody has held full of NaN."""
     batch = SlotBatch(cache, 1)
-    count = 16 * cache.stats().groups[0].pages // 2
+    count = 16 * (40 if cache.compressed else cache.stats().groups[0].pages // 2)
     tokens(batch, batch.begin(np.array([count])), torch.Generator().manual_seed(9), torch.nan)
     batch.commit()
     batch.close()
@@ -47,11 +48,20 @@ def tokens(batch, step, generator, factor=1.0):
 @pytest.mark.parametrize("lengths", [[3, 20, 16, 1, 31], [7] * ROWS, [16, 0, 5, 0, 32]])
 @pytest.mark.parametrize("windows", [(None,), (24, None)])
 @pytest.mark.parametrize(
-    ("backend", "layout"),
-    [("cpu", "layer-major"), ("cpu", "page-major"), ("reference", "page-major")],
+    ("backend", "layout", "kv_format"),
+    [
+        ("cpu", "layer-major", "auto"),
+        ("cpu", "page-major", "auto"),
+        ("reference", "page-major", "auto"),
+        ("cpu", "layer-major", "int4"),
+        ("cpu", "page-major", "fp8"),
+        ("cpu", "page-major", "k8v4"),
+    ],
 )
-def test_a_step_made_from_the_one_before_is_the_step_begun(backend, layout, windows, lengths):
-    caches = [make(windows, backend, layout) for _ in range(2)]
+def test_a_step_made_from_the_one_before_is_the_step_begun(
+    backend, layout, kv_format, windows, lengths
+):
+    caches = [make(windows, backend, layout, kv_format=kv_format) for _ in range(2)]
     batches = []
     for cache in caches:
         poison(cache)
@@ -151,3 +161,38 @@ def test_out_of_pages_changes_nothing():
         batch.commit()
         cache.check_integrity()
         batch.close()
+
+
+def test_out_of_compressed_pages_changes_nothing():
+    """A page that is to fill needs the one that follows it, compressed, before the step begins."""
+    with make((None,), "cpu", "layer-major", "32KiB", kv_format="int4") as cache:
+        pages, batch = cache.classes[0], SlotBatch(cache, 2)
+        assert isinstance(pages, MixedClass)
+        generator = torch.Generator().manual_seed(0)
+        for counts in ([30, 30], [1, 1]):
+            tokens(batch, batch.begin(np.array(counts)), generator)
+            batch.commit()
+        taken = []
+        while True:
+            try:
+                taken.append(pages.allocator.alloc_sealed(1))
+            except OutOfPagesError:
+                break
+        used = cache.stats().used
+        for _ in range(2):
+            with pytest.raises(OutOfPagesError, match="of compressed pages"):
+                batch.again()
+            assert cache.stats().used == used
+            assert not batch._groups[0].table.successors
+        for ids in taken:
+            pages.allocator.release(ids)
+        step = batch.again()
+        assert step is not None
+        assert len(batch._groups[0].table.successors) == 2
+        tokens(batch, step, generator)
+        batch.commit()
+        cache.check_integrity()
+        assert all(pages.allocator.is_sealed(ids).tolist() == [False, True] for ids in
+                   batch.page_map())  # fmt: skip
+        batch.close()
+        assert cache.stats().used == 0

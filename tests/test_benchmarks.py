@@ -8,7 +8,17 @@ from functools import partial
 
 import pytest
 
-from benchmarks import common, cpu_decode, cpu_native, generate, host, prefix, store, tiers
+from benchmarks import (
+    common,
+    cpu_decode,
+    cpu_native,
+    cpu_sealed,
+    generate,
+    host,
+    prefix,
+    store,
+    tiers,
+)
 from benchmarks.store_peers import SYSTEMS as SYSTEMS_ON_DISK
 from benchmarks.systems import SYSTEMS
 
@@ -51,6 +61,17 @@ def test_cpu_native_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
     assert document == json.loads((tmp_path / "cpu_native.json").read_text())
     assert [row["rows"] for row in document["products"]] == [1, 4] * 2
     assert all(row["over"]["stock"] > 0 for row in document["attention"])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="native code needs g++")
+def test_cpu_sealed_runs_tiny_and_ends_with_its_document(tmp_path, capsys):
+    cpu_sealed.main(["--quick", "--rounds", "1", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "cpu_sealed.json").read_text())
+    assert len(document["cases"]) == 3
+    for case in document["cases"]:
+        assert all(case["over"][name] > 0 for name in cpu_sealed.FORMS)
 
 
 def test_prefix_runs_tiny_and_ends_with_its_document(tmp_path, capsys):

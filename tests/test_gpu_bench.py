@@ -11,6 +11,7 @@ from benchmarks import common, gpu, gpu_correctness, gpu_report
 from benchmarks.gpu_common import Record, Setting
 from benchmarks.gpu_correctness import KERNELS
 from benchmarks.gpu_peers import PEERS
+from kvpaged.formats.kv import NAMED
 from kvpaged_kernels.gpu import decode_configs
 
 CPU = torch.device("cpu")
@@ -22,6 +23,7 @@ FIELDS = {
     "decode": {"kind", "seconds", "over_floor"},
     "prefill": {"batch", "length", "seconds", "of_ceiling", "over_floor", "over_peers",
                 "difference", "skipped"},
+    "sealed": {"case"},
     "pages": {"case", "seconds", "floor_bytes", "over_floor"},
     "transfer": {"kind", "seconds", "goal"},
     "layout": {"page_size", "pool_bytes", "seconds", "of_ceiling", "page_major_over_layer_major"},
@@ -87,6 +89,17 @@ def test_peers_did_the_same_work_and_the_missing_ones_say_why(parts):
 def test_decode_is_measured_in_all_its_ways(parts):
     kinds = [row["kind"] for row in parts["decode"]["rows"]]
     assert kinds == ["mixed", "queries", "options", "planner", "grid"]
+
+
+def test_compressed_pages_are_right_and_measured_in_every_format(parts):
+    rows = parts["sealed"]["rows"]
+    correct = [row for row in rows if row["case"] == "correct"]
+    assert [row["format"] for row in correct] == [*NAMED]
+    assert all(row["passed"] and row["error"] <= row["bound"] for row in correct)
+    for case in ("decode", "prefill"):
+        (row,) = (row for row in rows if row["case"] == case)
+        assert set(row["over_exact"]) == set(NAMED)
+    assert [row["format"] for row in rows if row["case"] == "seal"] == [*NAMED]
 
 
 def test_transfers_are_measured_in_all_their_ways(parts):

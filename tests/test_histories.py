@@ -168,7 +168,7 @@ class Histories(RuleBasedStateMachine):
                 ids = np.asarray(oracle.batch.page_map()[row])
                 for layer, (k, v) in enumerate(layers):
                     pages = self.cache.classes[0].layers[layer]
-                    entries = self.cache.classes[0].entry_tensor(ids)
+                    entries = self.cache.classes[0].exact.entry_tensor(ids)
                     for stored, expected in ((pages.k_pages, k), (pages.v_pages, v)):
                         assert stored is not None
                         flat = stored[entries].permute(0, 2, 1, 3).flatten(0, 1)

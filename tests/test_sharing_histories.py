@@ -15,7 +15,8 @@ from kvpaged.cache import PagedKVCache
 from kvpaged.errors import OutOfPagesError
 from kvpaged.testing.dense import DIM, LAYERS, PAGE
 from kvpaged.testing.histories import RULES, Histories, drive
-from kvpaged.testing.witness import DEEP, SHAPES, Shape
+from kvpaged.testing.shapes import COMPRESSED, SHAPES, Shape
+from kvpaged.testing.witness import DEEP
 from kvpaged.token_batch import TokenBatch
 
 STEPS = 10_000
@@ -53,13 +54,11 @@ def machine(shape: Shape, counts: Counter[str]) -> type[RuleBasedStateMachine]:
     return Machine
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_any_history(name):
-    """Bytes, references, states, evictions and what is found, after each of 10,000 steps in all."""
+def run_any(shape: Shape, share: int) -> Counter[str]:
+    """So many steps in histories of `LENGTH`, and what came of them."""
     counts: Counter[str] = Counter()
-    share = STEPS // len(SHAPES) + 1
     run_state_machine_as_test(
-        machine(SHAPES[name], counts),
+        machine(shape, counts),
         settings=settings(
             max_examples=share // LENGTH + 8,
             stateful_step_count=LENGTH,
@@ -70,8 +69,21 @@ def test_any_history(name):
         ),
     )
     assert counts["steps"] >= share
+    return counts
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_any_history(name):
+    """Bytes, references, states, evictions and what is found, after each of 10,000 steps in all."""
+    counts = run_any(SHAPES[name], STEPS // len(SHAPES) + 1)
     for what in (*RULES, "hits", "hits within a page"):
         assert counts[what], f"no {what} in {counts['steps']} steps"
+
+
+@pytest.mark.parametrize("name", list(COMPRESSED)[::3])
+def test_any_history_of_compressed_pages(name):
+    """The same, but bytes of compressed pages are as near as their receipts say."""
+    assert run_any(COMPRESSED[name], 1)["hits"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -84,13 +96,29 @@ def test_a_long_history(name):
     assert counts["hits"] > 50
 
 
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_a_long_history_of_compressed_pages(name):
+    """Pages of both classes are evicted, frames go from one to the other, rows rewind into pages
+    that are compressed.
+    """
+    counts: Counter[str] = Counter()
+    drive(COMPRESSED[name], 6 * DEEP, list(COMPRESSED).index(name), counts)
+    assert counts["evicted pages"] > 20
+    assert counts["out of pages"] > 10
+    assert counts["hits"] > 10
+    assert counts["attended steps"] > 10
+    if "window" not in name and "fp8" not in name:
+        assert counts["rewinds into compressed pages"] > 3
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_a_million_steps():
+@pytest.mark.parametrize("shapes", [SHAPES, COMPRESSED], ids=["exact", "compressed"])
+def test_a_million_steps(shapes):
     counts: Counter[str] = Counter()
     began = time.monotonic()
     for seed in range(SOAK // SOAK_LENGTH):
-        drive(list(SHAPES.values())[seed % len(SHAPES)], SOAK_LENGTH, seed, counts)
+        drive(list(shapes.values())[seed % len(shapes)], SOAK_LENGTH, seed, counts)
     rules = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
     print(f"\n{counts['steps']:,} steps in {time.monotonic() - began:.0f} s: {rules}")
     assert counts["steps"] == SOAK

@@ -10,13 +10,14 @@ A slice is one layer of a page, head after head; a head is
     V parameters   uint16 [v_dim / group, page_size]: tokens share one over `group` elements
 
 Forms of codes: "exact", the numbers of the model's dtype; "fp8", e4m3 bytes, in K of what is left
-of a number less its channel's middle; "int", unsigned integers of 8 or 4 bits. Four-bit codes of a token are `dim / 4` little-endian uint16, of which
-number `i` holds those of the dimensions i, i + dim / 4, i + dim / 2 and i + 3 dim / 4, from the
-lowest bits up: kernels read each nibble as one operand of a quarter of the width.
+of a number less its channel's middle; "int", unsigned integers of 8 or 4 bits. Four-bit codes of a
+token are `dim / 4` little-endian uint16, of which number `i` holds those of the dimensions i,
+i + dim / 4, i + dim / 2 and i + 3 dim / 4, from the lowest bits up: kernels read each nibble as one
+operand of a quarter of the width.
 
-Integers have parameters of two bytes: the upper byte is a scale, the lower a zero point. Both are pieces of
-fp16 numbers: the scale the highest 8 bits behind the sign (5 of exponent, 3 of mantissa), the zero
-point a sign, then 3 bits of exponent and 4 of mantissa:
+Integers have parameters of two bytes: the upper byte is a scale, the lower a zero point. Both are
+pieces of fp16 numbers: the scale the highest 8 bits behind the sign (5 of exponent, 3 of mantissa),
+the zero point a sign, then 3 bits of exponent and 4 of mantissa:
 
     scale = fp16 of the bits  (p >> 8) << 7
     zero  = fp16 of the bits  (p & 0x80) << 8 | (p & 0x7f) << 6,  times 2**15     (0 .. 248)
@@ -28,6 +29,7 @@ codes away from 0, and is exact to a quarter of a step where 0 lies within them.
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 Form = Literal["exact", "fp8", "int"]
 
@@ -52,6 +54,18 @@ class Part(NamedTuple):
     form: Form
     bits: int
     group: int = 0
+
+
+class Receipt(NamedTuple):
+    """What is known of slices that were made.
+
+    Attributes:
+        sums: int64 `[n, layers]`, their checksums, as `reference.checksum` defines them.
+        errors: fp32 `[n, layers, 2]`, the largest absolute error of K and of V.
+    """
+
+    sums: Tensor
+    errors: Tensor
 
 
 class SliceLayout(NamedTuple):

@@ -27,6 +27,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 K_GROUP = {"int8": 64, "int4": 32}
 """Tokens of a channel that share a scale and a zero point, at most a page's."""
 
+IDS = {"fp8": 1, "int8": 2, "k8v4": 3, "int4": 4}
+"""Ids of formats in records, never renumbered; exact pages are of format 0."""
+BY_LAYER = 5
+"""The id of every format whose layers differ: their pages' keys say which it is."""
+
 V_GROUP = 32
 """Elements of a token that share them: so many, or a quarter of the width where that is more."""
 
@@ -95,7 +100,14 @@ class KVFormat:
         if all(codes == (EXACT, EXACT) for codes in every):
             return None
         layouts = tuple(slice_layout(group.geometry, k, v) for k, v in every)
-        return SealedGeometry(exact=group.geometry, layouts=layouts)
+        return SealedGeometry(exact=group.geometry, layouts=layouts, form=self.id)
+
+    @property
+    def id(self) -> int:
+        """What records of its compressed pages call it."""
+        names = {codes: name for name, codes in NAMED.items()}
+        name = None if self.layers else names.get((self.k, self.v))
+        return BY_LAYER if name is None else IDS[name]
 
     def to_json(self) -> str:
         """It, as text that `from_json` reads."""
@@ -126,7 +138,7 @@ class KVFormat:
         if not self.layers and (self.k, self.v) == (EXACT, EXACT):
             return b""
         layers = sorted(self.layers.items())
-        return repr((self.k, self.v, layers, self.keep)).encode()
+        return repr((self.k, self.v, layers, self.keep)).encode() + b"\0"
 
 
 def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
@@ -140,7 +152,7 @@ def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
     v_group = width if width % v_group else v_group
     bits = 8 * geometry.itemsize
     parts = [
-        Part(EXACT, bits) if code == EXACT
+        Part("exact", bits) if code == EXACT
         else Part("fp8", 8) if code == "fp8"
         else Part("int", int(code[3:]), group)
         for code, group in ((k, min(K_GROUP.get(k, 0), size)), (v, v_group))

@@ -14,13 +14,16 @@ def write_drafts(batch: SlotBatch, rows: Rows) -> Ints:
     """Write guesses behind the known tokens of rows that ask for them.
 
     Returns:
-        int64 `[rows]`, how many each row has: never so many that it would reach its limit by them.
+        int64 `[rows]`, how many each row has: never so many that it would reach its limit by them,
+        or that a wrong one could lie in a page that is compressed.
     """
     drafts = np.zeros(batch.rows, np.int64)
     for slot in np.flatnonzero((rows.lookup > 0) & ~rows.prefilling).tolist():
         known = int(batch.known[slot])
         most = min(int(rows.lookup[slot]), int(rows.limit[slot]) - known - 1)
-        if known:
+        if batch.compressed:
+            most = min(most, batch.page_size - 1 - known % batch.page_size)
+        if known and most > 0:
             ids = guess(batch.tokens[slot, :known], most)
             batch.tokens[slot, known : known + len(ids)] = ids
             drafts[slot] = len(ids)

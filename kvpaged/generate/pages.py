@@ -56,6 +56,10 @@ class PageNeeds:
             return whole
         return min(whole, -(-(window + chunk) // self.page_size) + 2)
 
+    def _cost(self, group: int, tokens: int, chunk: int) -> int:
+        """The same in the units that a group is counted in."""
+        return self._cache.classes[group].cost(self.pages(group, tokens, chunk))
+
     def trails(self, replies: Sequence[Reply]) -> list[Trail | None]:
         """Where waiting replies begin in the prefix index, by a look at what its pages are valid
         for.
@@ -91,27 +95,28 @@ class PageNeeds:
                         page is not None and states[page] == SEALED for page in pages[first:]
                     )
         need = tuple(
-            max(self.pages(group, len(ids) + 1, chunk) - held[group], 0) + slots - 1
+            max(self._cost(group, len(ids) + 1, chunk) - held[group], 0)
+            + (slots - 1) * cache.classes[group].open_cost
             for group in range(len(held))
         )
         return Prospect(found, need)
 
     def room(self, batch: SlotBatch, running: Ints, prefilling: npt.NDArray[np.bool_]) -> list[int]:
-        """Pages of each group that are available, less what running prompts have still to take and
-        a page for each that runs (at most a sixteenth of all).
+        """Units of each group that are available, less what running prompts have still to take and
+        an open page for each that runs (at most a sixteenth of all).
         """
         left = []
         prompts = np.flatnonzero(prefilling)
         with self._cache.lock:
             self._cache.collect_garbage()
             for group, held in enumerate(batch.pages_held()):
-                allocator = self._cache.classes[group].allocator
+                pages = self._cache.classes[group]
                 need = -(-(batch.known[prompts] + 1) // self.page_size)
                 promised = int(np.maximum(need - held[prompts], 0).sum())
                 if self._cache.groups[group].window is not None:
                     promised = min(promised, len(prompts))
-                kept = min(len(running), allocator.capacity // 16)
-                left.append(allocator.available() - promised - kept)
+                kept = min(len(running) * pages.open_cost, pages.units() // 16)
+                left.append(pages.available_units() - promised - kept)
         return left
 
     def excess(self, reply: Reply, chunk: int) -> OutOfPagesError | None:
@@ -119,8 +124,8 @@ class PageNeeds:
         tokens a step.
         """
         tokens = len(reply.ids) + 1
-        needs = [self.pages(group, tokens, chunk) for group in range(len(self._cache.classes))]
-        sizes = [page_class.allocator.capacity for page_class in self._cache.classes]
+        needs = [self._cost(group, tokens, chunk) for group in range(len(self._cache.classes))]
+        sizes = [pages.units() for pages in self._cache.classes]
         lacks = [
             (need - size, group)
             for group, (need, size) in enumerate(zip(needs, sizes, strict=True))
@@ -136,8 +141,8 @@ class PageNeeds:
         """
         tokens = len(reply.ids) + 1
         rooms = [
-            page_class.allocator.capacity - self.pages(group, tokens, chunk)
-            for group, page_class in enumerate(self._cache.classes)
+            (pages.units() - self._cost(group, tokens, chunk)) // pages.open_cost
+            for group, pages in enumerate(self._cache.classes)
         ]
         return max(min(rooms) + 1, 1)
 
@@ -146,19 +151,19 @@ class PageNeeds:
         tokens = len(reply.ids) + 1
         lacks = []
         for group, page_class in enumerate(self._cache.classes):
-            need, available = self.pages(group, tokens, tokens), page_class.allocator.available()
+            need, available = self._cost(group, tokens, tokens), page_class.available_units()
             lacks.append((need - available, need, available, group))
         _, need, available, group = max(lacks)
         return self._error(tokens, need, available, group)
 
     def _error(self, tokens: int, need: int, available: int, group: int) -> OutOfPagesError:
         page_class = self._cache.classes[group]
-        capacity, missing = page_class.allocator.capacity, need - available
+        capacity, missing = page_class.units(), need - available
         others = f", others hold {capacity - available}" if capacity > available else ""
         return OutOfPagesError(
             f"a request of {tokens - 1} tokens needs {need} pages of {self.page_size} tokens to "
             f"begin its reply and {available} are there: {missing} pages or "
-            f"{format_bytes(missing * page_class.geometry.page_bytes)} too few (the pool has "
+            f"{format_bytes(missing * page_class.unit_bytes)} too few (the pool has "
             f"{capacity}{others})",
             needed=need,
             available=available,

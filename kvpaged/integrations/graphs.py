@@ -211,10 +211,13 @@ def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def can_capture(cache: CacheBooks) -> bool:
-    """Whether a cache lies wholly on one CUDA device, served by kernels that can be captured."""
+    """Whether a cache lies wholly on one CUDA device, served by kernels that can be captured: those
+    of compressed pages plan each launch anew.
+    """
     devices: Sequence[torch.device] = [group.device for group in cache.groups]
     return (
-        all(device == devices[0] for device in devices)
+        not cache.compressed
+        and all(device == devices[0] for device in devices)
         and devices[0].type == "cuda"
         and all(backend == "triton" for backend in cache.backends)
     )

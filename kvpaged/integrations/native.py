@@ -22,7 +22,8 @@ class NativeAttention:
     def __init__(self, cache: CacheBooks) -> None:
         self._books = cache
         self._layers: dict[int, NativeLayer] = {}
-        self._failed = any(backend != "cpu" for backend in cache.backends)
+        # Compressed pages have native code of their own, below `Batch.attend`.
+        self._failed = cache.compressed or any(backend != "cpu" for backend in cache.backends)
         # Of the step that runs, by layer group.
         self._steps: dict[int, tuple[GroupStep, NativeStep]] = {}
 

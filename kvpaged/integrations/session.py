@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
 from kvpaged.errors import OutOfPagesError, UnsupportedModelError, UsageError
+from kvpaged.integrations.again import Owed
 from kvpaged.integrations.attention import TAG, Preparation, ServedCache, Tag
 from kvpaged.integrations.layer import SessionLayer
 from kvpaged.integrations.passes import is_whole_prompt, what_is_unusual
@@ -18,16 +18,17 @@ from kvpaged.integrations.prompts import (
     check_mask,
     check_not_again,
     check_prompt,
-    left_pads,
     own_positions,
 )
+from kvpaged.integrations.session_rows import SessionRows
 from kvpaged.offload.clock import PassClock
 from kvpaged.saved import SavedSessions
+from kvpaged.sequences import NOTHING
 from kvpaged.tokens import Ids
 from kvpaged_kernels.cpu.lane import Lane, fits_lane, write_lane
 
 
-class SessionCache(Cache, ServedCache):
+class SessionCache(SessionRows, ServedCache):
     """Some prompts and what is generated after them, as a `transformers.Cache` over pages.
 
     A context manager; one thread at a time. A session that holds the whole of a prompt must not be
@@ -70,6 +71,7 @@ class SessionCache(Cache, ServedCache):
         self._pads_known = True
         self.batch = batch
         self._width = 0
+        self._again: Owed | None = None  # in the pass that computes what rows owe
         self._take: Tensor | None = None
         self._ids: Tensor | None = None
         self._positions: Tensor | None = None
@@ -87,17 +89,6 @@ class SessionCache(Cache, ServedCache):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Give the pages back; full ones wait in the cache for the next that begins so. Closing
-        twice is nothing; any other use afterwards is a `UsageError`.
-        """
-        try:
-            if not self.batch.closed and not self._cache.closed:
-                self._write_logs()
-                self.batch.publish()
-        finally:
-            self.batch.close()
 
     @property
     def preparation(self) -> Preparation:
@@ -146,21 +137,6 @@ class SessionCache(Cache, ServedCache):
         """
         self.crop(to - self.columns)
 
-    def pages(self) -> int:
-        """Pages held, over all layer groups, shared ones once."""
-        return self.batch.pages()
-
-    def memory_bytes(self) -> int:
-        """Bytes of those pages."""
-        return self.batch.memory_bytes()
-
-    def tokens(self, row: int) -> Ids | None:
-        """Token ids a row holds, without pads; `None` where a forward pass came without ids
-        (embeddings).
-        """
-        self._write_logs()
-        return self.batch.logs[row].ids
-
     def save(self, name: str) -> None:
         """Save it under a name: see `kvpaged.saved.SavedSessions`, which restores it."""
         SavedSessions[SessionCache](self._cache).save(name, self)
@@ -180,6 +156,9 @@ class SessionCache(Cache, ServedCache):
         source = ids if ids is not None else given.get("inputs_embeds")
         if source is None:
             raise UsageError("a forward pass with a session needs input_ids or inputs_embeds")
+        if self._again is not None:
+            self._enter_again(self._again, source.device)
+            return
         rows, width = source.shape[:2]
         if not self._pads_known and rows != self.batch.rows:  # after a reset
             self.batch.close()
@@ -206,12 +185,29 @@ class SessionCache(Cache, ServedCache):
             if self.columns < self._prompt.shape[1]:
                 check_prompt(ids, np.repeat(self._prompt, times, axis=0), pads, self.columns)
             check_not_again(positions, self.columns - pads, width)
+        if self.batch.owes():
+            self._compute_owed(source.device)
         self._begin(pads, times, width, source.device)
         self._clock.begin(rows * width)
         self._begun = True
         self._watch(given)
         self._ids = None if ids is None else ids.detach().clone()
         self._positions = None if positions is None else positions.detach().clone()
+
+    def _compute_owed(self, device: torch.device) -> None:
+        """Have the tokens that rows owe computed, before the pass that was asked for."""
+        self._write_logs()
+        self._again = Owed(self.batch)
+        try:
+            self._again.compute(self.preparation, self, device)
+        finally:
+            self._again = None
+
+    def _enter_again(self, owed: Owed, device: torch.device) -> None:
+        self.batch.begin(owed.counts)
+        self._take, self._lanes, self._width = owed.taken(device), None, owed.width
+        if self.batch.private is None and not self.batch.watch():
+            self.batch.keep_private("the model has changed since the session began")
 
     def _check_found(self, given: dict[str, Any], pads: Ids, width: int) -> None:
         """Raise unless the first pass goes on from what was found as a plain pass would: with
@@ -292,6 +288,11 @@ class SessionCache(Cache, ServedCache):
             raise UnsupportedModelError(
                 f"layers {sorted(missing)[:8]} did not attend over their pages in this forward pass"
             )
+        if self._again is not None:
+            self.batch.commit(self._again.ids)
+            self.batch.owed = [NOTHING] * self.batch.rows
+            self.batch.publish()
+            return
         self._clock.end()
         self.batch.commit()
         self._passes.add(self._ids, self._positions, step.starts, step.counts)
@@ -375,85 +376,3 @@ class SessionCache(Cache, ServedCache):
         single = states.shape[2] == 1
         flat = states.squeeze(2) if single else states.transpose(1, 2).flatten(0, 1)
         return flat if self._take is None else flat[self._take]
-
-    # -- what transformers may do to a cache -------------------------------------------------------
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns held, pads included."""
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns a mask would have, and the first."""
-        return self.columns + query_length, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` columns of every row.
-
-        Raises:
-            ValueError: positive, or more than there are.
-            UsageError: so far back that pages a window would see were given back.
-        """
-        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
-            raise ValueError(
-                f"crop takes minus the columns to remove, -{self.columns} to 0, got "
-                f"{tokens_to_remove}"
-            )
-        self._write_logs()
-        self.batch.publish()
-        columns = self.columns + tokens_to_remove
-        lengths = np.maximum(columns - self.pads, 0)
-        self.batch.rewind_all(lengths.astype(np.int64))
-        self.columns = columns
-        self._prompt = self._prompt[:, :columns]
-
-    def reset(self) -> None:
-        """Forget everything; the next forward pass says how many rows there are, and their pads.
-
-        Nothing is searched for it then, and nothing of it is kept for others.
-        """
-        self.batch.check_open()
-        self.close()
-        self.batch = Batch(self._cache, self.batch.rows)
-        self._passes.clear()
-        self.columns = self.reused = 0
-        self.pads = np.zeros(self.batch.rows, np.int64)
-        self._prompt = np.zeros((self.batch.rows, 0), np.int64)
-        self._pads_known = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row `i` what row `beam_idx[i]` is: tables change, pages are shared, nothing is
-        copied.
-        """
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """`repeats` rows for each row, side by side, sharing its pages."""
-        self._select([row for row in range(self.batch.rows) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` (ints, or a bool for each row) and give back the others'
-        pages.
-        """
-        chosen = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
-        self._select(chosen.tolist())
-
-    @property
-    def batch_size(self) -> int:
-        """Rows, beams included."""
-        return self.batch.rows
-
-    def _select(self, rows: list[int]) -> None:
-        self._write_logs()
-        self.batch.select(rows)
-        self.pads = self.pads[rows]
-        self._prompt = self._prompt[rows]
-
-    def _pads_of(self, mask: Any, width: int) -> Ids:
-        """After a reset, the padding that the first pass's mask says."""
-        shape = (self.batch.rows, width)
-        return left_pads(mask if isinstance(mask, Tensor) and mask.shape == shape else None, *shape)
-
-    def _write_logs(self, but: int = 0) -> None:
-        """Move the ids of committed steps to the rows' logs, but for those of the last `but`."""
-        for row, known in self._passes.take(but=but, padded=bool(self.pads.any())):
-            self.batch.logs[row].extend(known)

@@ -15,7 +15,7 @@ from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
 from kvpaged.integrations.session import SessionCache
 from kvpaged.keys import Salt
 from kvpaged.loading import Ahead
-from kvpaged.pages.prefix import Trail
+from kvpaged.pages.prefix import Match, Trail
 from kvpaged.tokens import Ids
 
 __all__ = [
@@ -93,6 +93,12 @@ def _reuse(batch: Batch, ids: list[Ids], pads: Ids) -> int:
     """
     found = [batch.find(row, tokens, len(tokens) - 1) for row, tokens in enumerate(ids)]
     columns = int(pads[0] + len(ids[0]))
+    if batch.compressed:  # what is beyond a row's last whole page is computed again
+        ends = [
+            int(pad) + (0 if match is None else match.longest(len(tokens) - 1))
+            for match, pad, tokens in zip(found, pads, ids, strict=True)
+        ]
+        return _attach_some(batch, found, ids, pads, min(ends))
     while True:  # a row may not be able to go on from where another has to
         ends = [
             int(pad) + (0 if match is None else match.longest(max(columns - int(pad), 0)))
@@ -104,4 +110,19 @@ def _reuse(batch: Batch, ids: list[Ids], pads: Ids) -> int:
     for row, (match, pad) in enumerate(zip(found, pads.tolist(), strict=True)):
         if match is not None and columns > pad:
             batch.attach(row, match, ids[row][: columns - pad])
+    return columns
+
+
+def _attach_some(
+    batch: Batch, found: list[Match | None], ids: list[Ids], pads: Ids, columns: int
+) -> int:
+    """The same up to a column that lies within pages which are shared whole: rows owe what they
+    lack.
+    """
+    for row, (match, pad) in enumerate(zip(found, pads.tolist(), strict=True)):
+        length = max(columns - pad, 0)
+        held = 0 if match is None else match.longest(length)
+        if match is not None and held:
+            batch.attach(row, match, ids[row][:held])
+        batch.owed[row] = ids[row][held:length]
     return columns

@@ -96,7 +96,8 @@ def bundles(group: int, call: list[Wanted], found: list[Record | None]) -> list[
             body, before = mine[stop][1].body, mine[stop - 1][1].body
             step = body.data_ptr() - before.data_ptr()
             same = body.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
-            if not same or step < base.numel() or (stride and step != stride):
+            alike = body.numel() == base.numel()
+            if not (same and alike) or step < base.numel() or (stride and step != stride):
                 break
             stride, stop = step, stop + 1
         some = mine[start:stop]

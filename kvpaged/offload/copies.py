@@ -74,3 +74,30 @@ class Copies(ABC):
             sums: int64 `[n, layers of the class]`: what the slices should sum to.
             layers: which layers of the class, `slice(start, stop)`.
         """
+
+
+class MixedCopies(Copies):
+    """Copies of a layer group's pages of two classes, under one numbering; each call is of pages of
+    one of them.
+    """
+
+    def __init__(self, first_sealed: int, exact: Copies, sealed: Copies) -> None:
+        """`first_sealed`: see `pages.mixed.MixedAllocator`."""
+        self._first, self._exact, self._sealed = first_sealed, exact, sealed
+
+    def out(self, ids: Ids, records: Tensor) -> OutTicket:
+        """See `Copies.out`."""
+        copies, mine = self._of(ids)
+        return copies.out(mine, records)
+
+    def into(self, ids: Ids, records: Tensor, sums: Sums, layers: slice) -> InTicket:
+        """See `Copies.into`."""
+        copies, mine = self._of(ids)
+        return copies.into(mine, records, sums, layers)
+
+    def _of(self, ids: Ids) -> tuple[Copies, Ids]:
+        compressed = ids >= self._first
+        if not compressed.any():
+            return self._exact, ids
+        assert compressed.all(), "a copy is of pages of one class"
+        return self._sealed, (ids - self._first).astype(np.int32)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kvpaged.config import Backend
+from kvpaged.geometry import PageGeometry
 from kvpaged.offload.copies import Copies, InTicket, OutTicket, Sums
 from kvpaged.offload.runs import Block, blocks_of, check_records, runs_of
 from kvpaged.pages import classops
 from kvpaged.pages.extents import Ids
-from kvpaged.pages.pool import PageClass
+from kvpaged.pages.pool import PageClass, SealedClass
 from kvpaged.tiers.record import body_bytes
 from kvpaged_kernels.cpu.native_copy import Side, copy_block, prepare
 
@@ -70,7 +71,9 @@ class CpuCopies(Copies):
     not yet, numpy copies, and what was copied is read again to be summed.
     """
 
-    def __init__(self, page_class: PageClass, backend: Backend, *, native: bool = True) -> None:
+    def __init__(
+        self, page_class: PageClass | SealedClass, backend: Backend, *, native: bool = True
+    ) -> None:
         """
         Args:
             page_class: whose pages.
@@ -121,21 +124,24 @@ class CpuCopies(Copies):
             geometry, layers, pages=self._class.allocator.capacity,
             storage_bytes=self._pool.size, record_stride=records.stride(0),
         )  # fmt: skip
+        v_first_word = geometry.v_first_word if isinstance(geometry, PageGeometry) else 0
         summed = True
         for run in runs_of(self._class.entries(ids), geometry.entries_per_page()):
             rows = None if sums is None else sums[run.row : run.row + run.pages]
             for place, block in enumerate(blocks):
-                first_word = geometry.v_first_word if place else 0  # of K, or of K and V
-                here = block.of(run).by_layer(geometry)
-                shape = here.shape
-                pool = Side(self._pool.ctypes.data + here.pool, here.pool_strides)
-                record = Side(theirs.ctypes.data + here.record, here.record_strides)
-                ends = (pool, record) if inwards else (record, pool)
-                done = self._native and copy_block(shape, *ends, sums=rows, first_word=first_word)
-                if not done:
-                    arrays = _sides(here, self._pool, theirs)
-                    np.copyto(*(arrays if inwards else arrays[::-1]))
-                    summed = False
+                first_word = v_first_word if place else 0  # of K, or of K and V
+                for some, here in block.of(run).by_layer(geometry, layers):
+                    pool = Side(self._pool.ctypes.data + here.pool, here.pool_strides)
+                    record = Side(theirs.ctypes.data + here.record, here.record_strides)
+                    ends = (pool, record) if inwards else (record, pool)
+                    mine = None if rows is None else rows[:, some]
+                    done = self._native and copy_block(
+                        here.shape, *ends, sums=mine, first_word=first_word
+                    )
+                    if not done:
+                        arrays = _sides(here, self._pool, theirs)
+                        np.copyto(*(arrays if inwards else arrays[::-1]))
+                        summed = False
         return summed
 
     def _sums(self, ids: Ids, layers: slice) -> Sums:

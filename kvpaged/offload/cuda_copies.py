@@ -16,7 +16,7 @@ from kvpaged.offload.means import SIZES, Means, Timing, calibrate, choose
 from kvpaged.offload.runs import Block, blocks_of, check_records, runs_of
 from kvpaged.pages import classops
 from kvpaged.pages.extents import Ids
-from kvpaged.pages.pool import PageClass
+from kvpaged.pages.pool import PageClass, SealedClass
 from kvpaged.tiers.record import body_bytes
 
 _MOST_LOADS = 256
@@ -90,7 +90,7 @@ class CudaCopies(Copies):
 
     def __init__(
         self,
-        page_class: PageClass,
+        page_class: PageClass | SealedClass,
         backend: Backend,
         device: torch.device,
         *,

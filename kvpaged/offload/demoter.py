@@ -160,7 +160,7 @@ class Demoter:
         self, node: Node, group: int, page: int, targets: tuple[int, ...], *, counts: bool
     ) -> bool:
         """Copy a page into staging for some tiers, now, if there is room; `counts`: none has it."""
-        taken = self._staging.take(1, self._pool.body_bytes(group))
+        taken = self._staging.take(1, self._pool.body_bytes(group, node.depth - 1))
         if taken is None:
             return False
         room, give_back = taken
@@ -179,8 +179,8 @@ class Demoter:
     def _record(self, node: Node, group: int, sums: np.ndarray, body: Tensor) -> Record:
         before = node.parent
         assert before is not None
-        return Head(
-            group=group, geometry=self._pool.classes[group].geometry, depth=node.depth,
+        return Head.of(
+            self._pool.geometry(group, node.depth - 1), group=group, depth=node.depth,
             key=node.key, before=before.key, tokens=node.tokens, sums=sums,
         ).record(body)  # fmt: skip
 
@@ -267,7 +267,7 @@ class Demoter:
                 while queue and size < self._options.call_bytes:
                     node, group, page, since = queue.popleft()
                     if self._take(due, node, group, page, since, targets):
-                        size += self._pool.body_bytes(group)
+                        size += self._pool.body_bytes(group, node.depth - 1)
             if size < self._options.call_bytes and self._stack.tiers[0].policy == "write-back":
                 self._press(due, size)
         return due
@@ -301,7 +301,7 @@ class Demoter:
         index, now = self._pool.index, time.monotonic()
         for group, page_class in enumerate(self._pool.classes):
             allocator = page_class.allocator
-            many = pressing(allocator.room(), allocator.capacity)
+            many = pressing(page_class.room_units(), page_class.units())
             known, seen = {} if again else self._pressed[group], {}
             for page in allocator.oldest_cached(min(many, LOOKED_AT)):
                 node = index.node_of(group, page)
@@ -311,24 +311,25 @@ class Demoter:
                     if size >= self._options.call_bytes:
                         break
                     if self._take(due, node, group, page, now, [0]):
-                        size += self._pool.body_bytes(group)
+                        size += self._pool.body_bytes(group, node.depth - 1)
                 seen[page] = node
             self._pressed[group] = seen
 
     def _demote(self, due: list[Due]) -> None:
-        """Copy pages out and put them, those of a group and of the same tiers together."""
-        kinds: dict[tuple[int, tuple[int, ...]], list[Due]] = {}
+        """Copy pages out and put them, those of a group, of one size and of the same tiers
+        together.
+        """
+        kinds: dict[tuple[int, int, tuple[int, ...]], list[Due]] = {}
         for one in due:
-            kinds.setdefault((one.group, one.targets), []).append(one)
-        for (group, targets), some in kinds.items():
-            most = max(1, self._staging.size // 2 // self._pool.body_bytes(group))
+            size = self._pool.body_bytes(one.group, one.node.depth - 1)
+            kinds.setdefault((one.group, size, one.targets), []).append(one)
+        for (group, size, targets), some in kinds.items():
+            most = max(1, self._staging.size // 2 // size)
             for start in range(0, len(some), most):
-                self._demote_some(group, targets, some[start : start + most])
+                self._demote_some(group, size, targets, some[start : start + most])
 
-    def _demote_some(self, group: int, targets: tuple[int, ...], due: list[Due]) -> None:
-        room = self._staging.take(
-            len(due), self._pool.body_bytes(group), self._options.write_deadline_s
-        )
+    def _demote_some(self, group: int, size: int, targets: tuple[int, ...], due: list[Due]) -> None:
+        room = self._staging.take(len(due), size, self._options.write_deadline_s)
         if room is None:  # whoever has it all does not answer: these are tried again
             for number in targets:
                 self._stack.lacks(number, min(one.since for one in due))

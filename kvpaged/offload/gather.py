@@ -106,8 +106,8 @@ def locate(
 def record_of(view: PoolView, one: Gathered) -> Record:
     """The record of a page."""
     piece = one.piece
-    head = Head(
-        group=piece.group, geometry=view.classes[piece.group].geometry, depth=piece.place + 1,
+    head = Head.of(
+        view.geometry(piece.group, piece.place), group=piece.group, depth=piece.place + 1,
         key=piece.key, before=piece.before, tokens=piece.tokens, sums=one.sums,
     )  # fmt: skip
     return head.record(one.body)
@@ -152,24 +152,25 @@ class Gathering:
         while start < len(self._pieces):
             stop, size = start, 0
             while stop < len(self._pieces) and size < CALL_BYTES:
-                size += self._view.body_bytes(self._pieces[stop].group)
+                size += self._view.body_bytes(self._pieces[stop].group, self._pieces[stop].place)
                 stop += 1
             yield self._fetch(self._pieces[start:stop])
             start = stop
 
     def _fetch(self, pieces: Sequence[Piece]) -> list[Gathered]:
         found: dict[int, Gathered] = {}
-        kinds: dict[tuple[int, int | None], list[int]] = {}
+        kinds: dict[tuple[int, int | None, int], list[int]] = {}
         for number, piece in enumerate(pieces):
-            kinds.setdefault((piece.group, piece.tier), []).append(number)
-        for (group, tier), numbers in kinds.items():
+            size = self._view.body_bytes(piece.group, piece.place)
+            kinds.setdefault((piece.group, piece.tier, size), []).append(number)
+        for (group, tier, size), numbers in kinds.items():
             some = [pieces[number] for number in numbers]
-            rooms = host_room(self._view, group, len(some))
+            rooms = host_room(self._view, group, size, len(some))
             if tier is None:
                 sums = self._copy_out(group, some, rooms)
             else:
                 sums = self._read(group, tier, some, rooms)
-            geometry = self._view.classes[group].geometry
+            geometry = self._view.geometry(group, some[0].place)
             wrong = (body_sums(rooms, geometry) != sums).any(1)
             if wrong.any():
                 place = some[int(wrong.argmax())].place
@@ -208,16 +209,18 @@ class Gathering:
             if text is None:
                 raise StorageError(f"tier {name} has lost page {piece.place}, layer group {group}")
             head = Head.decode(text)
-            geometry = self._view.classes[group].geometry
+            geometry = self._view.geometry(group, piece.place)
             head.check(piece.key, group, piece.tokens, geometry, rooms.shape[1])
             sums.append(head.sums)
         return np.stack(sums)
 
 
-def host_room(view: PoolView, group: int, pages: int) -> Tensor:
-    """Memory for the bodies of pages, uint8 `[pages, bytes]`, pinned where copies want that."""
+def host_room(view: PoolView, group: int, size: int, pages: int) -> Tensor:
+    """Memory for the bodies of pages, of `size` bytes each, uint8 `[pages, size]`, pinned where
+    copies want that.
+    """
     pin = not view.immediate[group] and torch.cuda.is_available()
-    return torch.empty(pages, view.body_bytes(group), dtype=torch.uint8, pin_memory=pin)
+    return torch.empty(pages, size, dtype=torch.uint8, pin_memory=pin)
 
 
 def ask(

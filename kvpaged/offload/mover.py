@@ -71,7 +71,7 @@ class Mover:
         Raises:
             ConfigError: staging has no room for two pages of a group, or a tier is none.
         """
-        largest = max(pool.body_bytes(group) for group in range(len(pool.classes)))
+        largest = pool.most_body_bytes()
         if options.staging_bytes < 2 * largest:
             raise ConfigError(
                 f"staging of {format_bytes(options.staging_bytes)} has no room for two pages of "

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvpaged.config import Backend
-from kvpaged.offload.copies import Copies
+from kvpaged.geometry import PageGeometry, SealedGeometry
+from kvpaged.offload.copies import Copies, MixedCopies
 from kvpaged.offload.cpu_copies import CpuCopies
 from kvpaged.offload.cuda_copies import CudaCopies
-from kvpaged.pages.pool import PageClass
+from kvpaged.pages.mixed import AnyClass, MixedClass
+from kvpaged.pages.pool import SealedClass
 from kvpaged.pages.prefix import PrefixIndex
 from kvpaged.tiers.record import body_bytes
 
@@ -32,18 +34,32 @@ class PoolView:
 
     lock: threading.RLock
     index: PrefixIndex
-    classes: tuple[PageClass, ...]
+    classes: tuple[AnyClass, ...]
     copies: tuple[Copies, ...]
     immediate: tuple[bool, ...]
     blocks: tuple[tuple[tuple[int, slice], ...], ...]
 
-    def body_bytes(self, group: int) -> int:
-        """Bytes of the record of a group's page, its head apart."""
-        return body_bytes(self.classes[group].geometry)
+    def geometry(self, group: int, place: int) -> PageGeometry | SealedGeometry:
+        """What a full page of a group is like at a place of its sequence."""
+        pages = self.classes[group]
+        if isinstance(pages, MixedClass) and place >= pages.keep:
+            return pages.sealed.geometry
+        return pages.geometry
+
+    def body_bytes(self, group: int, place: int) -> int:
+        """Bytes of the record of a group's page at a place of its sequence, its head apart."""
+        return body_bytes(self.geometry(group, place))
+
+    def most_body_bytes(self) -> int:
+        """Of any page."""
+        return max(body_bytes(pages.geometry) for pages in self.classes)
 
 
-def copies_of(page_class: PageClass, backend: Backend) -> Copies:
+def copies_of(page_class: AnyClass | SealedClass, backend: Backend) -> Copies:
     """Copies for the pages of a class, by its device."""
+    if isinstance(page_class, MixedClass):
+        both = copies_of(page_class.exact, backend), copies_of(page_class.sealed, backend)
+        return MixedCopies(page_class.allocator.first_sealed, *both)
     device = page_class.flat.device
     if device.type == "cuda":
         copies = CudaCopies(page_class, backend, device)
@@ -66,7 +82,7 @@ def blocks_of(
 
 
 def view_of(
-    lock: threading.RLock, index: PrefixIndex, classes: Sequence[PageClass],
+    lock: threading.RLock, index: PrefixIndex, classes: Sequence[AnyClass],
     backends: Sequence[Backend], order: Sequence[tuple[int, int]],
 ) -> PoolView:  # fmt: skip
     """The view of a cache's pages; `order`: a model's layers in order, each its group and its place

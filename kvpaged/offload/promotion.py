@@ -18,7 +18,8 @@ from kvpaged.offload.pool import PoolView
 from kvpaged.offload.stack import Stack, log
 from kvpaged.offload.staging import Staging
 from kvpaged.offload.worker import Job
-from kvpaged.pages.allocator import Lease, PageAllocator
+from kvpaged.pages.allocator import Lease
+from kvpaged.pages.mixed import AnyAllocator
 from kvpaged.tiers.base import Record, TierDownError
 from kvpaged.tiers.record import Head, record_key
 
@@ -81,7 +82,7 @@ class Promotion:
         self._leaving = ExitStack()  # what is on its way into a tier stays where it was found
         keys = [record_key(p.key, p.group) for p in wanted if p.tier == len(stack.levels)]
         self._leaving.enter_context(stack.leaving.read(keys, ()))
-        self._leases: list[tuple[PageAllocator, Lease]] = []
+        self._leases: list[tuple[AnyAllocator, Lease]] = []
         for group, page_class in enumerate(pool.classes):
             ids = np.array([one.page for one in wanted if one.group == group], np.int32)
             if len(ids):
@@ -259,7 +260,7 @@ class Promotion:
         number, start = call[0].tier, time.monotonic()
         tier, worker = self._stack.tiers[number], self._stack.workers[number]
         rooms = Rooms(
-            self._staging, [self._pool.body_bytes(one.group) for one in call],
+            self._staging, [self._pool.body_bytes(one.group, one.place) for one in call],
             self._options.deadline_s / 2,  # else it would be late for want of room, and blamed
         )  # fmt: skip
         good, error = 0, None
@@ -322,7 +323,7 @@ class Promotion:
                     self._stack.directory.remove(number, [key])
                 return place
             try:
-                geometry = self._pool.classes[one.group].geometry
+                geometry = self._pool.geometry(one.group, one.place)
                 head = Head.decode(record.head)
                 head.check(one.key, one.group, one.tokens, geometry, record.body.numel())
             except IntegrityError as error:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpaged.geometry import Kind, PageGeometry
+from kvpaged.geometry import UNIT_BYTES, Kind, PageGeometry, SealedGeometry
 from kvpaged.pages.extents import Ids
 
 
@@ -78,14 +78,29 @@ class Block(NamedTuple):
             self.pool_strides, record, self.record_strides, self.entry,
         )  # fmt: skip
 
-    def by_layer(self, geometry: PageGeometry) -> "Block":
-        """The same, each layer by itself also where they are adjacent (page-major)."""
-        one, size = geometry.slice_bytes, self.shape[3]
-        if geometry.layout == "layer-major":
-            return self
-        shape = (size // one, 1, self.shape[2], one)
+    def by_layer(
+        self, geometry: PageGeometry | SealedGeometry, layers: slice
+    ) -> list[tuple[slice, "Block"]]:
+        """The same, each layer by itself also where they are adjacent: layers of one size in one
+        block, and which of `layers` these are, counted from its first.
+        """
+        if isinstance(geometry, PageGeometry):
+            if geometry.layout == "layer-major":
+                return [(slice(0, self.shape[0]), self)]
+            sizes = [geometry.slice_bytes] * (self.shape[3] // geometry.slice_bytes)
+        else:
+            sizes = [layout.slice_bytes for layout in geometry.layouts[layers]]
         (_, _, here), (_, _, there) = self.pool_strides, self.record_strides
-        return Block(shape, self.pool, (one, 0, here), self.record, (one, 0, there), self.entry)
+        found, first, at = [], 0, 0
+        for size, alike in itertools.groupby(sizes):
+            count = len(list(alike))
+            block = Block(
+                (count, 1, self.shape[2], size), self.pool + at, (size, 0, here),
+                self.record + at, (size, 0, there), self.entry,
+            )  # fmt: skip
+            found.append((slice(first, first + count), block))
+            first, at = first + count, at + count * size
+        return found
 
     def rectangles(self) -> Iterator[Rectangle]:
         """The block in rectangles, as few as its shape allows: the longest axis makes the rows."""
@@ -152,7 +167,12 @@ def runs_of(entries: Ids, step: int = 1) -> list[Run]:
 
 
 def blocks_of(
-    geometry: PageGeometry, layers: slice, *, pages: int, storage_bytes: int, record_stride: int
+    geometry: PageGeometry | SealedGeometry,
+    layers: slice,
+    *,
+    pages: int,
+    storage_bytes: int,
+    record_stride: int,
 ) -> list[Block]:
     """The blocks of some layers' slices of the page at entry 0 and of the first record.
 
@@ -163,9 +183,13 @@ def blocks_of(
         record_stride: bytes from a record to the next.
     """
     first, stop, _ = layers.indices(geometry.layers)
-    count, layer_bytes = stop - first, geometry.slice_bytes
-    if not count:
+    if stop == first:
         return []
+    if isinstance(geometry, SealedGeometry):
+        at, size = geometry.offsets[first], geometry.offsets[stop] - geometry.offsets[first]
+        here, there = (0, 0, geometry.page_bytes), (0, 0, record_stride)
+        return [Block((1, 1, 1, size), at, here, at, there, UNIT_BYTES)]
+    count, layer_bytes = stop - first, geometry.slice_bytes
     if geometry.layout == "page-major":
         entry = geometry.entry_elements("k") * geometry.itemsize
         shape, there = (1, 1, 1, count * layer_bytes), (0, 0, record_stride)

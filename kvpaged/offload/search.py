@@ -61,7 +61,7 @@ class Search:
             `None` if that is nothing, or computing it is quicker.
         """
         size = self._pool.index.page_size
-        held = match.tokens // size
+        held, limit = match.tokens // size, self._pool.index.usable(limit)
         full = min(len(tokens) // (size * TOKEN_BYTES), -(-limit // size))
         if match.longest(limit) >= min(full * size, limit):
             return None

@@ -9,7 +9,7 @@ from kvpaged.config import Backend
 from kvpaged.errors import IntegrityError
 from kvpaged.geometry import Kind
 from kvpaged.pages.extents import Ids
-from kvpaged.pages.pool import PageClass
+from kvpaged.pages.pool import PageClass, SealedClass
 
 ALL_LAYERS = slice(None)
 
@@ -39,7 +39,7 @@ def clear_pages(page_class: PageClass, ids: Ids) -> None:
 
 
 def page_checksums(
-    page_class: PageClass, ids: Ids, *, backend: Backend, layers: slice = ALL_LAYERS
+    page_class: PageClass | SealedClass, ids: Ids, *, backend: Backend, layers: slice = ALL_LAYERS
 ) -> Tensor:
     """Checksums of the slices of pages, int64 `[n, layers]`, K and V of a layer summed as one
     slice; of some layers only if `layers` says so.
@@ -49,9 +49,20 @@ def page_checksums(
 
 
 def entry_checksums(
-    page_class: PageClass, entries: Tensor, *, backend: Backend, layers: slice = ALL_LAYERS
-) -> Tensor:
+    page_class: PageClass | SealedClass, entries: Tensor, *, backend: Backend,
+    layers: slice = ALL_LAYERS,
+) -> Tensor:  # fmt: skip
     """`page_checksums` of pages whose entries, int64 `[n]`, are on the device already."""
+    if isinstance(page_class, SealedClass):
+        first, stop, _ = layers.indices(page_class.geometry.layers)
+        found = []
+        for whole, slices in page_class.runs:
+            start, end = max(first, whole.start), min(stop, whole.stop)
+            if end > start:
+                words = slices[:, start - whole.start : end - whole.start].view(torch.int32)
+                part = ops.checksum(words.unsqueeze(2), entries, first_word=0, backend=backend)
+                found.append(part)
+        return torch.cat(found, 1)
     geometry = page_class.geometry
     words = page_class.flat.view(torch.int32)
     size = words.numel() * 4

@@ -4,13 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpaged import ops
+from kvpaged import mixed_ops
 from kvpaged.config import Backend
 from kvpaged.errors import IntegrityError
-from kvpaged.pages.classops import verify_pages
+from kvpaged.pages.classops import page_checksums, verify_pages
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.mixed import AnyClass, MixedClass
-from kvpaged.pages.pool import SealedClass
 
 
 def code_pages(of: MixedClass, full: Ids, compressed: Ids, *, backend: Backend) -> None:
@@ -25,7 +24,7 @@ def code_pages(of: MixedClass, full: Ids, compressed: Ids, *, backend: Backend) 
     k, v = of.exact.whole
     for layers, slices in of.sealed.runs:
         layout = of.sealed.geometry.layouts[layers.start]
-        sums, errors = ops.seal(
+        sums, errors = mixed_ops.seal(
             k[:, layers], v[:, layers], source, slices, target, layout, backend=backend
         )
         of.sealed.checksums[kept, layers] = sums
@@ -47,7 +46,7 @@ def code_layer(
         backend: which implementation.
     """
     slices, layout = of.sealed.slices[place], of.sealed.geometry.layouts[place]
-    sums, errors = ops.seal(
+    sums, errors = mixed_ops.seal(
         k.unsqueeze(1), v.unsqueeze(1), own, slices.unsqueeze(1), entries, layout, backend=backend
     )
     of.sealed.checksums[numbers, place] = sums.squeeze(1)
@@ -67,7 +66,7 @@ def verify_class(of: AnyClass, ids: Ids, *, backend: Backend) -> None:
     if not numbers.size:
         return
     kept = _places(numbers, of.flat.device)
-    expected, found = of.sealed.checksums[kept], slice_sums(of.sealed, numbers, backend=backend)
+    expected, found = of.sealed.checksums[kept], page_checksums(of.sealed, numbers, backend=backend)
     wrong = (expected != found).nonzero()
     if len(wrong):
         row, layer = wrong[0].tolist()
@@ -76,16 +75,6 @@ def verify_class(of: AnyClass, ids: Ids, *, backend: Backend) -> None:
             f"{int(found[row, layer])}, sealed as {int(expected[row, layer])}; {len(wrong)} slices "
             "are wrong"
         )
-
-
-def slice_sums(of: SealedClass, numbers: Ids, *, backend: Backend) -> Tensor:
-    """Checksums of the slices of compressed pages, int64 `[n, layers]`."""
-    entries = _places(of.entries(numbers), of.flat.device)
-    found = []
-    for _, slices in of.runs:
-        words = slices.view(torch.int32).unsqueeze(2)
-        found.append(ops.checksum(words, entries, first_word=0, backend=backend))
-    return torch.cat(found, 1)
 
 
 def _places(ids: Ids, device: torch.device) -> Tensor:

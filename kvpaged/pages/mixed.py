@@ -145,6 +145,14 @@ class MixedAllocator:
         if exact.size:
             self.exact.release(exact)
 
+    def evict_oldest(self) -> bool:
+        """Free the page, of either class, that has waited longest; false if none waits."""
+        waiting = [
+            (time, n) for n, each in enumerate((self.exact, self.sealed))
+            if (time := each.oldest()) is not None
+        ]  # fmt: skip
+        return bool(waiting) and (self.exact, self.sealed)[min(waiting)[1]].evict_oldest()
+
     def drop(self, page: int) -> None:
         """Free a cached page, and tell nobody."""
         if page < self.first_sealed:
@@ -226,6 +234,45 @@ class MixedClass:
         compressed = int(self.allocator.is_sealed(ids).sum())
         exact = self.exact.bytes_of(len(ids) - compressed)
         return exact + self.sealed.bytes_of(compressed)
+
+    def sequence_bytes(self, tokens: int, first: int) -> int:
+        """See `PageClass.sequence_bytes`."""
+        full, rest = divmod(tokens, self.geometry.page_size)
+        compressed = full - max(min(self.keep, full), first)
+        exact = full - first - compressed + (rest > 0)
+        return self.exact.bytes_of(exact) + self.sealed.bytes_of(compressed)
+
+    # What admission counts in: compressed pages; exact ones are so many of them, rounded up.
+
+    @property
+    def unit_bytes(self) -> int:
+        """See `PageClass.unit_bytes`."""
+        return self.sealed.geometry.page_bytes
+
+    @property
+    def open_cost(self) -> int:
+        """See `PageClass.open_cost`."""
+        return -(-self.geometry.page_bytes // self.unit_bytes)
+
+    def cost(self, pages: int) -> int:
+        """See `PageClass.cost`."""
+        exact = min(pages, self.keep + 1)
+        return exact * self.open_cost + pages - exact
+
+    def units(self) -> int:
+        """See `PageClass.units`."""
+        return self.sealed.allocator.capacity
+
+    def available_units(self) -> int:
+        """See `PageClass.available_units`."""
+        exact = self.exact.allocator
+        return self.sealed.allocator.available() + self.open_cost * (
+            exact.free_pages + exact.cached_pages()
+        )
+
+    def room_units(self) -> int:
+        """See `PageClass.room_units`."""
+        return self.sealed.allocator.room() + self.open_cost * self.exact.allocator.free_pages
 
 
 AnyAllocator = PageAllocator | MixedAllocator

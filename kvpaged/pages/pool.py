@@ -148,6 +148,43 @@ class PageClass:
         """Bytes of the budget that these pages, each named once, take."""
         return self.bytes_of(len(ids))
 
+    @property
+    def exact(self) -> "PageClass":
+        """Itself: see `MixedClass`."""
+        return self
+
+    def sequence_bytes(self, tokens: int, first: int) -> int:
+        """Bytes of the budget that a sequence of so many tokens takes from its page `first` on."""
+        return self.bytes_of(-(-tokens // self.geometry.page_size) - first)
+
+    # What admission counts in: here pages.
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the unit that `cost`, `units` and `available_units` are in."""
+        return self.geometry.page_bytes
+
+    @property
+    def open_cost(self) -> int:
+        """Units of a page that takes tokens."""
+        return 1
+
+    def cost(self, pages: int) -> int:
+        """Units of a sequence of so many pages."""
+        return pages
+
+    def units(self) -> int:
+        """Units of the whole budget."""
+        return self.allocator.capacity
+
+    def available_units(self) -> int:
+        """Units that could still be taken."""
+        return self.allocator.available()
+
+    def room_units(self) -> int:
+        """Units that could be taken without evicting any page."""
+        return self.allocator.room()
+
 
 class SealedClass:
     """Compressed pages of one format in a pool: whole runs of bytes, whatever the pool's layout.
@@ -200,6 +237,10 @@ class SealedClass:
         units = frame * (self._plan.frame_bytes // UNIT_BYTES) + place * per_page
         entries: Ids = units.astype(np.int32)
         return entries
+
+    def entry_tensor(self, ids: Ids) -> torch.Tensor:
+        """The same on the device, int64, for indexing."""
+        return torch.from_numpy(self.entries(ids).astype(np.int64)).to(self.flat.device)
 
     def bytes_of(self, pages: int) -> int:
         """Bytes of the budget that `pages` pages take."""
@@ -268,9 +309,9 @@ class PagePool:
         shared: torch.Tensor | None, checksums: bool,
     ) -> PageClass | SealedClass:  # fmt: skip
         size = geometry.page_bytes * per_frame * self.plan.frames
-        whole = isinstance(geometry, SealedGeometry)
-        # Runs of a layer's head lie in one piece each, compressed pages in one altogether.
-        runs = 1 if whole else 2 * geometry.layers * geometry.kv_heads
+        runs = 1  # compressed pages lie in one piece altogether, else a layer's head does
+        if isinstance(geometry, PageGeometry):
+            runs = 2 * geometry.layers * geometry.kv_heads
         large = wants_large_pages(size // runs, len(self.plan.pages_per_frame))
         storage = self._storage(size, large=large) if shared is None else shared
         system = self._maps[-1] if shared is None and self._maps else None

@@ -194,9 +194,7 @@ class Match:
         """The most tokens, at most `limit`, after which a sequence can go on: every group has the
         pages that the next token sees.
         """
-        tokens = min(limit, self.tokens)
-        if self.keep is not None and tokens // self.page_size >= self.keep:
-            tokens -= tokens % self.page_size
+        tokens = usable(min(limit, self.tokens), self.page_size, self.keep)
         if all(window is None for window in self.windows):
             return tokens
         # Where the run of pages that a group has, up to and with each page, begins.
@@ -219,6 +217,15 @@ class Match:
                 return tokens
             tokens = last * self.page_size
         return 0
+
+
+def usable(tokens: int, page_size: int, keep: int | None) -> int:
+    """How many of a sequence's first tokens pages can hold for another that goes on there: all, or
+    those of whole pages where the last page is compressed (`Match.keep`).
+    """
+    if keep is None or tokens // page_size < keep:
+        return tokens
+    return tokens - tokens % page_size
 
 
 class PrefixIndex:
@@ -280,6 +287,10 @@ class PrefixIndex:
     def page_size(self) -> int:
         """Token slots a page."""
         return self._size
+
+    def usable(self, tokens: int) -> int:
+        """See `usable`."""
+        return usable(tokens, self._size, self._keep)
 
     # -- searching ---------------------------------------------------------------------------------
 

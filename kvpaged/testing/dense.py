@@ -41,6 +41,7 @@ class Row:
         origin: namespace, salt and the salt's first page.
         keys: of its pages that are offered to others.
         shared: whether further ones will be.
+        owed: ids that come next, because they were computed before.
     """
 
     def __init__(self, origin: "Origin", *, shared: bool = True) -> None:
@@ -50,12 +51,13 @@ class Row:
         self.origin = origin
         self.keys: list[bytes] = []
         self.shared = shared
+        self.owed: list[int] = []
 
     def copy(self) -> "Row":
         """One that goes its own way."""
         other = Row(self.origin, shared=self.shared)
         other.tokens, other.hashes, other.keys = self.tokens[:], self.hashes[:], self.keys[:]
-        other.dense = self.dense
+        other.dense, other.owed = self.dense, self.owed[:]
         return other
 
     def next(self, ids: Sequence[int], namespace: bytes) -> tuple[list[int], np.ndarray]:
@@ -75,6 +77,21 @@ class Row:
         self.tokens += ids
         self.hashes += new[0]
         self.dense = np.concatenate((self.dense, new[1]))
+        self.owed = []
+
+    def rewind(self, length: int, keep: int | None) -> None:
+        """Forget the tokens from `length` on, with `keep` those of the whole page where that lies
+        within a full one behind the first `keep`: the page is compressed, and the ones up to
+        `length` are owed.
+        """
+        size, begin = len(self.tokens), length // PAGE * PAGE
+        if length >= size:
+            self.owed = self.owed[: length - size]
+            return
+        whole = keep is not None and begin >= keep * PAGE and begin + PAGE <= size
+        start = begin if whole else length
+        self.owed = self.tokens[start:length]
+        self.cut(start)
 
     def cut(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -112,7 +129,9 @@ class Found(NamedTuple):
 class Offers:
     """Every page that was ever offered to others: keys, bytes, and who follows whom."""
 
-    def __init__(self) -> None:
+    def __init__(self, extra: bytes = b"") -> None:
+        """`extra`: what its pages depend on beside a namespace."""
+        self._extra = extra
         self.dense: dict[bytes, np.ndarray] = {}
         self._next: dict[tuple[bytes, bytes | None, bytes], dict[tuple[int, ...], bytes]] = {}
         self._regions: dict[bytes, Region] = {}
@@ -132,7 +151,7 @@ class Offers:
             row.keys.append(following[ids])
 
     def _region(self, origin: Origin, page: int, keys: Sequence[bytes]) -> Region:
-        region = Region.of(origin.namespace)
+        region = Region.of(origin.namespace, self._extra)
         if origin.salt is None or page < origin.salt_page:
             return region
         return region.salted(
@@ -160,15 +179,23 @@ class Offers:
             return Found(path, nearest, most)
 
 
-def attention(k: np.ndarray, v: np.ndarray, q: np.ndarray, window: int | None) -> np.ndarray:
+def attention(
+    k: np.ndarray, v: np.ndarray, q: np.ndarray, window: int | None,
+    behind: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:  # fmt: skip
     """Causal attention of the last `len(q)` of `k`'s positions over a row, scale 1, in fp64.
 
-    All are `[tokens, DIM]`; a query sees `window` tokens, itself included.
+    All are `[tokens, DIM]`; a query sees `window` tokens, itself included. `behind`: `k` and `v` as
+    queries of later pages see them, where that is otherwise.
     """
     place = np.arange(len(k))
     at = place[len(k) - len(q) :, None]
     hidden = (place > at) | (place <= at - (len(k) if window is None else window))
-    scores = np.where(hidden, -np.inf, q.astype(np.float64) @ k.astype(np.float64).T)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    own = place // PAGE == at // PAGE
+    later_k, later_v = (k, v) if behind is None else (x.astype(np.float64) for x in behind)
+    scores = np.where(hidden, -np.inf, np.where(own, q @ k.T, q @ later_k.T))
     weights = np.exp(scores - scores.max(1, keepdims=True, initial=-np.inf))
-    out: np.ndarray = weights @ v.astype(np.float64) / weights.sum(1, keepdims=True)
+    weights /= weights.sum(1, keepdims=True)
+    out: np.ndarray = np.where(own, weights, 0) @ v + np.where(own, 0, weights) @ later_v
     return out

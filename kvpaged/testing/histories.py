@@ -14,8 +14,9 @@ import torch
 
 from kvpaged.errors import OutOfPagesError, UsageError
 from kvpaged.keys import encode_salt
-from kvpaged.testing.dense import DIM, LAYERS, PAGE, Origin, Row, token
-from kvpaged.testing.witness import NAMESPACES, Held, Shape, Witness
+from kvpaged.testing.dense import DIM, LAYERS, NAMESPACES, PAGE, Origin, Row, token
+from kvpaged.testing.shapes import Shape
+from kvpaged.testing.witness import Held, Witness
 from kvpaged.token_batch import TokenBatch
 
 BATCHES, ROWS, TOKENS = 5, 4, 120
@@ -163,13 +164,13 @@ class Histories(Witness):
         if held.new is not None:
             size = len(held.rows[row].tokens) + len(held.new[row][0])
         else:
-            size = len(held.rows[row].tokens)
+            size = len(held.rows[row].tokens) + len(held.rows[row].owed)
         to = 0 if back == 60 else max(size - back, 0)
         try:
             if isinstance(held.batch, TokenBatch):
                 held.batch.rewind(row, to=to)
             else:
-                lengths = held.batch.lengths.copy()
+                lengths = held.batch.whole()
                 lengths[row] = to
                 held.batch.rewind_all(lengths)
         except UsageError:
@@ -179,7 +180,10 @@ class Histories(Witness):
                 self._count(held)
             return
         self._count(held)
-        held.rows[row].cut(to)
+        self.counts["rewinds into compressed pages"] += self._keep is not None and (
+            self._keep * PAGE <= to < len(held.rows[row].tokens) // PAGE * PAGE and to % PAGE > 0
+        )
+        held.rows[row].rewind(to, self._keep)
         held.dropped = False
 
     def select(self, *, pick: int, count: int, rows: int) -> None:
@@ -196,8 +200,9 @@ class Histories(Witness):
         if (held := self._picked(pick)) is None:
             return
         counts = [(count + 7 * r) % 41 for r in range(len(held.rows))]
-        if self._begin(held, ids := self._ids(held, counts, 0)):
-            nan = torch.full((sum(map(len, ids)), 1, DIM), torch.nan)
+        if self._begin(held, self._ids(held, counts, 0)):
+            assert held.waiting is not None
+            nan = torch.full((sum(map(len, held.waiting)), 1, DIM), torch.nan)
             for layer in range(min(how, LAYERS)):
                 held.batch.write(layer, nan, nan)
             held.batch.drop_step()
@@ -250,7 +255,8 @@ class Histories(Witness):
         """Next tokens of each row, at most `TOKENS` in all unless it is to be too many."""
         ids = []
         for number, (row, count) in enumerate(zip(held.rows, counts, strict=True)):
-            size = len(row.tokens) + (0 if held.waiting is None else len(held.waiting[number]))
+            size = len(row.tokens)
+            size += len(row.owed if held.waiting is None else held.waiting[number])
             stop = size + count if count > TOKENS else min(size + count, TOKENS)
             ids.append([token(PATHS[path], i) for i in range(size, stop)])
         return ids
@@ -258,6 +264,7 @@ class Histories(Witness):
     def _begin(self, held: Held, ids: list[list[int]]) -> bool:
         """Begin a step; false if there is no room."""
         batch = held.batch
+        owed = [[] if held.waiting is not None else row.owed for row in held.rows]
         if held.waiting is not None and held.new is None:
             assert isinstance(batch, TokenBatch)
             self._refuses(lambda: batch.extend(ids))
@@ -266,15 +273,17 @@ class Histories(Witness):
             if isinstance(batch, TokenBatch):
                 batch.extend(ids)
             else:
-                flat = np.array([x for row in ids for x in row], np.int32)
-                batch.begin(np.array([len(row) for row in ids], np.int64), flat)
+                whole = [first + row for first, row in zip(owed, ids, strict=True)]
+                flat = np.array([x for row in whole for x in row], np.int32)
+                batch.begin(np.array([len(row) for row in whole], np.int64), flat)
         except OutOfPagesError as error:
             self._count(held)
             held.dropped = False
             self._refused(error, [])
             return False
         self._count(held)
-        held.waiting, held.dropped = ids, False
+        held.waiting = [first + row for first, row in zip(owed, ids, strict=True)]
+        held.dropped = False
         return True
 
     @staticmethod

@@ -6,8 +6,8 @@ from collections import Counter
 
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.testing.histories import RULES, Histories, run_rules
+from kvpaged.testing.shapes import Shape
 from kvpaged.testing.tier_faults import Faulty
-from kvpaged.testing.witness import Shape
 from kvpaged.tiers.base import Demotion, Tier
 from kvpaged.tiers.health import Health
 from kvpaged.tiers.host import HostTier
@@ -110,9 +110,10 @@ class TieredHistories(Histories):
             self.counts["failures"] += tier.failures
             self.counts["timeouts"] += tier.timeouts
             assert not tier.parked
-        for page_class in self.cache.classes:
-            assert not page_class.allocator._leases
-            assert page_class.allocator.used_pages() == 0
+        for pages in self._pages:
+            for allocator in pages.allocators():
+                assert not allocator._leases
+                assert allocator.used_pages() == 0
         self.cache.close()
         assert self.mover.staging.used == 0
 

@@ -8,66 +8,31 @@ import numpy as np
 import torch
 
 from kvpaged.batch import Batch
-from kvpaged.cache import PagedKVCache
-from kvpaged.config import Layout
 from kvpaged.errors import OutOfPagesError
-from kvpaged.geometry import LayerGroup, PageGeometry
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.pages.allocator import CACHED, FREE, SEALED
 from kvpaged.pages.prefix import Node
-from kvpaged.testing.dense import DIM, LAYERS, PAGE, Found, Offers, Origin, Row, attention
+from kvpaged.pages.table import BlockTable
+from kvpaged.sequences import NOTHING
+from kvpaged.testing.dense import (
+    DIM,
+    LAYERS,
+    NAMESPACES,
+    PAGE,
+    Found,
+    Offers,
+    Origin,
+    Row,
+    attention,
+)  # fmt: skip
+from kvpaged.testing.shapes import GroupPages, Numbers, Shape, on_device
 from kvpaged.tiers.base import Tier
 from kvpaged.token_batch import TokenBatch
 
-NAMESPACES = (b"one", b"two")
 DEEP = 64
 """Steps between two checks of the checksums: bytes are compared after every one."""
 
 _SLOTS = np.arange(PAGE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A cache to drive.
-
-    Attributes:
-        layout: of its pages.
-        windows: of its groups; one alone has both layers, two have one each.
-        memory: bytes of the pool; a layer's part of a page takes 1 KiB.
-    """
-
-    layout: Layout
-    windows: tuple[int | None, ...]
-    memory: int
-
-    def make(
-        self, tiers: Sequence[Tier] = (), offload: OffloadOptions | None = None
-    ) -> PagedKVCache:
-        """The cache."""
-        each = LAYERS // len(self.windows)
-        geometry = PageGeometry(
-            layers=each, kv_heads=1, head_dim=DIM, page_size=PAGE, dtype=torch.float32
-        )
-        groups = [
-            LayerGroup(geometry=geometry, layers=tuple(range(n * each, (n + 1) * each)), window=w)
-            for n, w in enumerate(self.windows)
-        ]
-        return PagedKVCache(
-            groups, self.memory, namespace=NAMESPACES[0], layout=self.layout, backend="cpu",
-            tiers=tiers, offload=offload,
-        )  # fmt: skip
-
-
-LAYOUTS: tuple[Layout, ...] = ("page-major", "layer-major")
-SHAPES = {
-    f"{name}, {layout}": Shape(layout=layout, windows=windows, memory=memory << 10)
-    for layout in LAYOUTS
-    for name, windows, memory in (
-        ("full", (None,), 72),
-        ("full and window", (None, 24), 72),
-        ("windows", (24, 40), 56),
-    )
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +74,8 @@ class Witness:
         self.counts: Counter[str] = Counter() if counts is None else counts
         self._windows = shape.windows
         self._held: list[Held] = []
-        self._offers = Offers()
+        self._offers = Offers(self.cache.kv_format.key())
+        self._keep = self.cache.kv_format.keep if self.cache.compressed else None
         self._there: dict[bytes, list[int | None]] = {}
         self._waits: dict[bytes, int] = {}  # cached pages, and the step in which they were let go
         self._waited: set[bytes] = set()  # those of the step before
@@ -117,10 +83,7 @@ class Witness:
         self._namespace, self._epoch, self._step = NAMESPACES[0], 0, 0
         self._reuse: Counter[bytes | None] = Counter()
         self._asked = self._evicted = 0
-        self._entries = [
-            c.entries(np.arange(c.allocator.capacity, dtype=np.int32)) for c in self.cache.classes
-        ]
-        self._views = [self._views_of(group) for group in range(len(shape.windows))]
+        self._pages = [GroupPages(pages, receipts=not tiers) for pages in self.cache.classes]
         each = LAYERS // len(shape.windows) * 2 * DIM
         self._columns = [slice(n * each, (n + 1) * each) for n in range(len(shape.windows))]
 
@@ -152,6 +115,7 @@ class Witness:
                 held.batch.publish()
                 for log, ids in zip(held.batch.logs, ids_of, strict=True):
                     log.extend(ids)
+            held.batch.owed = [NOTHING] * held.batch.rows
             held.batch.publish()
             self._count(held)
         elif count:
@@ -183,7 +147,8 @@ class Witness:
         for found in begins:
             for key in (*found.path, *found.nearest):
                 self._waits.pop(key, None)
-        if len(self._windows) == 1 and not begins and not self._tiered:
+        alone = len(self._windows) == 1 and self._keep is None
+        if alone and not begins and not self._tiered:
             allocator = self.cache.classes[0].allocator
             assert error.available == int((allocator.refs == 0).sum())
 
@@ -202,16 +167,17 @@ class Witness:
         self.cache.check_integrity(deep=self._step % DEEP == 0)
         self._read_tree()
         frames = 0
-        for group, page_class in enumerate(self.cache.classes):
-            pool = self._pool(group)
-            self._check_rows(group, pool)
-            self._check_tree(group, pool)
-            allocator = page_class.allocator
-            owned = allocator.pages_per_frame * len(allocator._used)
-            held = int((allocator.refs > 0).sum())
-            held += sum(allocator.states[page] == FREE for page in allocator._leases)
-            assert allocator.free_pages + allocator.cached_pages() + held == owned, "a page leaked"
-            frames += len(allocator._used)
+        for group, pages in enumerate(self._pages):
+            numbers = pages.read()
+            self._check_rows(group, numbers)
+            self._check_tree(group, numbers)
+            for allocator in pages.allocators():
+                owned = allocator.pages_per_frame * len(allocator._used)
+                held = int((allocator.refs > 0).sum())
+                held += sum(allocator.states[page] == FREE for page in allocator._leases)
+                free = allocator.free_pages + allocator.cached_pages()
+                assert free + held == owned, "a page leaked"
+                frames += len(allocator._used)
             if self._windows[group] is None and not self._tiered:
                 self._check_order(group)
         budget = self.cache.pools[0].frames
@@ -226,21 +192,7 @@ class Witness:
                 assert None not in self._there[key], "a full page was not kept"
         self._fresh.clear()
 
-    def _views_of(self, group: int) -> list[np.ndarray]:
-        """K and V of the group's layers, `[entries, slots, dim]` each, as words."""
-        return [
-            pages.numpy().view(np.uint32)[:, 0]
-            for layer in self.cache.classes[group].layers
-            for pages in (layer.k_pages, layer.v_pages)
-            if pages is not None
-        ]
-
-    def _pool(self, group: int) -> np.ndarray:
-        """The words of all pages of a group, `[pages, slots, columns]`."""
-        entries = self._entries[group]
-        return np.concatenate([view[entries] for view in self._views[group]], axis=2)
-
-    def _check_rows(self, group: int, pool: np.ndarray) -> None:
+    def _check_rows(self, group: int, numbers: Numbers) -> None:
         """Rows hold their tokens' bytes, in pages that are theirs, full ones sealed."""
         allocator, columns = self.cache.classes[group].allocator, self._columns[group]
         window = self._windows[group]
@@ -250,6 +202,8 @@ class Witness:
             table = held.batch._groups[group].table
             assert held.batch.rows == table.rows == len(held.rows)
             waiting = held.waiting or [[]] * len(held.rows)
+            coming = self._check_successors(group, held, table)
+            all_pages.append(np.array([each.page for each in table.successors], np.int32))
             for number, (row, ids) in enumerate(zip(held.rows, waiting, strict=True)):
                 first, count = int(table.first[number]), int(table.count[number])
                 size = len(row.tokens)
@@ -266,16 +220,58 @@ class Witness:
                 all_pages.append(pages)
                 if whole and row.keys:
                     self._check_kept(group, row, pages.tolist(), first)
+                for place, page in coming[number].items() if held.new else ():
+                    assert held.new is not None
+                    dense = np.concatenate((row.dense, held.new[number][1]))
+                    slots.append(page * PAGE + _SLOTS)
+                    expected.append(dense[place * PAGE : (place + 1) * PAGE])
             assert held.batch.lengths.tolist() == [len(row.tokens) for row in held.rows]
+            owed = [ids.tolist() for ids in held.batch.owed]
+            assert owed == [row.owed for row in held.rows], "rows owe other tokens"
         if not slots:
             assert not allocator.refs.any()
             return
-        found = pool.reshape(-1, pool.shape[2])[np.concatenate(slots)]
-        dense = np.concatenate(expected)[:, columns].view(np.uint32)
-        assert np.array_equal(found, dense), "a row holds other bytes than its tokens'"
+        agree = numbers.agree(np.concatenate(slots), np.concatenate(expected)[:, columns])
+        assert agree, "a row holds other bytes than its tokens'"
         assert (allocator.states[np.concatenate(full)] == SEALED).all()
         refs = np.bincount(np.concatenate(all_pages), minlength=allocator.capacity)
         assert np.array_equal(refs, allocator.refs), "references are not those of the rows"
+
+    def _check_successors(
+        self, group: int, held: Held, table: BlockTable
+    ) -> dict[int, dict[int, int]]:
+        """Full pages behind those that stay exact are compressed, others are not; what waiting
+        tokens fill has a compressed page, and the device sees what it is to see.
+
+        Returns, by row and place, the compressed pages that are coded as the step runs.
+        """
+        pages, keep = self._pages[group], self._pages[group].keep
+        coming: dict[int, dict[int, int]] = {}
+        for number, row in enumerate(held.rows):
+            first, count = int(table.first[number]), int(table.count[number])
+            size = len(row.tokens)
+            end = size + (len(held.waiting[number]) if held.waiting else 0)
+            after = {each.place: each for each in table.successors if each.row == number}
+            shown = {place: each.page for place, each in after.items() if each.coded}
+            mine = coming[number] = shown.copy()
+            held_pages = table.pages[number].tolist()
+            for place in range(first, count):
+                sealed = held_pages[place] >= pages.first_sealed
+                if keep is None or place < keep or (place + 1) * PAGE > end:
+                    loose = held.dropped and place * PAGE + PAGE > size
+                    assert loose or not (sealed or place in after), "a page is compressed"
+                elif place < size // PAGE:
+                    assert sealed, "a full page is not compressed"
+                    assert place not in after, "a compressed page was left behind"
+                else:
+                    assert sealed != (place in after), "a page fills and is not to be compressed"
+                    if sealed:
+                        mine[place] = held_pages[place]
+            there = pages.entries(table.pages[number], shown)[first:count]
+            assert np.array_equal(on_device(table, number)[first:count], there), "other entries"
+        rows = len(held.rows)
+        assert all(s.row < rows and s.place < table.count[s.row] for s in table.successors)
+        return coming
 
     def _check_kept(self, group: int, row: Row, pages: list[int], first: int) -> None:
         """A row's offered pages are those that are kept, where nothing it held can have gone."""
@@ -297,7 +293,7 @@ class Witness:
                 up = up.parent
         self._there = there
 
-    def _check_tree(self, group: int, pool: np.ndarray) -> None:
+    def _check_tree(self, group: int, numbers: Numbers) -> None:
         """Kept pages hold what their tokens say; those that nobody holds are cached, no others."""
         allocator = self.cache.classes[group].allocator
         kept = np.zeros(allocator.capacity, bool)
@@ -307,8 +303,10 @@ class Witness:
             kept[ids] = True
             assert int(kept.sum()) == len(ids), "two places for one page"
             dense = np.stack([self._offers.dense[key] for key, _ in have])
-            expected = dense[:, :, self._columns[group]].view(np.uint32)
-            assert np.array_equal(pool[ids], expected), "a kept page has other bytes"
+            expected = dense[:, :, self._columns[group]]
+            slots = (np.array(ids)[:, None] * PAGE + _SLOTS).ravel()
+            agree = numbers.agree(slots, expected.reshape(-1, expected.shape[2]))
+            assert agree, "a kept page has other bytes"
         cached = allocator.states == CACHED
         assert np.array_equal(cached, kept & (allocator.refs == 0))
 
@@ -333,15 +331,21 @@ class Witness:
         ever = self._offers.find(origin, prompt[:-1], self._offers.dense)
         assert reused <= ever.tokens < len(prompt), "found what nobody offered"
         if not self.cache.index.evicted and not self._tiered:
-            assert reused == ever.tokens, "what was offered, and never evicted, was not found"
+            assert reused == self._whole(ever.tokens), (
+                "what was offered, and never evicted, was not found"
+            )
         if all(window is None for window in self._windows) and not self._tiered:
-            assert reused == found.tokens, "what is there was not found"
+            assert reused == self._whole(found.tokens), "what is there was not found"
         nearest: list[bytes | None] = [*found.nearest] or [None]
         assert self._tiered or reused in {self._longest(found, key) for key in nearest}
         self.counts["rows opened"] += 1
         self.counts["hits"] += reused > 0
         self.counts["hits within a page"] += reused % PAGE > 0
         self.counts["reused tokens"] += reused
+
+    def _whole(self, size: int) -> int:
+        """As many of so many tokens as can be shared: compressed pages are shared whole."""
+        return size if self._keep is None or size < self._keep * PAGE else size // PAGE * PAGE
 
     def _longest(self, found: Found, nearest: bytes | None) -> int:
         """The most tokens after which a sequence can go on, the last page being `nearest`'s: every
@@ -360,18 +364,45 @@ class Witness:
                 )
             )
 
-        return next(size for size in range(found.tokens, -1, -1) if goes_on(size))
+        return next(size for size in range(self._whole(found.tokens), -1, -1) if goes_on(size))
 
     def _check_attention(self, held: Held, layer: int, out: np.ndarray) -> None:
-        """Attention of a step is that over the dense rows."""
+        """Attention of a step is that over the dense rows; of compressed pages, what is stored."""
         assert held.new is not None
-        window = self.cache.groups[self.cache.place_of(layer)[0]].window
+        group, _ = self.cache.place_of(layer)
+        window = self._windows[group]
         start = 0
-        for row, (_, new) in zip(held.rows, held.new, strict=True):
+        coming = self._check_successors(group, held, held.batch._groups[group].table)
+        for number, (row, (_, new)) in enumerate(zip(held.rows, held.new, strict=True)):
             both = np.concatenate((row.dense, new))[:, layer * 2 * DIM : (layer + 1) * 2 * DIM]
             k, v = both[:, :DIM], both[:, DIM:]
-            expected = attention(k, v, k[len(row.tokens) :], window)
+            behind = self._behind(held, number, layer, both, coming[number])
+            expected = attention(k, v, k[len(row.tokens) :], window, behind)
             error = np.abs(out[start : start + len(new)] - expected).max(initial=0)
             assert error < 1e-5, f"attention is off by {error}"
             start += len(new)
         self.counts["attended steps"] += 1
+
+    def _behind(
+        self, held: Held, number: int, layer: int, both: np.ndarray, coming: dict[int, int]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """K and V of a layer of a row, `both` when exact, as later pages see them."""
+        group, of = self.cache.place_of(layer)
+        pages, table = self._pages[group], held.batch._groups[group].table
+        if pages.keep is None:
+            return None
+        size = len(held.rows[number].tokens)
+        places = {
+            place: int(table.pages[number, place])
+            for place in range(max(pages.keep, int(table.first[number])), size // PAGE)
+        } | coming
+        ids = np.array(list(places.values()), np.int32)
+        found, slack = pages.layer(of, ids)
+        seen = both.copy()
+        for place, k, v, most in zip(places, *found, slack, strict=True):
+            part = slice(place * PAGE, (place + 1) * PAGE)
+            stored = np.concatenate((k, v), axis=1)
+            off = np.abs(stored - both[part]) <= most.repeat(DIM)
+            assert off.all(), "what is stored is not what was computed"
+            seen[part] = stored
+        return seen[:, :DIM], seen[:, DIM:]

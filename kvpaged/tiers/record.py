@@ -1,19 +1,22 @@
 """A page as a record: what its head says, in bytes (docs/format.md).
 
-The body is the page-major form of the page, whatever the layout of the pool it came from: for each
-layer of the group K `[kv_head, slot, k_width]`, then V `[kv_head, slot, v_width]`, little-endian,
-without padding. The head, little-endian:
+The body of an exact page is its page-major form, whatever the layout of the pool it came from: for
+each layer of the group K `[kv_head, slot, k_width]`, then V `[kv_head, slot, v_width]`,
+little-endian, without padding; that of a compressed page its slices, layer after layer. The head,
+little-endian:
 
     0   8  magic "kvpgrec1"            36  4  depth, pages from the sequence's start, from 1
     8   2  version, 1                  40 16  key of the page
     10  2  layer group                 56 16  key of the page before
-    12  2  format: 0, as the model     72  8 * layers  checksums of the slices, int64
+    12  2  format: 0, as the model; others: `formats.kv.IDS`
+                                    72  8 * layers  checksums of the slices, int64
     14  2  dtype: 0 bf16 1 fp16 2 fp32 ..  4 * page_size  token ids, big-endian
     16  4  layers                      ..  8  BLAKE2b-64 of all that stands before
     20  4  page_size
     24  4  kv_heads   28 4 k_width   32 4 v_width
 """
 
+import itertools
 import struct
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from kvpaged import ops
 from kvpaged.errors import ConfigError, IntegrityError
-from kvpaged.geometry import PageGeometry
+from kvpaged.geometry import PageGeometry, SealedGeometry
 from kvpaged.keys import KEY_BYTES, TOKEN_BYTES
 from kvpaged.tiers.base import Record
 
@@ -33,6 +36,8 @@ MAGIC = b"kvpgrec1"
 VERSION = 1
 EXACT = 0
 """The format of pages in the model's own dtype."""
+LAST_FORM = 5
+"""The largest id of a format (`formats.kv`)."""
 PAGE = b"p"
 """What keys of page records begin with."""
 _FIXED = struct.Struct("<8sHHHHIIIIII16s16s")
@@ -59,8 +64,10 @@ def dtype_of(head: bytes) -> torch.dtype | None:
     return DTYPES[dtype] if known else None
 
 
-def body_bytes(geometry: PageGeometry) -> int:
+def body_bytes(geometry: PageGeometry | SealedGeometry) -> int:
     """Bytes of the body of a page of this geometry."""
+    if isinstance(geometry, SealedGeometry):
+        return geometry.content_bytes
     return geometry.layers * geometry.slice_bytes
 
 
@@ -69,12 +76,21 @@ def head_bytes(geometry: PageGeometry) -> int:
     return _FIXED.size + 8 * geometry.layers + TOKEN_BYTES * geometry.page_size + 8
 
 
-def body_sums(bodies: Tensor, geometry: PageGeometry) -> npt.NDArray[np.int64]:
+def body_sums(bodies: Tensor, geometry: PageGeometry | SealedGeometry) -> npt.NDArray[np.int64]:
     """The checksums of the slices of bodies, uint8 `[n, bytes]` on the CPU, contiguous: int64
     `[n, layers]`, as of the same pages in a pool.
     """
-    words = bodies.view(torch.int32).view(len(bodies), geometry.layers, 1, -1)
     places = torch.arange(len(bodies))
+    if isinstance(geometry, SealedGeometry):
+        each = [
+            ops.checksum(
+                bodies[:, start:stop].view(torch.int32)[:, None, None], places, first_word=0,
+                backend="cpu",
+            )
+            for start, stop in itertools.pairwise(geometry.offsets)
+        ]  # fmt: skip
+        return torch.cat(each, 1).numpy()
+    words = bodies.view(torch.int32).view(len(bodies), geometry.layers, 1, -1)
     found: npt.NDArray[np.int64] = ops.checksum(words, places, first_word=0, backend="cpu").numpy()
     return found
 
@@ -90,6 +106,7 @@ class Head:
         key, before: page keys of the page and of the one before.
         tokens: its token ids, encoded (`keys.encode_tokens`).
         sums: int64 `[layers]`, the checksums of its slices.
+        form: the id of the page's format, 0 for an exact one; `geometry` is that of the exact page.
     """
 
     group: int
@@ -99,12 +116,25 @@ class Head:
     before: bytes
     tokens: bytes
     sums: npt.NDArray[np.int64]
+    form: int = EXACT
+
+    @classmethod
+    def of(
+        cls, geometry: PageGeometry | SealedGeometry, *, group: int, depth: int, key: bytes,
+        before: bytes, tokens: bytes, sums: npt.NDArray[np.int64],
+    ) -> "Head":  # fmt: skip
+        """The head of a page of that geometry."""
+        exact, form = _exact_of(geometry)
+        return cls(
+            group=group, geometry=exact, depth=depth, key=key, before=before, tokens=tokens,
+            sums=sums, form=form,
+        )  # fmt: skip
 
     def encode(self) -> bytes:
         """The head in bytes."""
         of = self.geometry
         fixed = _FIXED.pack(
-            MAGIC, VERSION, self.group, EXACT, DTYPES.index(of.dtype), of.layers, of.page_size,
+            MAGIC, VERSION, self.group, self.form, DTYPES.index(of.dtype), of.layers, of.page_size,
             of.kv_heads, of.k_width, of.v_width, self.depth, self.key, self.before,
         )  # fmt: skip
         text = fixed + self.sums.astype("<i8").tobytes() + self.tokens
@@ -135,7 +165,7 @@ class Head:
             )
         if _sum(text[:-8]) != text[-8:]:
             raise IntegrityError("the head of a page record does not match its checksum")
-        if form != EXACT or dtype >= len(DTYPES):
+        if form > LAST_FORM or dtype >= len(DTYPES):
             raise IntegrityError(f"a page record of format {form} and dtype {dtype} is not known")
         try:
             geometry = PageGeometry(
@@ -147,20 +177,21 @@ class Head:
         at = _FIXED.size + 8 * layers
         return cls(
             group=group, geometry=geometry, depth=depth, key=key, before=before,
-            tokens=text[at:-8],
+            tokens=text[at:-8], form=form,
             sums=np.frombuffer(text, "<i8", layers, _FIXED.size).astype(np.int64),
         )  # fmt: skip
 
     def check(
-        self, key: bytes, group: int, tokens: bytes, geometry: PageGeometry, body_size: int
-    ) -> None:
+        self, key: bytes, group: int, tokens: bytes, geometry: PageGeometry | SealedGeometry,
+        body_size: int,
+    ) -> None:  # fmt: skip
         """Raise `IntegrityError` unless it is of that page of a group, with a body of so many bytes
         as pages of `geometry` have.
         """
         if (self.key, self.group, self.tokens) != (key, group, tokens):
             raise IntegrityError("the record is of another page")
         if not self.fits(geometry):
-            raise IntegrityError(f"the record is of pages of {self.geometry}")
+            raise IntegrityError(f"the record is of pages of format {self.form}, {self.geometry}")
         if body_size != body_bytes(geometry):
             raise IntegrityError(f"the record has {body_size} bytes")
 
@@ -169,15 +200,22 @@ class Head:
         parent = record_key(self.before, self.group) if self.depth > 1 else b""
         return Record(record_key(self.key, self.group), self.encode(), body, parent)
 
-    def fits(self, geometry: PageGeometry) -> bool:
+    def fits(self, geometry: PageGeometry | SealedGeometry) -> bool:
         """Whether pages of `geometry`, in whatever layout, are of this kind."""
         mine = self.geometry
-        return (
+        geometry, form = _exact_of(geometry)
+        return form == self.form and (
             mine.layers, mine.page_size, mine.kv_heads, mine.k_width, mine.v_width, mine.dtype
         ) == (
             geometry.layers, geometry.page_size, geometry.kv_heads, geometry.k_width,
             geometry.v_width, geometry.dtype,
         )  # fmt: skip
+
+
+def _exact_of(geometry: PageGeometry | SealedGeometry) -> tuple[PageGeometry, int]:
+    if isinstance(geometry, SealedGeometry):
+        return geometry.exact, geometry.form
+    return geometry, EXACT
 
 
 assert KEY_BYTES == 16

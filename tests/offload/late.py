@@ -72,7 +72,7 @@ def without_leases(monkeypatch) -> None:
 
 
 def leased(cache: PagedKVCache) -> int:
-    return sum(len(c.allocator._leases) for c in cache.classes)
+    return sum(len(c.exact.allocator._leases) for c in cache.classes)
 
 
 def flushed(cache: PagedKVCache, device: Device) -> None:

@@ -9,10 +9,10 @@ import torch
 from kvpaged.offload.leaving import Leaving
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.testing.dense import PAGE
+from kvpaged.testing.shapes import WINDOWS
 from kvpaged.testing.tier_faults import Faulty
 from kvpaged.tiers.base import Record
 from tests.offload.tiered import (
-    GROUPS,
     PAGE_BYTES,
     cache_of,
     check,
@@ -37,7 +37,7 @@ def test_pages_that_nothing_below_has_are_rescued_as_they_leave():
         assert run(cache, first) == 10 * PAGE + PAGE - 1
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", WINDOWS)
 def test_what_is_on_its_way_is_found(groups):
     """Between the pool and a tier a page was nowhere, and was computed again."""
     tier, hang = Faulty(host()), threading.Event()

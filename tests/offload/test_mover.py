@@ -15,11 +15,11 @@ from kvpaged.group_rows import GroupRows
 from kvpaged.offload import levels
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.testing.dense import PAGE
+from kvpaged.testing.shapes import WINDOWS
 from kvpaged.testing.tier_faults import Faulty
 from kvpaged.tiers.base import DEMOTIONS, KEPT, Record
 from kvpaged.tiers.host import HostTier
 from tests.offload.tiered import (
-    GROUPS,
     PAGE_BYTES,
     QUICK,
     cache_of,
@@ -57,7 +57,7 @@ def agrees(cache: PagedKVCache) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", WINDOWS)
 @pytest.mark.parametrize("policy", ["write-through", "write-back"])
 def test_what_left_the_pool_comes_back(policy, groups, layout):
     """Every sequence is found again after others have taken its pages, to the last full page."""
@@ -175,7 +175,7 @@ def test_spilling_step_by_step(full):
         agrees(cache)
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", WINDOWS)
 def test_stacks_of_three(tmp_path, groups):
     tiers = [host(6), host(12), disk(tmp_path)]
     with cache_of(tiers, pages=14, groups=groups) as cache:
@@ -210,7 +210,7 @@ def test_records_come_up_ahead(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", WINDOWS)
 def test_a_new_cache_finds_what_an_earlier_one_left(tmp_path, groups, layout):
     """In another layout too: a record is the same."""
     prompt = words(1, 7 * PAGE + 2)
@@ -279,16 +279,16 @@ def test_room_for_one_group_is_not_made_of_what_another_builds_on(monkeypatch):
         assert run(cache, prompt[: 4 * PAGE + 1]) == 4 * PAGE
         take = GroupRows.take_loading
 
-        def evicting(self: GroupRows, known: list[int | None]) -> Any:
+        def evicting(self: GroupRows, known: list[int | None], first: int) -> Any:
             cache.index.clear()
             scramble(cache)
-            return take(self, known)
+            return take(self, known, first)
 
         monkeypatch.setattr(GroupRows, "take_loading", evicting)
         assert run(cache, prompt) == 6 * PAGE
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", WINDOWS)
 @pytest.mark.parametrize("lost", range(7))
 def test_a_load_that_ends_early_gives_the_pages_before_that(groups, lost):
     """One record has gone from the tier unnoticed; the pool has some pages in part."""

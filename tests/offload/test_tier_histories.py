@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from kvpaged.testing.shapes import COMPRESSED, SHAPES
 from kvpaged.testing.tiered_histories import FAULTS, TIER_RULES, drive_tiers
-from kvpaged.testing.witness import SHAPES
 from kvpaged.tiers.base import DEMOTIONS
 
 STEPS, SEEDS = 200, 400
@@ -28,12 +28,22 @@ def test_any_history_over_tiers(name, caplog):
     assert counts["failures"] > 0
 
 
+@pytest.mark.parametrize("name", list(COMPRESSED)[1::3])
+def test_any_history_of_compressed_pages_over_tiers(name, caplog):
+    caplog.set_level("CRITICAL", "kvpaged.offload")
+    counts: Counter[str] = Counter()
+    drive_tiers(COMPRESSED[name], STEPS, list(COMPRESSED).index(name), counts)
+    assert counts["steps"] == STEPS
+    assert counts["hits"] > 5
+    assert counts["promoted"] > 5
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_many_histories_over_tiers(caplog):
     caplog.set_level("CRITICAL", "kvpaged.offload")
     counts: Counter[str] = Counter()
-    shapes = list(SHAPES.values())
+    shapes = [*SHAPES.values(), *COMPRESSED.values()]
     for seed in range(SEEDS):
         policies = POLICIES[seed % len(POLICIES)]
         drive_tiers(shapes[seed % len(shapes)], 2 * STEPS, seed, counts, policies=policies)

@@ -14,8 +14,8 @@ from kvpaged.errors import IntegrityError
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.report import OffloadStats
 from kvpaged.pages.allocator import FREE
-from kvpaged.testing.dense import DIM, LAYERS, PAGE, Origin, Row, attention
-from kvpaged.testing.witness import NAMESPACES, Shape
+from kvpaged.testing.dense import DIM, LAYERS, NAMESPACES, PAGE, Origin, Row, attention
+from kvpaged.testing.shapes import WINDOWS, Shape
 from kvpaged.tiers.base import Demotion, Tier
 from kvpaged.tiers.disk import DiskTier
 from kvpaged.tiers.host import HostTier
@@ -26,9 +26,6 @@ QUICK = OffloadOptions(
     staging_bytes=256 << 10, call_bytes=4 * PAGE_BYTES, deadline_s=5.0, write_deadline_s=5.0,
     close_s=5.0, linger_s=0.001,
 )  # fmt: skip
-GROUPS: dict[str, tuple[int | None, ...]] = {
-    "full": (None,), "full and window": (None, 24), "windows": (24, 40)
-}  # fmt: skip
 
 
 def cache_of(
@@ -36,7 +33,7 @@ def cache_of(
     layout: Layout = "layer-major", options: OffloadOptions = QUICK,
 ) -> PagedKVCache:  # fmt: skip
     """A cache of 2 layers of one head of 8 numbers, and pages of 16 tokens."""
-    shape = Shape(layout=layout, windows=GROUPS[groups], memory=pages * PAGE_BYTES)
+    shape = Shape(layout=layout, windows=WINDOWS[groups], memory=pages * PAGE_BYTES)
     return shape.make(tiers, options)
 
 
@@ -149,7 +146,7 @@ def scramble(cache: PagedKVCache) -> None:
     """
     with cache.lock:
         for page_class in cache.classes:
-            allocator = page_class.allocator
+            allocator = page_class.exact.allocator
             free = np.array(
                 [
                     page

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpaged_kernels.gpu.seal import Receipt, seal, seal_launch
+from kvpaged_kernels.gpu.seal import seal, seal_launch
 from kvpaged_kernels.reference.checksum import checksum
 from kvpaged_kernels.reference.seal import seal as seal_reference
 from kvpaged_kernels.reference.seal import unseal
-from kvpaged_kernels.sealed import Part, SliceLayout
+from kvpaged_kernels.sealed import Part, Receipt, SliceLayout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAYERS = 2

@@ -127,29 +127,39 @@ static inline void pair_values(const Number* a, const Number*, Unit* to) {
 }
 #endif
 
-// `count` tokens from position `first` on: K turned, V as it is.
-static void gather(
-    const Layer& layer, const int32_t* pages, int64_t head, int64_t first, int count, Room& room) {
+// Where each token of a block has K and V; behind the last, V is null.
+struct Tokens {
     const Number *keys[BLOCK], *values[BLOCK + 1];
-    for (int t = 0; t < count; t++) {
-        const int64_t entry = pages[(first + t) / PAGE], slot = (first + t) % PAGE;
-        keys[t] = layer.key(entry, head, slot);
-        values[t] = layer.value(entry, head, slot);
-    }
-    values[count] = nullptr;
+};
+
+// `count` tokens: K turned, V as it is.
+static void fill(const Tokens& from, int count, Room& room) {
     for (int t = 0; t < count; t += STEP)
-        pair_values(values[t], values[t + 1], room.v + t / STEP * V_WIDTH);
+        pair_values(from.values[t], from.values[t + 1], room.v + t / STEP * V_WIDTH);
     for (int t = 0; t < count; t += VL) {
         Unit* to = room.k + t / WIDE * WIDE * K_UNITS + t % WIDE;
         for (int d = 0; d < K_UNITS / VL; d++) {
             Floats square[VL];
             for (int i = 0; i < VL; i++)
-                square[i] = units_of(keys[t + i < count ? t + i : count - 1], d);
+                square[i] = units_of(from.keys[t + i < count ? t + i : count - 1], d);
             transpose(square);
             for (int i = 0; i < VL; i++)
                 memcpy(to + (d * VL + i) * WIDE, square + i, sizeof square[i]);
         }
     }
+}
+
+// `count` tokens from position `first` on.
+static void gather(
+    const Layer& layer, const int32_t* pages, int64_t head, int64_t first, int count, Room& room) {
+    Tokens tokens;
+    for (int t = 0; t < count; t++) {
+        const int64_t entry = pages[(first + t) / PAGE], slot = (first + t) % PAGE;
+        tokens.keys[t] = layer.key(entry, head, slot);
+        tokens.values[t] = layer.value(entry, head, slot);
+    }
+    tokens.values[count] = nullptr;
+    fill(tokens, count, room);
 }
 
 template <int M>

@@ -176,15 +176,10 @@ static inline void add_some(
         for (int i = 0; i < W; i++) part.out[head + h][d + i] = out[h][i];
 }
 
-// Add tokens to a part. Memory is asked for what comes next, keys from `next` on, if there is any.
-static inline void add(
-    const Queries& q, const Number* k, const Number* v, int count, const Layer& layer,
-    const Number* next, Part& part) {
-    alignas(64) float scores[GROUP][SCORES];
-    float factors[GROUP];
-    score(q, k, v, count, layer, scores);
-    for (int g = 0; g < GROUP; g++)
-        weigh_few(scores[g], count, part.most[g], part.sum[g], factors[g]);
+// Add weighted values to a part.
+static inline void add_weighted(
+    const float (*scores)[SCORES], const Number* v, int count, const Layer& layer,
+    const float* factors, const Number* next, Part& part) {
     for (int head = 0; head < GROUP; head += HEADS) {
         int d = 0;
         for (; d + 4 <= V_ROOM; d += 4, next = nullptr)
@@ -194,6 +189,18 @@ static inline void add(
         for (; d < V_ROOM; d++, next = nullptr)
             add_some<1>(scores, v, count, layer, head, d, factors, next, part);
     }
+}
+
+// Add tokens to a part. Memory is asked for what comes next, keys from `next` on, if there is any.
+static inline void add(
+    const Queries& q, const Number* k, const Number* v, int count, const Layer& layer,
+    const Number* next, Part& part) {
+    alignas(64) float scores[GROUP][SCORES];
+    float factors[GROUP];
+    score(q, k, v, count, layer, scores);
+    for (int g = 0; g < GROUP; g++)
+        weigh_few(scores[g], count, part.most[g], part.sum[g], factors[g]);
+    add_weighted(scores, v, count, layer, factors, next, part);
 }
 
 // Queries of a token and a KV head, as vectors.

@@ -89,45 +89,60 @@ static inline void weigh(const Layer& layer, Room& room, int line, int low, int 
     room.most[line] = top;
 }
 
+// The lines of `tokens` tokens over a block of `count` that lies in `room`; `shown(i)` is the range
+// of them that token i sees.
+template <class Shown>
+static void attend_block(const Layer& layer, int tokens, int count, Room& room, Shown shown) {
+    const int lines = tokens * GROUP, tiles = (lines + MT - 1) / MT;
+    for (int t = 0; t < tiles; t++) {
+        const int line = lines * t / tiles;
+        score_any(room, lines * (t + 1) / tiles - line, line, count);
+    }
+    for (int i = 0; i < tokens; i++) {
+        int64_t low, high;
+        shown(i, low, high);
+        low = low < 0 ? 0 : low > count ? count : low;
+        high = high > count ? count : high < low ? low : high;
+        for (int g = 0; g < GROUP; g++)
+            weigh(layer, room, i * GROUP + g, int(low), int(high), count);
+    }
+    for (int t = 0; t < tiles; t++) {
+        const int line = lines * t / tiles;
+        add_any(room, lines * (t + 1) / tiles - line, line, count);
+    }
+}
+
 // Positions [first, last) of `pages` into the lines of `tokens` tokens in `room`. Token i is at
 // position `position + i` and sees what is up to there, as far as the window goes; `position` of
 // `last` or more: all.
 static void attend_run(
     const Layer& layer, const int32_t* pages, int64_t head, int64_t first, int64_t last,
     int tokens, int64_t position, Room& room) {
-    const int lines = tokens * GROUP, tiles = (lines + MT - 1) / MT;
     for (int64_t at = first; at < last; at += BLOCK) {
         const int count = int(last - at < BLOCK ? last - at : BLOCK);
         gather(layer, pages, head, at, count, room);
-        for (int t = 0; t < tiles; t++) {
-            const int line = lines * t / tiles;
-            score_any(room, lines * (t + 1) / tiles - line, line, count);
-        }
-        for (int i = 0; i < tokens; i++) {
+        attend_block(layer, tokens, count, room, [&](int i, int64_t& low, int64_t& high) {
             const int64_t own = position + i;
-            int64_t low = layer.window ? own - layer.window + 1 - at : 0, high = own + 1 - at;
-            low = low < 0 || position >= last ? 0 : low > count ? count : low;
-            high = high > count ? count : high < low ? low : high;
-            for (int g = 0; g < GROUP; g++)
-                weigh(layer, room, i * GROUP + g, int(low), int(high), count);
-        }
-        for (int t = 0; t < tiles; t++) {
-            const int line = lines * t / tiles;
-            add_any(room, lines * (t + 1) / tiles - line, line, count);
-        }
+            low = layer.window && position < last ? own - layer.window + 1 - at : 0;
+            high = own + 1 - at;
+        });
+    }
+}
+
+// The queries of a token as line i's of `room`, `q_head` apart, and nothing seen.
+static void begin_token(const Number* q, int64_t q_head, float scale, int i, Room& room) {
+    for (int g = 0; g < GROUP; g++, q += q_head) {
+        const int line = i * GROUP + g;
+        set_query(room.q + line * K_UNITS, q, scale);
+        room.most[line] = -INFINITY;
+        room.sum[line] = 0;
+        memset(room.out + line * V_WIDTH, 0, V_WIDTH * sizeof(float));
     }
 }
 
 // Queries of token `i` of `room`, as floats times the scale, and nothing seen.
 static void begin_lines(const Call& call, int64_t token, int64_t head, int i, Room& room) {
-    const Number* q = call.query(token, head);
-    for (int g = 0; g < GROUP; g++, q += call.step.q_head) {
-        const int line = i * GROUP + g;
-        set_query(room.q + line * K_UNITS, q, call.layer.scale);
-        room.most[line] = -INFINITY;
-        room.sum[line] = 0;
-        memset(room.out + line * V_WIDTH, 0, V_WIDTH * sizeof(float));
-    }
+    begin_token(call.query(token, head), call.step.q_head, call.layer.scale, i, room);
 }
 
 // The lines of token `i`, and back.

@@ -5,7 +5,7 @@ for V. Whatever it writes it writes as 16-bit words, which it sums as it goes: a
 checksum is 32 bits, and the sum of what its halves contribute.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from kvpaged_kernels.gpu.checksum import coefficients
 from kvpaged_kernels.gpu.launch import Launch
 from kvpaged_kernels.gpu.quantise import e4m3, quantise
 from kvpaged_kernels.gpu.sealed_pieces import EXACT, FP8, INT4, INT8, pieces_of
-from kvpaged_kernels.sealed import SliceLayout
+from kvpaged_kernels.sealed import Receipt, SliceLayout
 from kvpaged_kernels.sealed_checks import check_seal
 
 _TILE = 2048
@@ -24,18 +24,6 @@ _TILE = 2048
 _EXACT = tl.constexpr(EXACT)
 _FP8 = tl.constexpr(FP8)
 _INT4 = tl.constexpr(INT4)
-
-
-class Receipt(NamedTuple):
-    """What is known of slices that were made.
-
-    Attributes:
-        sums: int64 `[n, layers]`, their checksums.
-        errors: fp32 `[n, layers, 2]`, the largest absolute error of K and of V.
-    """
-
-    sums: Tensor
-    errors: Tensor
 
 
 @triton.jit

@@ -1,13 +1,11 @@
 """The oracle of sealing: K and V of full pages as coded slices, and back (`sealed`)."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.sealed_checks import check_seal
 from kvpaged_kernels.reference.checksum import checksum
-from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT, Part, SliceLayout
+from kvpaged_kernels.sealed import SCALE_SHIFT, ZERO_SHIFT, ZERO_UNIT, Part, Receipt, SliceLayout
+from kvpaged_kernels.sealed_checks import check_seal
 
 TRIED = (2, 1, 0, -1)
 """Scales that are tried for a group, by their distance from the first that holds its whole range:
@@ -22,18 +20,6 @@ _HALF = 65504.0
 """The largest fp16 number."""
 _FARTHEST = 248.0
 """The largest zero point."""
-
-
-class Receipt(NamedTuple):
-    """What is known of slices that were made.
-
-    Attributes:
-        sums: int64 `[n, layers]`, their checksums, as `reference.checksum` defines them.
-        errors: fp32 `[n, layers, 2]`, the largest absolute error of K and of V.
-    """
-
-    sums: Tensor
-    errors: Tensor
 
 
 def seal(
@@ -83,7 +69,7 @@ def code(k: Tensor, v: Tensor, layout: SliceLayout) -> Tensor:
         if piece is not None and piece.numel():
             content = piece.reshape(n, heads, -1).contiguous().view(torch.uint8)
             out[:, :, at : at + content.shape[2]] = content
-    return out.view(n, -1)
+    return out.view(n, heads * layout.head_bytes)
 
 
 def unseal(slices: Tensor, layout: SliceLayout) -> tuple[Tensor, Tensor]:
@@ -194,7 +180,8 @@ def _quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             best = torch.where(better, error, best)
             codes = torch.where(better, code, codes)
             params = torch.where(better, param, params)
-    assert codes is not None and params is not None
+    assert codes is not None
+    assert params is not None
     return codes.to(torch.uint8), params.squeeze(-1).to(torch.int16)
 
 
@@ -203,7 +190,7 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     parts = codes.to(torch.int32).unflatten(-1, (4, -1)).unbind(-2)
-    words = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
+    words: Tensor = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
     return words.to(torch.int16).view(torch.uint8)
 
 
