@@ -50,12 +50,12 @@ def mixed_prefill_blocks(layout: SliceLayout, group: int, arch: str) -> Blocks:
     if layout.dtype.itemsize == 4:
         return Blocks(min(rows, 16), min(layout.page_size, 32), 4, 1)
     head_dim = max(layout.k_dim, layout.v_dim)
-    m, warps = 128, 8
+    m, n, warps = 128, 32, 8
     if arch.startswith("gfx") and head_dim > 64:
         m, warps = 64, 4
     elif arch not in _WIDE and head_dim > 64 and (layout.k.bits, layout.v.bits) != (4, 4):
-        m, warps = 32, 4
+        m, n, warps = 32, 16 if (layout.v.form, layout.v.bits) == ("int", 8) else 32, 4
     if head_dim > 128:
         m, warps = m // 2, 8
     m = min(rows, m)
-    return Blocks(m, min(layout.page_size, 32), warps if m >= 64 else 4, 3)
+    return Blocks(m, min(layout.page_size, n), warps if m >= 64 else 4, 3)
