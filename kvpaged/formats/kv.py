@@ -33,7 +33,9 @@ BY_LAYER = 5
 """The id of every format whose layers differ: their pages' keys say which it is."""
 
 V_GROUP = 32
-"""Elements of a token that share them: so many, or a quarter of the width where that is more."""
+"""Elements of a token that share them: so many, or the next whole number of quarters of the width,
+which kernels read apart.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +150,9 @@ def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
         ConfigError: pages of this size or width can't be coded so.
     """
     size, width = geometry.page_size, geometry.v_width
-    v_group = max(V_GROUP, width // 4)
-    v_group = width if width % v_group else v_group
+    quarter = max(width // 4, 1)
+    v_group = min(width, quarter * -(-V_GROUP // quarter))
+    v_group = width if v_group and width % v_group else v_group
     bits = 8 * geometry.itemsize
     parts = [
         Part("exact", bits) if code == EXACT
