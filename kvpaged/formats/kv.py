@@ -150,9 +150,11 @@ def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
         ConfigError: pages of this size or width can't be coded so.
     """
     size, width = geometry.page_size, geometry.v_width
+    if not width:
+        raise ConfigError("pages without V are not compressed: leave kv_format at 'auto'")
     quarter = max(width // 4, 1)
     v_group = min(width, quarter * -(-V_GROUP // quarter))
-    v_group = width if v_group and width % v_group else v_group
+    v_group = width if width % v_group else v_group
     bits = 8 * geometry.itemsize
     parts = [
         Part("exact", bits) if code == EXACT
