@@ -104,7 +104,7 @@ def test_a_long_history_of_compressed_pages(name):
     counts: Counter[str] = Counter()
     drive(COMPRESSED[name], 6 * DEEP, list(COMPRESSED).index(name), counts)
     assert counts["evicted pages"] > 20
-    assert counts["out of pages"] > 10
+    assert counts["out of pages"] > 3
     assert counts["hits"] > 10
     assert counts["attended steps"] > 10
     if "window" not in name and "fp8" not in name:
