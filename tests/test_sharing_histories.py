@@ -104,9 +104,9 @@ def test_a_long_history_of_compressed_pages(name):
     counts: Counter[str] = Counter()
     drive(COMPRESSED[name], 6 * DEEP, list(COMPRESSED).index(name), counts)
     assert counts["evicted pages"] > 20
-    assert counts["out of pages"] > 10
-    assert counts["hits"] > 10
-    assert counts["attended steps"] > 10
+    assert counts["out of pages"] > 3
+    assert counts["hits"] > 5
+    assert counts["attended steps"] > 5
     if "window" not in name and "fp8" not in name:
         assert counts["rewinds into compressed pages"] > 3
 

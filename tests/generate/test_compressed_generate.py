@@ -10,7 +10,7 @@ import torch
 
 from kvpaged import Generator, HostTier, OutOfPagesError, SamplingParams
 from tests.generate.asked import mixed
-from tests.hf.compressed import FORMATS, MODELS, Reply, cold, make
+from tests.hf.compressed import FORMATS, MODELS, Reply, always_loads, cold, make
 
 COUNT, NEW = 8, 14
 
@@ -96,12 +96,12 @@ def test_guesses_and_forks(name, kind, layout):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_over_a_tier(name, kind):
+def test_over_a_tier(name, kind, monkeypatch):
     prompts, replies = work(name, kind)
     model = model_of(kind)
     tiers = [HostTier("8MiB", policy="write-through", pin=False)]
     with make(model, name, tiers=tiers) as cache:
-        cache.mover.note_pass = lambda tokens, seconds: None  # loading is always quicker
+        always_loads(cache, monkeypatch)
         with Generator(model, cache, chunk=23, max_running=5) as generator:
             check(generator.generate(prompts, max_new_tokens=NEW), replies)
             assert cache.flush(20)

@@ -4,6 +4,7 @@ are certain.
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -94,3 +95,9 @@ def ask(cache: PagedKVCache, model: Any, prompt: torch.Tensor, new: int, **optio
         )  # fmt: skip
         cache.check_integrity()
     return reused, out[0, prompt.shape[1] :].tolist()
+
+
+def always_loads(cache: PagedKVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computing so small a model may be quicker, and then is chosen: it is never measured."""
+    assert cache.mover is not None
+    monkeypatch.setattr(cache.mover, "note_pass", lambda tokens, seconds: None)
