@@ -66,7 +66,7 @@ def test_a_head_that_was_cut_or_went_on_is_noticed(size):
     ("offset", "form", "number", "message"),
     [
         (8, "<H", 2, "version 2; this release reads version 1"),
-        (12, "<H", 1, "format 1 and dtype 0"),
+        (12, "<H", 6, "format 6 and dtype 0"),
         (14, "<H", 3, "format 0 and dtype 3"),
         (16, "<I", 2, "of 2 layers and 16 tokens has 160 bytes, this one 152"),
         (24, "<I", 0, "no page there can be: kv_heads must be at least 1, got 0"),
