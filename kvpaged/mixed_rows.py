@@ -76,29 +76,13 @@ class MixedRows(GroupRows):
                 if closes is not None:
                     successors.append(self._successor(row, closes, coded))
                 if compressed:
-                    growth.new.append((row, self._new_pages(row, compressed)))
+                    held = self.table.held(row)
+                    last = int(held[-1]) if len(held) else None
+                    growth.new.append((row, allocator.alloc_both(np.array(compressed), last)))
         except OutOfPagesError:
             self.give_back(growth)
             raise
         return growth
-
-    def _new_pages(self, row: int, compressed: Sequence[bool]) -> Ids:
-        """Pages of both classes, to follow those a row has; raises `OutOfPagesError`, and nothing
-        is held.
-        """
-        kinds, allocator = np.array(compressed), self.mixed.allocator
-        held = self.table.held(row)
-        last = int(held[-1]) if len(held) else None
-        ids = np.empty(len(kinds), np.int32)
-        many = int(kinds.sum())
-        ids[~kinds] = allocator.alloc(len(kinds) - many, last)
-        if many:
-            try:
-                ids[kinds] = allocator.alloc_sealed(many, last)
-            except OutOfPagesError:
-                allocator.release(ids[~kinds])
-                raise
-        return ids
 
     def _successor(self, row: int, place: int, coded: bool) -> Successor:
         before = self.page_at(row, place - 1)
@@ -206,16 +190,9 @@ class MixedRows(GroupRows):
         """See `GroupRows.take_loading`."""
         kinds = [first + n >= self.mixed.keep for n, page in enumerate(known) if page is None]
         shared = [page for page in known if page is not None]
-        allocator, compressed = self.mixed.allocator, np.array(kinds, bool)
-        new = np.empty(len(kinds), np.int32)
+        compressed = np.array(kinds, bool)
         try:
-            many = int(compressed.sum())
-            new[~compressed] = allocator.alloc(len(kinds) - many)
-            try:
-                new[compressed] = allocator.alloc_sealed(many, shared[-1] if shared else None)
-            except OutOfPagesError:
-                allocator.release(new[~compressed])
-                raise
+            new = self.mixed.allocator.alloc_both(compressed, shared[-1] if shared else None)
         except OutOfPagesError:
             return None
         numbers = torch.from_numpy(self.mixed.numbers(new[compressed])).long()

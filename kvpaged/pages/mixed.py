@@ -96,6 +96,21 @@ class MixedAllocator:
         mine = None if after is None or after < self.first_sealed else after - self.first_sealed
         return self.sealed.alloc(count, mine) + np.int32(self.first_sealed)
 
+    def alloc_both(self, compressed: npt.NDArray[np.bool_], after: int | None = None) -> Ids:
+        """Take a page for each of some places in order, of the class it is to be of.
+
+        Raises:
+            OutOfPagesError: fewer of either are available; nothing is held.
+        """
+        ids, many = np.empty(len(compressed), np.int32), int(compressed.sum())
+        ids[~compressed] = self.alloc(len(ids) - many, after)
+        try:
+            ids[compressed] = self.alloc_sealed(many, after)
+        except OutOfPagesError:
+            self.release(ids[~compressed])
+            raise
+        return ids
+
     def alloc_each(self, after: list[int]) -> Ids:
         """Take an exact page for each of some sequences: see `PageAllocator.alloc_each`."""
         last = self.first_sealed - 1  # nothing follows it
