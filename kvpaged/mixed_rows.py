@@ -114,35 +114,37 @@ class MixedRows(GroupRows):
 
     def mark_sealed(self, before: Ints, after: Ints) -> Ids:
         """See `GroupRows.mark_sealed`: compressed pages take the places of the open ones."""
-        sealed: list[int] = []
+        filled = []
         for row in np.flatnonzero(after // self._size > before // self._size).tolist():
             first = max(int(before[row]) // self._size, int(self.table.first[row]))
-            places = range(first, int(after[row]) // self._size)
-            sealed += [self._seal(row, place) for place in places]
-        ids = np.array(sealed, np.int32)
-        self.mixed.allocator.states[ids] = SEALED
-        return ids
+            filled += [(row, place) for place in range(first, int(after[row]) // self._size)]
+        return self._seal(filled)
 
     def seal_last(self, rows: Ints, lengths: Ints) -> Ids:
         """See `GroupRows.seal_last`."""
         places = lengths[rows] // self._size - 1
-        each = zip(rows.tolist(), places.tolist(), strict=True)
-        ids = np.array([self._seal(row, place) for row, place in each], np.int32)
+        return self._seal(list(zip(rows.tolist(), places.tolist(), strict=True)))
+
+    def _seal(self, filled: Sequence[tuple[int, int]]) -> Ids:
+        """Make the pages immutable that rows are to hold in places (row, place) that have filled;
+        returns them.
+        """
+        waiting = {(each.row, each.place): each for each in self.table.successors}
+        sealed: list[int] = []
+        for row, place in filled:
+            page = int(self.table.pages[row, place])
+            follows = waiting.pop((row, place), None)
+            if follows is not None:
+                self.table.replace(row, place, follows.page, self._entry(follows.page))
+                self._parting.append(page)
+                if not follows.coded:
+                    self._filled.append((page, follows.page))
+                page = follows.page
+            sealed.append(page)
+        self.table.successors[:] = waiting.values()
+        ids = np.array(sealed, np.int32)
         self.mixed.allocator.states[ids] = SEALED
         return ids
-
-    def _seal(self, row: int, place: int) -> int:
-        """The page that a row is to hold in a place that has filled."""
-        page = int(self.table.pages[row, place])
-        for number, (of, where, successor, coded) in enumerate(self.table.successors):
-            if (of, where) == (row, place):
-                del self.table.successors[number]
-                self.table.replace(row, place, successor, self._entry(successor))
-                self._parting.append(page)
-                if not coded:
-                    self._filled.append((page, successor))
-                return successor
-        return page
 
     def sum_sealed(self, ids: Ids) -> None:
         """Code what decode has filled; keep the checksums of pages just sealed that stay exact."""
