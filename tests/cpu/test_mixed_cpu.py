@@ -86,6 +86,13 @@ def test_sealing_is_as_good_as_the_oracle(dtype, k, v):
     check_seal(part(k, dtype), part(v, dtype, 64), dtype, native=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_codes_are_moved_as_the_oracle_does(dtype, dim):
+    int4 = part("int4", dtype)
+    check_seal(int4, int4, dtype, native=False, dims=(dim, 64), moved=True)
+
+
 @pytest.mark.parametrize(("k", "v"), [("exact", "int4"), ("fp8", "int8"), ("int4", "fp8")])
 def test_unsealing_equals_the_oracle(k, v):
     torch.manual_seed(0)

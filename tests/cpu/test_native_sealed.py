@@ -112,6 +112,8 @@ def test_older_processors(flags, dtype, k, v, size, dims, group, only_native, mo
         rows = make_rows(layout, [size + 1, 300], [2, 100], group=group, sinks=True)
         rows.judge(mixed.mixed_prefill(**rows.given), "mixed_prefill")
         check_seal(layout.k, layout.v, dtype, native=True, size=size, dims=dims)
+        if k == "int4":
+            check_seal(layout.k, layout.v, dtype, native=True, size=size, dims=dims, moved=True)
     finally:
         native_sealed._code.cache_clear()
         native_sealed.native_seal.cache_clear()
@@ -189,6 +191,15 @@ def test_sealing_is_as_good_as_the_oracle(dtype, k, v, only_native):
 )
 def test_sealing_of_any_width(k, v, size, dims, only_native):
     check_seal(k, v, torch.bfloat16, native=True, heads=3, size=size, dims=dims)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("size", "group", "k_dim"), [(64, 32, 64), (16, 16, 128), (64, 32, 80), (32, 32, 256)]
+)
+def test_codes_are_moved_as_the_oracle_does(dtype, size, group, k_dim, only_native):
+    k, v = Part("int", 4, group), Part("int", 4, 32)
+    check_seal(k, v, dtype, native=True, heads=3, size=size, dims=(k_dim, 64), moved=True)
 
 
 def test_every_number_of_fp8_is_found():

@@ -21,17 +21,17 @@ QUERY_BLOCK = 256
 
 def seal(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, *, native: bool = True,
+    layout: SliceLayout, mean_query: Tensor | None = None, *, native: bool = True,
 ) -> Receipt:  # fmt: skip
     """Code layers of full pages as slices of sealed ones: see `reference.seal.seal`.
 
     `native`: by native code where there is some.
     """
-    check_seal(k_pages, v_pages, src, slices, dst, layout)
+    check_seal(k_pages, v_pages, src, slices, dst, layout, mean_query)
     code = native_seal(layout) if native else None
     if code is not None:
-        return code(k_pages, v_pages, src, slices, dst)
-    return seal_pages(k_pages, v_pages, src, slices, dst, layout)
+        return code(k_pages, v_pages, src, slices, dst, mean_query)
+    return seal_pages(k_pages, v_pages, src, slices, dst, layout, mean_query)
 
 
 def mixed_decode(

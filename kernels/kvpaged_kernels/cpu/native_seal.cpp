@@ -1,7 +1,7 @@
 // Full pages as coded slices: the scale of each group searched for, codes, parameters, checksums.
 //
 // What is coded lies with one group a lane: K as it is, channels side by side, V turned. The search
-// is that of reference/seal.py.
+// is that of reference/seal.py, the moving of codes that of reference/moves.py.
 
 #include <algorithm>
 
@@ -18,6 +18,7 @@ struct Seal {
     const int32_t* factors;  // of a checksum, for each word of a slice
     uint64_t* sums;          // [pages, layers, heads]
     float* errors;           // [pages, layers, heads, 2]
+    const float* mean_query;  // [layers, heads, K_DIM], or none
 };
 
 static inline Floats least_of(Floats a, Floats b) { return a < b ? a : b; }
@@ -26,7 +27,7 @@ static inline Floats size_of(Floats x) { return (Floats)((Ints)x & 0x7fffffff); 
 static inline Floats rounded(Floats x) { return x + 12582912.0f - 12582912.0f; }  // below 2^22
 
 // Codes of numbers from `base` on in steps.
-static inline Floats coded(Floats x, Floats base, Floats inverse, float top) {
+static inline Floats code_of(Floats x, Floats base, Floats inverse, float top) {
     const Floats code = (x - base) * inverse, none = {}, all = none + top;
     return rounded(least_of(most_of(code, none), all));
 }
@@ -53,7 +54,7 @@ static inline Ints search(const Floats* x, int count, Floats& base, Floats& step
         const Floats inverse = 1.0f / scale;
         Floats sums[2] = {};
         for (int i = 0; i < count; i++) {
-            const Floats off = from + scale * coded(x[i], from, inverse, TOP) - x[i];
+            const Floats off = from + scale * code_of(x[i], from, inverse, TOP) - x[i];
             sums[i % 2] += off * off;
         }
         const Floats sum = sums[0] + sums[1];
@@ -81,28 +82,103 @@ static inline void put_codes(const uint8_t* codes, uint8_t* to) {
     }
 }
 
-// Returns the largest error.
-static float seal_k(const Number* k, int64_t slot, uint8_t* head) {
-    alignas(64) Floats x[PAGE];
+constexpr int MOVES = 2, MOVE_BLOCK = 32;  // sealed.py's
+
+// Keys as they are coded: codes, a byte each, what is wrong with them, and steps of channels.
+struct Coded {
     alignas(64) uint8_t codes[PAGE][K_DIM];
+    alignas(64) float errors[PAGE][K_DIM], steps[PAGE / K_PER][K_DIM];
+};
+
+// Of VL tokens, a lane each: move that code of `count` channels by a step which lowers the cost of
+// all channels so far the most, if any does; `along` is query . error.
+static inline void move_code(
+    const float* query, const float* steps, int count, Floats* errors, Floats* codes, Floats& along
+) {
+    const Floats none = {}, one = none + 1, all = none + top_of(INT4);
+    Floats least = none;
+    Ints best = Ints{} - 1;
+    for (int d = 0; d < count; d++) {
+        const Floats by = along * query[d] > 0 ? none - steps[d] : none + steps[d];
+        const Floats across = by * query[d];
+        const Floats change = across * (2 * along + across) + by * (2 * errors[d] + by);
+        const Ints can = (by > 0 ? codes[d] < all : codes[d] > 0) & (change < least);
+        least = can ? change : least;
+        best = can ? Ints{} + d : best;
+    }
+    const Floats before = along;
+    for (int d = 0; d < count; d++) {
+        const Ints here = best == d, down = before * query[d] > 0;
+        const Floats up = here ? (down ? -one : one) : none;
+        codes[d] += up;
+        errors[d] += up * steps[d];
+        along += up * steps[d] * query[d];
+    }
+}
+
+// Returns the largest error.
+static float move_codes(const float* query, Coded& coded) {
+    constexpr int QUARTER = K_DIM / 4;
+    alignas(64) Floats errors[K_DIM], codes[K_DIM];
     Floats worst = {};
+    for (int t = 0; t < PAGE; t += VL) {
+        const float* steps = coded.steps[t / K_PER];
+        for (int d = 0; d < K_DIM; d += VL) {
+            for (int i = 0; i < VL; i++) {
+                memcpy(errors + d + i, coded.errors[t + i] + d, sizeof(Floats));
+                const Bytes bytes = load_bytes(coded.codes[t + i] + d);
+                codes[d + i] = converted<Floats>(converted<Ints>(bytes));
+            }
+            transpose(errors + d);
+            transpose(codes + d);
+        }
+        Floats along = {};
+        for (int start = 0; start < QUARTER; start += MOVE_BLOCK)
+            for (int first = start; first < K_DIM; first += QUARTER) {
+                const int count = std::min(MOVE_BLOCK, QUARTER - start);
+                for (int d = first; d < first + count; d++) along += query[d] * errors[d];
+                for (int i = 0; i < MOVES; i++)
+                    move_code(query + first, steps + first, count, errors + first, codes + first,
+                              along);
+            }
+        for (int d = 0; d < K_DIM; d += VL) {
+            for (int i = 0; i < VL; i++) worst = most_of(worst, size_of(errors[d + i]));
+            transpose(codes + d);
+            for (int i = 0; i < VL; i++) {
+                const Bytes bytes = converted<Bytes>(converted<Ints>(codes[d + i]));
+                memcpy(coded.codes[t + i] + d, &bytes, sizeof bytes);
+            }
+        }
+    }
+    return greatest(worst);
+}
+
+// Returns the largest error.
+static float seal_k(const Number* k, int64_t slot, const float* query, uint8_t* head) {
+    alignas(64) Floats x[PAGE];
+    Coded coded;
+    Floats most = {};
     for (int d = 0; d < K_DIM; d += VL) {
         for (int t = 0; t < PAGE; t++) x[t] = widen(k + t * slot + d);
         for (int t = 0; t < PAGE; t += K_PER) {
             Floats base = {}, step = {};
             const Words param = converted<Words>(search<K_FORM>(x + t, K_PER, base, step));
             memcpy(head + K_PARAMS + 2 * (t / K_PER * K_DIM + d), &param, sizeof param);
+            memcpy(coded.steps[t / K_PER] + d, &step, sizeof step);
             const Floats inverse = 1.0f / step;
             for (int i = t; i < t + K_PER; i++) {
-                const Floats code = coded(x[i], base, inverse, top_of(K_FORM));
-                worst = most_of(worst, size_of(base + step * code - x[i]));
+                const Floats code = code_of(x[i], base, inverse, top_of(K_FORM));
+                const Floats error = base + step * code - x[i];
+                most = most_of(most, size_of(error));
+                memcpy(coded.errors[i] + d, &error, sizeof error);
                 const Bytes bytes = converted<Bytes>(converted<Ints>(code));
-                memcpy(codes[i] + d, &bytes, sizeof bytes);
+                memcpy(coded.codes[i] + d, &bytes, sizeof bytes);
             }
         }
     }
-    for (int t = 0; t < PAGE; t++) put_codes<K_FORM, K_DIM>(codes[t], head + t * K_BYTES);
-    return greatest(worst);
+    const float worst = query ? move_codes(query, coded) : greatest(most);
+    for (int t = 0; t < PAGE; t++) put_codes<K_FORM, K_DIM>(coded.codes[t], head + t * K_BYTES);
+    return worst;
 }
 
 static float seal_v(const Number* v, int64_t slot, uint8_t* head) {
@@ -124,7 +200,7 @@ static float seal_v(const Number* v, int64_t slot, uint8_t* head) {
                 const Floats from = Floats{} + base[d / V_PER][i];
                 const Floats scale = Floats{} + step[d / V_PER][i];
                 const Floats given = widen(v + (t + i) * slot + d);
-                const Floats code = coded(given, from, 1.0f / scale, top_of(V_FORM));
+                const Floats code = code_of(given, from, 1.0f / scale, top_of(V_FORM));
                 worst = most_of(worst, size_of(from + scale * code - given));
                 const Bytes bytes = converted<Bytes>(converted<Ints>(code));
                 memcpy(codes + d, &bytes, sizeof bytes);
@@ -182,7 +258,9 @@ static void seal_head(const Seal& seal, int64_t unit) {
     uint8_t* to = seal.slices + seal.dst[page] * seal.slice_entry + layer * seal.slice_layer;
     to += head * HEAD;
     float* errors = seal.errors + 2 * unit;
-    errors[0] = K_WHOLE         ? seal_k(k, seal.k_slot, to)
+    const float* query = seal.mean_query;
+    if (query) query += (layer * seal.heads + head) * K_DIM;
+    errors[0] = K_WHOLE         ? seal_k(k, seal.k_slot, query, to)
                 : K_FORM == FP8 ? seal_fp8_k(k, seal.k_slot, to)
                                 : copy_tokens(k, seal.k_slot, K_DIM, to);
     errors[1] = V_WHOLE         ? seal_v(v, seal.v_slot, to)

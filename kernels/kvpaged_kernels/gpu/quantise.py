@@ -58,8 +58,8 @@ def _tried(low, high, step, TOP: tl.constexpr, UNIT: tl.constexpr):
 @triton.jit
 def quantise(x, there, ROWS: tl.constexpr, BITS: tl.constexpr):
     """Codes and parameters (int32 both) of `x`, fp32 of three dimensions, of which axis 1, with
-    `ROWS` axis 2 too, share one; and the largest absolute error. Where not `there` nothing counts
-    (without `ROWS`, whole groups are not there, and 0).
+    `ROWS` axis 2 too, share one; scales, and what codes stand for less `x` (fp32). Where not
+    `there` nothing counts (without `ROWS`, whole groups are not there, and 0).
 
     The scales from two steps above the first that holds the whole range to one below are
     tried; the one with the least sum of squared errors is taken.
@@ -83,7 +83,31 @@ def quantise(x, there, ROWS: tl.constexpr, BITS: tl.constexpr):
     param, scale, base = _tried(low, high, chosen, TOP, UNIT)
     code = _rounded((x - base) * (1.0 / scale), TOP)
     error = tl.where(there, base + scale * code - x, 0.0)
-    return code.to(tl.int32), param, tl.max(tl.abs(error))
+    return code.to(tl.int32), param, scale, error
+
+
+@triton.jit
+def move_codes(code, scale, error, query, along, TOP: tl.constexpr, MOVES: tl.constexpr):
+    """Codes (int32) of some channels, the last axis, moved towards the mean query, as
+    `reference.moves` does it: codes, their errors, and `along`, which is `query . error` over all
+    channels so far, with these. Where `query` is 0, codes stay.
+    """
+    along += tl.sum(error * query, 2, keep_dims=True)
+    number = tl.arange(0, code.shape[2])[None, None, :]
+    for _ in tl.static_range(MOVES):
+        down = along * query > 0
+        by = tl.where(down, -scale, scale)
+        across = by * query
+        change = across * (2 * along + across) + by * (2 * error + by)
+        moved = code + tl.where(down, -1, 1)
+        can = (query != 0) & (moved >= 0) & (moved <= TOP)
+        change = tl.where(can, change, float("inf"))
+        taken = number == tl.argmin(change, 2, keep_dims=True)
+        taken &= tl.min(change, 2, keep_dims=True) < 0
+        code = tl.where(taken, moved, code)
+        error += tl.where(taken, by, 0.0)
+        along += tl.sum(tl.where(taken, across, 0.0), 2, keep_dims=True)
+    return code, error, along
 
 
 @triton.jit

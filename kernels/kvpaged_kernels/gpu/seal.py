@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kvpaged_kernels.gpu.checksum import coefficients
 from kvpaged_kernels.gpu.launch import Launch
-from kvpaged_kernels.gpu.quantise import e4m3, quantise
+from kvpaged_kernels.gpu.quantise import e4m3, move_codes, quantise
 from kvpaged_kernels.gpu.sealed_pieces import EXACT, FP8, INT4, INT8, pieces_of
-from kvpaged_kernels.sealed import Receipt, SliceLayout
+from kvpaged_kernels.sealed import MOVE_BLOCK, MOVES, Receipt, SliceLayout
 from kvpaged_kernels.sealed_checks import check_seal
 
 _TILE = 2048
@@ -24,6 +24,7 @@ _TILE = 2048
 _EXACT = tl.constexpr(EXACT)
 _FP8 = tl.constexpr(FP8)
 _INT4 = tl.constexpr(INT4)
+_MOVES = tl.constexpr(MOVES)
 
 
 @triton.jit
@@ -73,9 +74,9 @@ def _seal_plain(
 
 @triton.jit
 def _seal_k(
-    pages, stride_slot, head, first,
+    pages, stride_slot, head, first, query,
     FORM: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr,
-    PARAMS: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARAMS: tl.constexpr, BLOCK_D: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     """K but where it is exact: `[group of tokens, token, channel]`; four channels of 4 bits make a
     word. Of e4m3 numbers the whole page is one group, whose middle is taken off.
@@ -86,6 +87,7 @@ def _seal_k(
     GROUPS: tl.constexpr = PAGE_SIZE // GROUP
     group = tl.arange(0, GROUPS)[:, None, None]
     slot = group * GROUP + tl.arange(0, GROUP)[None, :, None]
+    along = tl.zeros([GROUPS, GROUP, 1], tl.float32)
     total = tl.zeros([], tl.int64)
     worst = tl.zeros([], tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
@@ -103,7 +105,13 @@ def _seal_k(
                 param = middle.to(tl.int16, bitcast=True).to(tl.int32)
                 error = tl.max(tl.abs(value - x))
             else:
-                code, param, error = quantise(x, there, False, BITS)
+                code, param, scale, off = quantise(x, there, False, BITS)
+                if MOVED:
+                    toward = tl.load(query + dim, mask=there, other=0.0)
+                    code, off, along = move_codes(
+                        code, scale, off, toward, along, 2**BITS - 1, _MOVES
+                    )
+                error = tl.max(tl.abs(off))
             total += _write(head, first, PARAMS + group * DIM + dim, param, there)
             worst = tl.maximum(worst, error)
             words |= code << 4 * part
@@ -142,11 +150,11 @@ def _seal_v(
                 parts = part + tl.arange(0, ROWS)[None, :, None]
                 dim = parts * QUARTER + tile * WIDTH + column
                 x = tl.load(pages + slot * stride_slot + dim, mask=there, other=0.0)
-                code, param, error = quantise(x.to(tl.float32), there, True, BITS)
+                code, param, _, off = quantise(x.to(tl.float32), there, True, BITS)
                 group = (part * QUARTER + tile * WIDTH) // GROUP
                 at = PARAMS + group * PAGE_SIZE + slot
                 total += _write(head, first, at, param, slot >= 0)
-                worst = tl.maximum(worst, error)
+                worst = tl.maximum(worst, tl.max(tl.abs(off)))
                 words += tl.sum(code << 4 * parts, 1, keep_dims=True)
             if FORM == _INT4:
                 at = begin + slot * QUARTER + tile * WIDTH + column
@@ -167,6 +175,7 @@ def _seal(
     dst,
     sums,
     errors,
+    mean_query,
     stride_k_entry,
     stride_k_layer,
     stride_k_head,
@@ -192,6 +201,7 @@ def _seal(
     V_CODES: tl.constexpr,
     K_PARAMS: tl.constexpr,
     V_PARAMS: tl.constexpr,
+    MOVED: tl.constexpr,
     BLOCK_KT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_VT: tl.constexpr,
@@ -212,8 +222,8 @@ def _seal(
         )
     else:
         total, worst = _seal_k(
-            k_pages, stride_k_slot, head, first, K_FORM, K_DIM, PAGE_SIZE, K_GROUP,
-            K_PARAMS, BLOCK_K,
+            k_pages, stride_k_slot, head, first, mean_query + (layer * HEADS + kv_head) * K_DIM,
+            K_FORM, K_DIM, PAGE_SIZE, K_GROUP, K_PARAMS, BLOCK_K, MOVED,
         )  # fmt: skip
     tl.atomic_max(errors + number * 2, worst)
     if V_DIM > 0:
@@ -232,7 +242,7 @@ def _seal(
     tl.atomic_add(sums + number, total)
 
 
-def _k_constants(layout: SliceLayout) -> dict[str, Any]:
+def _k_constants(layout: SliceLayout, *, moved: bool) -> dict[str, Any]:
     """How K is worked through: by channels, all tokens of the page at a time."""
     pieces, size = pieces_of(layout, "K"), layout.page_size
     # Exact numbers are copied as 16-bit words.
@@ -240,7 +250,7 @@ def _k_constants(layout: SliceLayout) -> dict[str, Any]:
     width = triton.next_power_of_2(dim // 4 if pieces.form == INT4 else dim)
     block = max(1, _TILE // width), width
     if pieces.form != EXACT:
-        block = size, max(16, _TILE // size)
+        block = size, MOVE_BLOCK if moved else max(16, _TILE // size)
     return {
         "K_FORM": pieces.form,
         "K_GROUP": pieces.group or size,
@@ -274,7 +284,7 @@ def _v_constants(layout: SliceLayout) -> dict[str, Any]:
 
 def seal_launch(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, receipt: Receipt,
+    layout: SliceLayout, receipt: Receipt, mean_query: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """The launch of `seal`; `receipt` is zeros before. Reads shapes and strides only."""
     k, v = (
@@ -293,6 +303,7 @@ def seal_launch(
             "dst": dst,
             "sums": receipt.sums,
             "errors": receipt.errors,
+            "mean_query": receipt.errors if mean_query is None else mean_query,
             "stride_k_entry": k.stride(0),
             "stride_k_layer": k.stride(1),
             "stride_k_head": k.stride(2),
@@ -310,15 +321,17 @@ def seal_launch(
             "V_CODES": layout.v_codes // 2,
             "K_PARAMS": layout.k_params // 2,
             "V_PARAMS": layout.v_params // 2,
+            "MOVED": mean_query is not None,
         }
-        | _k_constants(layout)
+        | _k_constants(layout, moved=mean_query is not None)
         | _v_constants(layout),
     )
 
 
 def seal(
-    k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor, layout: SliceLayout
-) -> Receipt:
+    k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
+    layout: SliceLayout, mean_query: Tensor | None = None,
+) -> Receipt:  # fmt: skip
     """Code layers of full pages as slices of sealed ones.
 
     - `k_pages`, `v_pages`: `[entries, layers, kv_heads, page_size, k_dim or v_dim]` of the layout's
@@ -326,18 +339,20 @@ def seal(
     - `src`: int64 `[n]`, entries of the full pages.
     - `slices`: uint8 `[entries of sealed pages, layers, slice_bytes]`, last stride 1; written.
     - `dst`: int64 `[n]`, entries there, distinct.
+    - `mean_query`: fp32 `[layers, kv_heads, k_dim]`, contiguous, or `None`: keys of 4 bits are then
+      moved towards it (`reference.moves`).
 
     Codes are chosen in fp32: of the scales that are tried for a group, the one with the least sum
     of squared errors. Raises ValueError where shapes or dtypes disagree, or for groups that
     `sealed_pieces` can't read.
     """
-    check_seal(k_pages, v_pages, src, slices, dst, layout)
+    check_seal(k_pages, v_pages, src, slices, dst, layout, mean_query)
     shape = src.shape[0], k_pages.shape[1]
     receipt = Receipt(
         torch.zeros(shape, dtype=torch.int64, device=src.device),
         torch.zeros(*shape, 2, device=src.device),
     )
-    launch = seal_launch(k_pages, v_pages, src, slices, dst, layout, receipt)
+    launch = seal_launch(k_pages, v_pages, src, slices, dst, layout, receipt, mean_query)
     if receipt.sums.numel():
         launch.run(k_pages.device)
     return receipt
