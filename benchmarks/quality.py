@@ -11,8 +11,10 @@ replies of 500 tokens differ.
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,12 @@ from kvpaged.config import Backend
 from kvpaged.formats.kv import NAMED, KVFormat
 from kvpaged.likeness import Likeness
 from kvpaged.testing import models
+from kvpaged.tuning import tune
 
 MODELS = ("smollm2", "gemma3")
-FORMATS = ("exact", *NAMED)
+TUNED = "int4-tuned"
+"""int4 with what the model's queries are like (`kvpaged.tune`), measured on other text: code."""
+FORMATS = ("exact", *NAMED, TUNED)
 MORE = {
     "k4v8": KVFormat(name="k4v8", k="int4", v="int8"),
     "k16v4": KVFormat(name="k16v4", v="int4"),
@@ -116,12 +121,21 @@ def measure_divergence(
 
 
 def open_systems(
-    model: Any, formats: list[str], *, peers: bool, memory: int, backend: Backend | None
+    model: Any,
+    tokenizer: Any,
+    formats: list[str],
+    *,
+    peers: bool,
+    memory: int,
+    backend: Backend | None,
 ) -> tuple[dict[str, System], dict[str, str]]:
     """What is measured, the exact caches first, and why some peers are not."""
     systems, left_out = {}, {}
     for name in formats:
         given: str | KVFormat = "auto" if name == OWN else MORE.get(name, name)
+        if name == TUNED:
+            code = [inspect.getsource(argparse)]
+            given = replace(tune(model, code, tokenizer=tokenizer), name=name)
         systems[name] = paged(model, name, given, memory=memory, backend=backend)
     if peers:
         systems[PEER] = dynamic(model)
@@ -141,7 +155,12 @@ def measure(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     prefill, scored = (128, 64) if chosen.quick else (measures.PREFILL, measures.SCORED)
     most = max(1, 2 * 49_152 // model.config.vocab_size)  # logits of a window are 50 or 270 MB
     systems, left_out = open_systems(
-        model, chosen.formats, peers=chosen.peers, memory=chosen.memory, backend=chosen.backend
+        model,
+        tokenizer,
+        chosen.formats,
+        peers=chosen.peers,
+        memory=chosen.memory,
+        backend=chosen.backend,
     )
     rows = measures.windows(ids, chosen.windows, prefill + scored + 1)
     print(f"\n{name}: {len(rows)} windows of {prefill} + {scored} tokens", file=sys.stderr)

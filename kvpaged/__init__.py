@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvpaged.calibration import Calibration, calibrate
     from kvpaged.lsm.store import TensorStore
     from kvpaged.tiers.disk import DiskTier
+    from kvpaged.tuning import tune
 
 __all__ = [
     "Calibration",
@@ -36,18 +37,23 @@ __all__ = [
     "TokenBatch",
     "TokenEvent",
     "calibrate",
+    "tune",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
     """`TensorStore` and `DiskTier` when first asked for, because only a store needs zstandard and
-    xxhash; `calibrate` because few ever do.
+    xxhash; `calibrate` and `tune` because few ever do.
     """
     if name in ("Calibration", "calibrate"):
         from kvpaged import calibration
 
         return getattr(calibration, name)
+    if name == "tune":
+        from kvpaged.tuning import tune
+
+        return tune
     if name == "DiskTier":
         from kvpaged.tiers.disk import DiskTier
 

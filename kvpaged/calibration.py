@@ -11,18 +11,19 @@ whether they do add up is measured with the chosen ones, on other windows.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvpaged.cache import PagedKVCache
 from kvpaged.config import Backend
-from kvpaged.errors import ConfigError, UsageError
+from kvpaged.errors import ConfigError
 from kvpaged.formats.choice import Option, choose
 from kvpaged.formats.kv import CODES, EXACT, KVFormat, slice_layout
+from kvpaged.integrations.queries import mean_queries
 from kvpaged.likeness import Kind, Measured, Probe
+from kvpaged.texts import Texts, ids_of, windows_of
 
 TRIES = 5
 """Choices that are measured before the best that held is taken."""
@@ -116,7 +117,7 @@ class Calibration:
 
 def calibrate(
     model: Any,
-    texts: Sequence[str] | Sequence[Sequence[int]],
+    texts: Texts,
     *,
     budget: float = 0.005,
     formats: Sequence[str] = ("fp8", "int8", "int4"),
@@ -132,7 +133,8 @@ def calibrate(
 ) -> Calibration:
     """Choose how each layer of a model codes K and V, for the fewest bits within a budget.
 
-    Each layer's K and V are coded by themselves, as the coarsest of `formats`, and their effect on
+    What the model's queries are like is measured first, and keys of 4 bits are coded towards it, as
+    with `tune`. Then each layer's K and V are coded by themselves, as the coarsest of `formats`, and their effect on
     the windows is measured (two passes a layer); that of a finer code where the coarse one does too
     much. What is chosen is measured on held-out windows, and chosen again where it misses the
     budget or leaves much of it.
@@ -168,7 +170,7 @@ def calibrate(
             "a calibration has a budget above 0, windows to measure and to hold out, of at least "
             f"{(keep + 2) * page_size} tokens; got {budget}, {windows}, {held_out}, {length}"
         )
-    rows = _windows(_ids(texts, tokenizer), windows + held_out, length).to(model.device)
+    rows = windows_of(ids_of(texts, tokenizer), windows + held_out, length).to(model.device)
     own = [n * (windows + held_out) // windows for n in range(windows)]
     others = [n for n in range(len(rows)) if n not in own]
     work = _Work(model, codes, page_size, keep, memory, backend, say or _nothing)
@@ -177,28 +179,6 @@ def calibrate(
 
 def _nothing(line: str) -> None:
     pass
-
-
-def _ids(texts: Sequence[str] | Sequence[Sequence[int]], tokenizer: Any) -> list[int]:
-    ids: list[int] = []
-    for text in texts:
-        if isinstance(text, str):
-            if tokenizer is None:
-                raise UsageError("texts that are strings need a tokenizer")
-            text = tokenizer(text, verbose=False)["input_ids"]
-        ids += [int(token) for token in text]
-    return ids
-
-
-def _windows(ids: Sequence[int], count: int, length: int) -> Tensor:
-    """`count` windows of `length` tokens and the next, evenly spaced: int64."""
-    need = count * (length + 1)
-    if len(ids) < need:
-        raise UsageError(
-            f"{count} windows of {length} tokens need {need} tokens of text, there are {len(ids)}"
-        )
-    starts = [n * (len(ids) - length - 1) // max(count - 1, 1) for n in range(count)]
-    return torch.tensor([list(ids[start : start + length + 1]) for start in starts])
 
 
 class _Work:
@@ -210,12 +190,15 @@ class _Work:
     ) -> None:  # fmt: skip
         self._model, self._codes, self._keep, self._say = model, list(codes), keep, say
         self._coarsest = min(self._codes, key=BITS.__getitem__)
+        self._base = KVFormat(name="calibrated", keep=keep)
         self._options: dict[str, Any] = {
             "memory": memory, "page_size": page_size, "backend": backend,
         }  # fmt: skip
 
     def calibrate(self, own: Tensor, others: Tensor, budget: float) -> Calibration:
         """See `calibrate`: `own` windows are for harms, `others` for choices."""
+        if "int4" in self._codes:
+            self._base = self._base.with_mean_queries(mean_queries(self._model, own[:, :-1]))
         probe = Probe(self._model, own, self._cache)
         ways = self._ways(probe)
         harm = self._harms(probe, ways)
@@ -225,6 +208,10 @@ class _Work:
             uniform[code] = held_out.measure(self._format(dict.fromkeys(ways, (code, code))))
             self._say(f"{code} in all layers: {uniform[code]}")
         chosen, measured = self._choose(probe, held_out, ways, harm, budget)
+        chosen = replace(chosen, mean_queries={
+            layer: mean for layer, mean in chosen.mean_queries.items()
+            if chosen.codes(layer)[0] == "int4"
+        })  # fmt: skip
         collapses = tuple(
             code for code, found in uniform.items()
             if found.kl > COLLAPSE_KL or found.change > COLLAPSE_CHANGE
@@ -242,7 +229,7 @@ class _Work:
         )  # fmt: skip
 
     def _format(self, layers: Mapping[int, tuple[str, str]]) -> KVFormat:
-        return KVFormat(name="calibrated", layers=dict(layers), keep=self._keep)
+        return replace(self._base, layers=dict(layers))
 
     def _ways(self, probe: Probe) -> Ways:
         """By layer: the ways to code it, with the bytes each takes in a page."""
@@ -318,7 +305,7 @@ class _Work:
         What is aimed at starts as the budget, and is moved by how much of it the last choice used.
         """
         limit = aim = math.log1p(budget)
-        best = KVFormat(name="calibrated", keep=self._keep)
+        best = self._base
         measured = held_out.measure(best)
         tried: list[dict[int, tuple[str, str]]] = []
         for _ in range(TRIES):

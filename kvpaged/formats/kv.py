@@ -1,11 +1,15 @@
 """How the pages of a cache hold K and V once they are full: by name, or layer by layer."""
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from kvpaged.errors import ConfigError
 from kvpaged.geometry import LayerGroup, PageGeometry, SealedGeometry
@@ -32,6 +36,8 @@ IDS = {"fp8": 1, "int8": 2, "k8v4": 3, "int4": 4}
 BY_LAYER = 5
 """The id of every format whose layers differ: their pages' keys say which it is."""
 
+_HALF = 65504.0
+
 V_GROUP = 32
 """Elements of a token that share them: so many, or the next whole number of quarters of the width,
 which kernels read apart.
@@ -49,6 +55,10 @@ class KVFormat:
         layers: by a model's layer number: how it codes K and V, where that is other than `k`, `v`.
         keep: pages of a sequence, from the first on, that stay exact: attention sinks, the first
             tokens, are attended to by all others.
+        mean_queries: by a model's layer number: what its queries are like, fp16 `[kv_heads,
+            k_width]` as little-endian bytes. Keys of 4 bits are coded so that their errors cancel
+            for queries like these, at the same size (`kvpaged.tune` measures them,
+            `with_mean_queries` takes them). Of other layers, nothing is known.
     """
 
     name: str = "auto"
@@ -56,6 +66,7 @@ class KVFormat:
     v: str = EXACT
     layers: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     keep: int = 1
+    mean_queries: Mapping[int, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for k, v in ((self.k, self.v), *self.layers.values()):
@@ -63,6 +74,12 @@ class KVFormat:
                 raise ConfigError(f"K and V are coded as {', '.join(CODES)}; got {k!r} and {v!r}")
         if self.keep < 0:
             raise ConfigError(f"a format keeps 0 or more pages exact, got {self.keep}")
+        for layer, given in self.mean_queries.items():
+            if not given or len(given) % 2 or not np.isfinite(np.frombuffer(given, "<f2")).all():
+                raise ConfigError(
+                    f"the mean query of layer {layer} is not finite numbers of fp16, but "
+                    f"{len(given)} bytes"
+                )
 
     @classmethod
     def of(cls, given: "str | KVFormat", dtypes: set[torch.dtype]) -> "KVFormat":
@@ -102,7 +119,39 @@ class KVFormat:
         if all(codes == (EXACT, EXACT) for codes in every):
             return None
         layouts = tuple(slice_layout(group.geometry, k, v) for k, v in every)
-        return SealedGeometry(exact=group.geometry, layouts=layouts, form=self.id)
+        queries = tuple(self._mean_query(layer, group.geometry) for layer in group.layers)
+        return SealedGeometry(
+            exact=group.geometry, layouts=layouts, form=self.id,
+            mean_queries=queries if any(queries) else (),
+        )  # fmt: skip
+
+    def _mean_query(self, layer: int, geometry: PageGeometry) -> bytes:
+        """What keys of a layer are moved towards, if they are of 4 bits."""
+        given = self.mean_queries.get(layer, b"")
+        shape = geometry.kv_heads, geometry.k_width
+        if given and len(given) != 2 * shape[0] * shape[1]:
+            raise ConfigError(
+                f"the mean query of layer {layer} has {len(given) // 2} numbers, its keys have "
+                f"{shape[0]} heads of {shape[1]}"
+            )
+        return given if self.codes(layer)[0] == "int4" else b""
+
+    def with_mean_queries(self, given: Mapping[int, Tensor]) -> "KVFormat":
+        """This format for a model whose queries are like these.
+
+        Args:
+            given: by a model's layer number, `[kv_heads, k_width]`: for the query heads of each KV
+                head, the direction that most of their square lies in, as long as the root of its
+                share over that of an average channel of the rest.
+
+        Raises:
+            ConfigError: numbers that are not finite.
+        """
+        packed = {
+            layer: mean.detach().clamp(-_HALF, _HALF).to("cpu", torch.float16).numpy().tobytes()
+            for layer, mean in given.items()
+        }
+        return replace(self, mean_queries=packed)
 
     @property
     def id(self) -> int:
@@ -116,6 +165,9 @@ class KVFormat:
         document = {
             "kvpaged_kv_format": 1, "name": self.name, "k": self.k, "v": self.v,
             "keep": self.keep, "layers": {str(n): list(kv) for n, kv in self.layers.items()},
+            "mean_queries": {
+                str(n): base64.b64encode(given).decode() for n, given in self.mean_queries.items()
+            },
         }  # fmt: skip
         return json.dumps(document, indent=1)
 
@@ -131,7 +183,11 @@ class KVFormat:
             if given.pop("kvpaged_kv_format") != 1:
                 raise ConfigError("a KVFormat of another version")
             layers = {int(n): (str(k), str(v)) for n, (k, v) in given.pop("layers").items()}
-            return cls(layers=layers, **given)
+            queries = {
+                int(n): base64.b64decode(text, validate=True)
+                for n, text in given.pop("mean_queries", {}).items()
+            }
+            return cls(layers=layers, mean_queries=queries, **given)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"not a KVFormat in JSON: {error!r}") from None
 
@@ -139,8 +195,13 @@ class KVFormat:
         """What makes pages of one format different from another's: part of a namespace."""
         if not self.layers and (self.k, self.v) == (EXACT, EXACT):
             return b""
-        layers = sorted(self.layers.items())
-        return repr((self.k, self.v, layers, self.keep)).encode() + b"\0"
+        parts: tuple[Any, ...] = (self.k, self.v, sorted(self.layers.items()), self.keep)
+        if self.mean_queries:
+            digest = hashlib.blake2b(digest_size=16)
+            for layer, given in sorted(self.mean_queries.items()):
+                digest.update(f"{layer} {len(given)} ".encode() + given)
+            parts = (*parts, digest.hexdigest())
+        return repr(parts).encode() + b"\0"
 
 
 def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpaged.errors import UnsupportedModelError, UsageError
 from kvpaged.geometry import LayerGroup
 from kvpaged.integrations.lengths import LengthRule
-from kvpaged.integrations.probe import LayerFacts, ProbeCache, group_layers
+from kvpaged.integrations.probe import LayerFacts, Onlooker, ProbeCache, group_layers
 from kvpaged_kernels.cpu.lane import Lane, attend_lane
 
 NAME = "kvpaged"
@@ -337,7 +337,7 @@ def attention(
             tag.session.note_attended(tag.layer)
             return attend_lane(query, lane, scale).transpose(1, 2), None
         return tag.session.attend(tag.layer, query, scaling, window, softcap, sinks), None
-    if isinstance(tag, LayerFacts):
+    if isinstance(tag, Onlooker):
         tag.note_attention(query, kwargs)
     session = _session_running()
     layer = getattr(module, "layer_idx", None)

@@ -2,6 +2,7 @@
 configs.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,18 @@ from kvpaged.errors import ConfigError, UnsupportedModelError
 from kvpaged.geometry import LayerGroup, PageGeometry
 
 
+class Onlooker(ABC):
+    """What a cache that only looks leaves on the keys of a layer; the model's own implementation
+    computes attention.
+    """
+
+    @abstractmethod
+    def note_attention(self, query: Tensor, kwargs: dict[str, Any]) -> None:
+        """Told what attention gets: queries `[rows, q_heads, columns, k_width]`, and the rest."""
+
+
 @dataclass(slots=True)
-class LayerFacts:
+class LayerFacts(Onlooker):
     """What one layer handed to the cache and to attention.
 
     Attributes:

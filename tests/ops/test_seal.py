@@ -221,8 +221,13 @@ def test_nothing_to_seal():
         ({"src": torch.zeros(2, dtype=torch.int32)}, "int64"),
         ({"mean_query": torch.zeros(1, 2, 32)}, "mean queries are fp32"),
         ({"mean_query": torch.zeros(1, 2, 64, dtype=BF16)}, "mean queries are fp32"),
-        ({"layout": make("int8", "int4", BF16, 32, 64, 96, 32, 24),
-          "mean_query": torch.zeros(1, 2, 64)}, "keys of 4 bits"),
+        (
+            {
+                "layout": make("int8", "int4", BF16, 32, 64, 96, 32, 24),
+                "mean_query": torch.zeros(1, 2, 64),
+            },
+            "keys of 4 bits",
+        ),
     ],
 )
 def test_refusals(change, message):

@@ -164,7 +164,8 @@ def _moved(codes: Tensor, scale: Tensor, error: Tensor, u: Tensor) -> Tensor:
                 code, off = code + taken * up, off + taken * by
                 along = along + (taken * across).sum(-1, keepdim=True)
             out[..., part, mine] = code
-    return out.flatten(-2).to(torch.uint8)
+    moved: Tensor = out.flatten(-2).to(torch.uint8)
+    return moved
 
 
 def _e4m3(x: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""What queries of a model's layers are like: the direction that most of their square lies in."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvpaged.integrations.attention import TAG, prepare
+from kvpaged.integrations.probe import Onlooker
+
+
+class _Moment(Onlooker):
+    """The sum of `q q'` over the queries of a layer, for each KV head: fp32, `[kv_heads, k_width,
+    k_width]`.
+    """
+
+    def __init__(self, kv_heads: int) -> None:
+        self._kv_heads = kv_heads
+        self.total: Tensor | None = None
+
+    def note_attention(self, query: Tensor, kwargs: dict[str, Any]) -> None:
+        """Add a pass's."""
+        of = query.transpose(0, 1).unflatten(0, (self._kv_heads, -1)).flatten(1, 3).float()
+        each = of.transpose(1, 2) @ of
+        self.total = each if self.total is None else self.total + each
+
+
+class _OnlookingCache(Cache):
+    """A cache for a row in one pass: hands its keys back, with the layer's moment on them."""
+
+    def __init__(self, moments: dict[int, _Moment]) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self._moments = moments
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Leave the moment of layer `layer_idx`."""
+        moment = self._moments.setdefault(layer_idx, _Moment(key_states.shape[1]))
+        setattr(key_states, TAG, moment)
+        return key_states, value_states
+
+
+@torch.inference_mode()
+def mean_queries(model: Any, rows: Tensor) -> dict[int, Tensor]:
+    """Of a model that `for_model` serves, by layer number: fp32 `[kv_heads, k_width]`, what
+    `KVFormat.with_mean_queries` takes.
+
+    Per KV head, with the second moment `M` of its query heads' queries, `v` its eigenvector of the
+    largest eigenvalue `w`, and `r` the mean of the other eigenvalues: `v * sqrt(w / r)`, its
+    largest number positive.
+
+    Args:
+        model: a `transformers` causal LM, in eval mode.
+        rows: int64 `[rows, tokens]`; a pass is made for each.
+
+    Raises:
+        UnsupportedModelError, UsageError: see `for_model`.
+    """
+    preparation, _ = prepare(model, 64)
+    moments: dict[int, _Moment] = {}
+    try:
+        for row in rows.to(model.device).split(1):
+            model(row, past_key_values=_OnlookingCache(moments), logits_to_keep=1)
+    finally:
+        preparation.release()
+    totals = {layer: moment.total for layer, moment in moments.items()}
+    return {layer: _principal(total) for layer, total in totals.items() if total is not None}
+
+
+def _principal(moment: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(moment.double().cpu())
+    rest = values[:, :-1].mean(1).clamp(min=1e-30)
+    main = vectors[:, :, -1] * (values[:, -1] / rest).clamp(min=0).sqrt()[:, None]
+    largest = main.gather(1, main.abs().argmax(1, keepdim=True))
+    made: Tensor = (main * largest.sign()).float()
+    return made
