@@ -121,14 +121,9 @@ def measure_divergence(
 
 
 def open_systems(
-    model: Any,
-    tokenizer: Any,
-    formats: list[str],
-    *,
-    peers: bool,
-    memory: int,
+    model: Any, tokenizer: Any, formats: list[str], *, peers: bool, memory: int,
     backend: Backend | None,
-) -> tuple[dict[str, System], dict[str, str]]:
+) -> tuple[dict[str, System], dict[str, str]]:  # fmt: skip
     """What is measured, the exact caches first, and why some peers are not."""
     systems, left_out = {}, {}
     for name in formats:

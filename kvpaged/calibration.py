@@ -20,7 +20,7 @@ from kvpaged.cache import PagedKVCache
 from kvpaged.config import Backend
 from kvpaged.errors import ConfigError
 from kvpaged.formats.choice import Option, choose
-from kvpaged.formats.kv import CODES, EXACT, KVFormat, slice_layout
+from kvpaged.formats.kv import CODES, EXACT, KVFormat, is_int4, slice_layout
 from kvpaged.integrations.queries import mean_queries
 from kvpaged.likeness import Kind, Measured, Probe
 from kvpaged.texts import Texts, ids_of, windows_of
@@ -31,16 +31,16 @@ TRIES = 5
 NEAR = 0.85
 """A choice that uses this much of the budget is not improved upon."""
 
-AT_MOST_BETTER = 400.0
-"""No code does less harm than this part of the coarsest one's: 8 bits have 17 times finer steps
-than 4, and harm goes with their square.
+LEAST = {"int4g64": 1.0, "int4": 1 / 2.5, "int4g16": 1 / 5, "int8": 1 / 400, "fp8": 1 / 400}
+"""No code does less harm than this beside the others: 8 bits have 17 times finer steps than 4, half
+as many numbers that share a scale at most 1.5 times finer ones, and harm goes with their square.
 """
 
 COLLAPSE_KL, COLLAPSE_CHANGE = 0.2, 0.2
 """A format is said to collapse beyond this divergence, or this rise of the perplexity."""
 
-BITS = {"fp8": 8, "int8": 8, "int4": 4}
-
+BITS = {"fp8": 8.0, "int8": 8.0, "int4g16": 5.0, "int4": 4.5, "int4g64": 4.25}
+"""About as many as codes have, of pages of 64."""
 
 KINDS = ("k", "v")
 
@@ -120,7 +120,7 @@ def calibrate(
     texts: Texts,
     *,
     budget: float = 0.005,
-    formats: Sequence[str] = ("fp8", "int8", "int4"),
+    formats: Sequence[str] = ("fp8", "int8", "int4g16", "int4", "int4g64"),
     tokenizer: Any = None,
     page_size: int = 64,
     keep: int = 1,
@@ -134,10 +134,10 @@ def calibrate(
     """Choose how each layer of a model codes K and V, for the fewest bits within a budget.
 
     What the model's queries are like is measured first, and keys of 4 bits are coded towards it, as
-    with `tune`. Then each layer's K and V are coded by themselves, as the coarsest of `formats`, and their effect on
-    the windows is measured (two passes a layer); that of a finer code where the coarse one does too
-    much. What is chosen is measured on held-out windows, and chosen again where it misses the
-    budget or leaves much of it.
+    with `tune`. Then each layer's K and V are coded by themselves, as the coarsest of `formats`,
+    and their effect on the windows is measured (two passes a layer); that of a finer code where the
+    coarse one does too much. What is chosen is measured on held-out windows, and chosen again where
+    it misses the budget or leaves much of it.
 
     Best done with the model in fp32. In 16 bits what is coded turns roundings over all the way up,
     so each divergence has a floor, and floors add up; the choice holds its budget all the same, for
@@ -197,7 +197,7 @@ class _Work:
 
     def calibrate(self, own: Tensor, others: Tensor, budget: float) -> Calibration:
         """See `calibrate`: `own` windows are for harms, `others` for choices."""
-        if "int4" in self._codes:
+        if any(map(is_int4, self._codes)):
             self._base = self._base.with_mean_queries(mean_queries(self._model, own[:, :-1]))
         probe = Probe(self._model, own, self._cache)
         ways = self._ways(probe)
@@ -210,7 +210,7 @@ class _Work:
         chosen, measured = self._choose(probe, held_out, ways, harm, budget)
         chosen = replace(chosen, mean_queries={
             layer: mean for layer, mean in chosen.mean_queries.items()
-            if chosen.codes(layer)[0] == "int4"
+            if is_int4(chosen.codes(layer)[0])
         })  # fmt: skip
         collapses = tuple(
             code for code, found in uniform.items()
@@ -265,7 +265,8 @@ class _Work:
         """The harm of a code: measured, or the least there can be."""
         if code == EXACT:
             return 0.0
-        return harm[of].get(code, harm[of][self._coarsest] / AT_MOST_BETTER)
+        least = LEAST[code] / LEAST[self._coarsest]
+        return harm[of].get(code, harm[of][self._coarsest] * least)
 
     # -- what is chosen ----------------------------------------------------------------------------
 

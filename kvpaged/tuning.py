@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvpaged.errors import ConfigError
-from kvpaged.formats.kv import KVFormat
+from kvpaged.formats.kv import KVFormat, is_int4
 from kvpaged.texts import Texts, ids_of, windows_of
 
 
@@ -49,7 +49,7 @@ def tune(
     from kvpaged.integrations.queries import mean_queries
 
     given = KVFormat.of(kv_format, {getattr(model, "dtype", torch.float32)})
-    if "int4" not in (given.k, *(k for k, _ in given.layers.values())):
+    if not any(map(is_int4, (given.k, *(k for k, _ in given.layers.values())))):
         raise ConfigError(f"a format without keys of 4 bits is not tuned: got {given}")
     if windows < 1 or length < 64:
         raise ConfigError(f"1 window and 64 tokens are the least, got {windows} and {length}")

@@ -46,6 +46,13 @@ def test_a_page_of_int4_is_of_four_and_a_half_bits(head_dim, page_size):
         assert other.bits_per_element() <= most
 
 
+@pytest.mark.parametrize(("code", "bits"), [("int4g16", 5.0), ("int4", 4.5), ("int4g64", 4.25)])
+def test_groups_of_int4_decide_its_bits(code, bits):
+    sealed = KVFormat(k=code, v=code).sealed(group(geometry(64, 64)))
+    assert sealed is not None
+    assert sealed.bits_per_element() == bits
+
+
 @pytest.mark.parametrize(("tokens", "least"), [(8000, 3.3), (1500, 2.8)])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_all_that_a_sequence_holds_by_arithmetic(head_dim, tokens, least):
@@ -142,7 +149,7 @@ def test_formats_that_are_not(kv_format, message):
 
 
 def test_formats_made_wrong():
-    with pytest.raises(ConfigError, match="K and V are coded as exact, fp8, int8, int4; got 'fp8'"):
+    with pytest.raises(ConfigError, match=r"are coded as exact, fp8, int8, int4, .* got 'fp8'"):
         KVFormat(k="fp8", v="int3")
     with pytest.raises(ConfigError, match="0 or more pages exact, got -1"):
         KVFormat(k="fp8", v="fp8", keep=-1)

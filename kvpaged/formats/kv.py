@@ -16,8 +16,10 @@ from kvpaged.geometry import LayerGroup, PageGeometry, SealedGeometry
 from kvpaged_kernels.sealed import Part, SliceLayout
 
 EXACT = "exact"
-CODES = (EXACT, "fp8", "int8", "int4")
-"""How K or V of a layer can be coded."""
+CODES = (EXACT, "fp8", "int8", "int4", "int4g16", "int4g64")
+"""How K or V of a layer can be coded: `g` and how many share a scale and a zero point, where these
+are not as many as usual (`GROUPS`).
+"""
 
 NAMED = {
     "fp8": ("fp8", "fp8"), "int8": ("int8", "int8"), "k8v4": ("int8", "int4"),
@@ -28,8 +30,11 @@ NAMED = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Names of exact formats, each for models of that dtype alone."""
 
-K_GROUP = {"int8": 64, "int4": 32}
-"""Tokens of a channel that share a scale and a zero point, at most a page's."""
+GROUPS = {"int8": (64, 32), "int4": (32, 32), "int4g16": (16, 16), "int4g64": (64, 64)}
+"""How many share a scale and a zero point: in K tokens of a channel, at most a page's; in V
+elements of a token, so many or the next whole number of quarters of the width, which kernels read
+apart.
+"""
 
 IDS = {"fp8": 1, "int8": 2, "k8v4": 3, "int4": 4}
 """Ids of formats in records, never renumbered; exact pages are of format 0."""
@@ -38,10 +43,10 @@ BY_LAYER = 5
 
 _HALF = 65504.0
 
-V_GROUP = 32
-"""Elements of a token that share them: so many, or the next whole number of quarters of the width,
-which kernels read apart.
-"""
+
+def is_int4(code: str) -> bool:
+    """Whether numbers are coded in 4 bits."""
+    return code.startswith("int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +139,7 @@ class KVFormat:
                 f"the mean query of layer {layer} has {len(given) // 2} numbers, its keys have "
                 f"{shape[0]} heads of {shape[1]}"
             )
-        return given if self.codes(layer)[0] == "int4" else b""
+        return given if is_int4(self.codes(layer)[0]) else b""
 
     def with_mean_queries(self, given: Mapping[int, Tensor]) -> "KVFormat":
         """This format for a model whose queries are like these.
@@ -214,14 +219,14 @@ def slice_layout(geometry: PageGeometry, k: str, v: str) -> SliceLayout:
     if not width:
         raise ConfigError("pages without V are not compressed: leave kv_format at 'auto'")
     quarter = max(width // 4, 1)
-    v_group = min(width, quarter * -(-V_GROUP // quarter))
-    v_group = width if width % v_group else v_group
+    v_group = min(width, quarter * -(-GROUPS.get(v, (0, 0))[1] // quarter))
+    v_group = width if v_group and width % v_group else v_group
     bits = 8 * geometry.itemsize
     parts = [
         Part("exact", bits) if code == EXACT
         else Part("fp8", 8) if code == "fp8"
-        else Part("int", int(code[3:]), group)
-        for code, group in ((k, min(K_GROUP.get(k, 0), size)), (v, v_group))
+        else Part("int", 4 if is_int4(code) else 8, group)
+        for code, group in ((k, min(GROUPS.get(k, (0, 0))[0], size)), (v, v_group))
     ]  # fmt: skip
     try:
         return SliceLayout.of(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from kvpaged import PagedKVCache
+from kvpaged import PagedKVCache, tune
 from kvpaged.formats.kv import KVFormat
 from tests.hf.tiny import generate, tiny
 
@@ -22,6 +22,7 @@ FORMATS: dict[str, str | KVFormat] = {
     "by layer": KVFormat(
         name="by layer", k="int4", v="int4", layers={0: ("int8", "exact"), 1: ("exact", "fp8")}
     ),
+    "tuned": KVFormat(name="tuned", k="int4g16", v="int4"),  # with what a model's queries are like
 }  # fmt: skip
 
 
@@ -55,9 +56,11 @@ class Reply(NamedTuple):
 
 def make(model: Any, kv_format: str, *, memory: str = "4MiB", **options: Any) -> PagedKVCache:
     """A cache of pages of 16 tokens."""
-    return PagedKVCache.for_model(
-        model, memory, page_size=PAGE, kv_format=FORMATS[kv_format], **options
-    )
+    given = FORMATS[kv_format]
+    if kv_format == "tuned":
+        text = torch.arange(200) * 37 % 101 + 5
+        given = tune(model, [text.tolist()], kv_format=given, length=96)
+    return PagedKVCache.for_model(model, memory, page_size=PAGE, kv_format=given, **options)
 
 
 def replied(model: Any, past: Any, prompt: torch.Tensor, new: int, **options: Any) -> Reply:

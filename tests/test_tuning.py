@@ -1,0 +1,195 @@
+"""`tune`: what queries of a model are like, and formats that know it."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvpaged import KVFormat, PagedKVCache, tune
+from kvpaged.errors import ConfigError, UsageError
+from kvpaged.geometry import LayerGroup, PageGeometry
+from kvpaged.integrations.queries import mean_queries
+from kvpaged.pages.mixed import MixedClass
+from tests.hf.compressed import hybrid
+from tests.hf.tiny import ids, tiny
+
+PAGE = 16
+TEXT = [ids(1, 400, seed=5)[0].tolist()]
+
+
+def alike() -> Any:
+    """A tiny model whose queries have much in common, in all heads that share keys, and turn
+    slowly.
+    """
+    slow = {"rope_type": "default", "rope_theta": 1e7}
+    model = tiny(attention_bias=True, initializer_range=0.1, head_dim=64, rope_parameters=slow)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            same = 3 * torch.randn(2, 1, 64).expand(2, 2, 64)
+            layer.self_attn.q_proj.bias.copy_(same.flatten())
+    return model
+
+
+def seen(model: Any, rows: Tensor) -> dict[int, Tensor]:
+    """The second moments of queries, as another attention function sees them."""
+    moments: dict[int, Tensor] = {}
+
+    def look(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+        heads = k.shape[1]
+        each = q.double().view(len(q), heads, -1, *q.shape[2:])
+        moment = torch.einsum("nhgtd,nhgte->hde", each, each)
+        moments[module.layer_idx] = moments.get(module.layer_idx, torch.zeros(())) + moment
+        return sdpa_attention_forward(module, q, k, *args, **kwargs)
+
+    AttentionInterface.register("looking", look)
+    AttentionMaskInterface.register("looking", sdpa_mask)
+    model.set_attn_implementation("looking")
+    with torch.inference_mode():
+        model(rows)
+    return moments
+
+
+@pytest.mark.parametrize("make", [tiny, alike, hybrid])
+def test_the_direction_and_its_length_are_of_the_second_moment(make):
+    rows = ids(2, 100, seed=1)
+    found = mean_queries(make(), rows)
+    for layer, moment in seen(make(), rows).items():
+        values, vectors = torch.linalg.eigh(moment)
+        assert found[layer].shape == moment.shape[:2]
+        for head, mean in enumerate(found[layer].double()):
+            share = values[head, -1] / values[head, :-1].mean()
+            assert mean.square().sum().item() == pytest.approx(share.item(), rel=1e-4)
+            cosine = mean @ vectors[head, :, -1] / mean.norm()
+            assert abs(cosine.item()) == pytest.approx(1, abs=1e-5)
+            assert mean[mean.abs().argmax()] > 0
+
+
+def test_the_model_is_left_as_it_was_and_found_the_same_again():
+    model = alike()
+    before = model.config._attn_implementation
+    rows = ids(1, 50)
+    with torch.inference_mode():
+        exact = model(rows).logits
+        first = tune(model, TEXT, length=128)
+        assert torch.equal(model(rows).logits, exact)
+    assert model.config._attn_implementation == before
+    assert tune(model, TEXT, length=128) == first
+    assert set(first.mean_queries) == {0, 1}
+
+
+def test_what_an_open_cache_holds_stays():
+    model = alike()
+    prompt = ids(1, 70)
+    with PagedKVCache.for_model(model, "4MiB", page_size=PAGE) as cache:
+        with cache.session(prompt) as past, torch.inference_mode():
+            model(prompt, past_key_values=past)
+        tune(model, TEXT, length=128)
+        with cache.session(prompt) as past:
+            assert past.reused == 64
+        cache.check_integrity()
+
+
+def error_of(model: Any, kv_format: KVFormat, rows: Tensor, exact: Tensor) -> float:
+    """The mean divergence of predictions over keys coded so."""
+    with (
+        PagedKVCache.for_model(model, "4MiB", page_size=PAGE, kv_format=kv_format) as cache,
+        cache.session(rows) as past,
+        torch.inference_mode(),
+    ):
+        found = model(rows, past_key_values=past).logits
+    p, q = exact.log_softmax(-1), found.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_keys_tuned_do_less_harm_and_are_as_large():
+    model, rows = alike(), ids(4, 300, seed=9)
+    with torch.inference_mode():
+        exact = model(rows).logits
+    plain = KVFormat(name="keys", k="int4")
+    tuned = tune(model, TEXT, kv_format=plain, length=256, windows=1)
+    assert error_of(model, tuned, rows, exact) < 0.6 * error_of(model, plain, rows, exact)
+    group = group_of(2, 64)
+    sealed, others = tuned.sealed(group), plain.sealed(group)
+    assert sealed is not None
+    assert others is not None
+    assert sealed.layouts == others.layouts
+    assert sealed.mean_queries == tuple(tuned.mean_queries[layer] for layer in (0, 1))
+
+
+def group_of(kv_heads: int, width: int) -> LayerGroup:
+    geometry = PageGeometry(
+        layers=2, kv_heads=kv_heads, head_dim=width, page_size=PAGE, dtype=torch.float32
+    )
+    return LayerGroup(geometry=geometry, layers=(0, 1))
+
+
+def test_json_keeps_it_and_pages_of_others_are_not_taken_for_its():
+    given = KVFormat.of("int4", {torch.float32})
+    tuned = given.with_mean_queries({0: torch.randn(2, 16), 1: torch.randn(2, 16)})
+    assert KVFormat.from_json(tuned.to_json()) == tuned
+    document = json.loads(given.to_json())
+    del document["mean_queries"]  # as it was written before there were any
+    assert KVFormat.from_json(json.dumps(document)) == given
+    other = tuned.with_mean_queries({0: torch.randn(2, 16)})
+    assert len({one.key() for one in (given, tuned, other)}) == 3
+    assert tuned.id == given.id
+
+
+def test_only_layers_with_keys_of_4_bits_take_it():
+    means = {0: torch.randn(2, 16), 1: torch.randn(2, 16)}
+    layers = {1: ("int4g64", "fp8")}
+    kv_format = KVFormat(k="int8", v="int8", layers=layers).with_mean_queries(means)
+    sealed = kv_format.sealed(group_of(2, 16))
+    assert sealed is not None
+    assert sealed.mean_queries == (b"", kv_format.mean_queries[1])
+    with PagedKVCache(
+        group_of(2, 16).geometry, "1MiB", kv_format=kv_format, namespace=b"x"
+    ) as cache:
+        pages = cache.classes[0]
+        assert isinstance(pages, MixedClass)
+        assert pages.sealed.mean_query(slice(0, 1)) is None
+        found = pages.sealed.mean_query(slice(1, 2))
+        assert found is not None
+        assert torch.equal(found[0], means[1].half().float())
+
+
+@pytest.mark.parametrize(
+    ("mean", "message"),
+    [
+        (
+            torch.zeros(2, 8),
+            "the mean query of layer 1 has 16 numbers, its keys have 2 heads of 16",
+        ),
+        (torch.full((2, 16), torch.nan), "the mean query of layer 1 is not finite numbers"),
+    ],
+)
+def test_mean_queries_that_do_not_fit(mean, message):
+    with pytest.raises(ConfigError, match=message):
+        KVFormat.of("int4", {torch.float32}).with_mean_queries({1: mean}).sealed(group_of(2, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kv_format": "fp8"}, ConfigError, "without keys of 4 bits is not tuned"),
+        ({"kv_format": "auto"}, ConfigError, "without keys of 4 bits is not tuned"),
+        ({"kv_format": "int3"}, ConfigError, "int3"),
+        ({"windows": 0}, ConfigError, "got 0 and"),
+        ({"length": 63}, ConfigError, "got 2 and 63"),
+        ({"length": 1024}, UsageError, "2 windows of 1024 tokens need 2050 tokens"),
+    ],
+)
+def test_what_can_not_be_tuned(options, error, message):
+    with pytest.raises(error, match=message):
+        tune(tiny(), TEXT, **options)
+
+
+def test_strings_need_a_tokenizer():
+    with pytest.raises(UsageError, match="need a tokenizer"):
+        tune(tiny(), ["a text"])
