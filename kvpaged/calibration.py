@@ -21,7 +21,7 @@ from kvpaged.config import Backend
 from kvpaged.errors import ConfigError
 from kvpaged.formats.choice import Option, choose
 from kvpaged.formats.kv import CODES, EXACT, KVFormat, is_int4, slice_layout
-from kvpaged.integrations.queries import mean_queries
+from kvpaged.integrations.queries import observe_queries
 from kvpaged.likeness import Kind, Measured, Probe
 from kvpaged.texts import Texts, ids_of, windows_of
 
@@ -198,7 +198,7 @@ class _Work:
     def calibrate(self, own: Tensor, others: Tensor, budget: float) -> Calibration:
         """See `calibrate`: `own` windows are for harms, `others` for choices."""
         if any(map(is_int4, self._codes)):
-            self._base = self._base.with_mean_queries(mean_queries(self._model, own[:, :-1]))
+            self._base = self._base.with_queries(observe_queries(self._model, own[:, :-1]))
         probe = Probe(self._model, own, self._cache)
         ways = self._ways(probe)
         harm = self._harms(probe, ways)
@@ -208,8 +208,8 @@ class _Work:
             uniform[code] = held_out.measure(self._format(dict.fromkeys(ways, (code, code))))
             self._say(f"{code} in all layers: {uniform[code]}")
         chosen, measured = self._choose(probe, held_out, ways, harm, budget)
-        chosen = replace(chosen, mean_queries={
-            layer: mean for layer, mean in chosen.mean_queries.items()
+        chosen = replace(chosen, queries={
+            layer: mean for layer, mean in chosen.queries.items()
             if is_int4(chosen.codes(layer)[0])
         })  # fmt: skip
         collapses = tuple(

@@ -212,20 +212,20 @@ class SealedGeometry:
         exact: the page it is made of.
         layouts: of each layer's slice.
         form: the id of the format (docs/format.md).
-        mean_queries: of each layer, fp16 `[kv_heads, k_width]` as bytes: what keys of 4 bits are
-            moved towards when they are coded; empty: nothing. None at all: of no layer.
+        queries: of each layer, fp16 `[kv_heads, 2, k_width]` as bytes: what queries are like for
+            which errors of keys are made to cancel; empty: it is not known. None: of no layer.
     """
 
     exact: PageGeometry
     layouts: tuple[SliceLayout, ...]
     form: int = 0
-    mean_queries: tuple[bytes, ...] = ()
+    queries: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.mean_queries and len(self.mean_queries) != self.exact.layers:
+        if self.queries and len(self.queries) != self.exact.layers:
             raise ConfigError(
-                f"{len(self.mean_queries)} layers have a mean query, {self.exact.layers} are in "
-                "the page"
+                f"queries of {len(self.queries)} layers are given, {self.exact.layers} are in the "
+                "page"
             )
         if len(self.layouts) != self.exact.layers:
             raise ConfigError(

@@ -48,12 +48,12 @@ def _triton() -> MixedKernels:
 
 def seal(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, mean_query: Tensor | None, *, backend: Backend,
+    layout: SliceLayout, queries: Tensor | None, *, backend: Backend,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Code layers of full pages as slices of compressed ones; their checksums and errors: see
     `kvpaged_kernels.reference.seal.seal`.
     """
-    return _mixed(backend).seal(k_pages, v_pages, src, slices, dst, layout, mean_query)
+    return _mixed(backend).seal(k_pages, v_pages, src, slices, dst, layout, queries)
 
 
 def mixed_decode(

@@ -46,7 +46,7 @@ def tune(
         UsageError: the texts are too short, or are strings and there is no tokenizer.
         UnsupportedModelError: see `for_model`.
     """
-    from kvpaged.integrations.queries import mean_queries
+    from kvpaged.integrations.queries import observe_queries
 
     given = KVFormat.of(kv_format, {getattr(model, "dtype", torch.float32)})
     if not any(map(is_int4, (given.k, *(k for k, _ in given.layers.values())))):
@@ -54,4 +54,4 @@ def tune(
     if windows < 1 or length < 64:
         raise ConfigError(f"1 window and 64 tokens are the least, got {windows} and {length}")
     rows = windows_of(ids_of(texts, tokenizer), windows, length)
-    return given.with_mean_queries(mean_queries(model, rows[:, :-1]))
+    return given.with_queries(observe_queries(model, rows[:, :-1]))

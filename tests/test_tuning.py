@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from kvpaged import KVFormat, PagedKVCache, tune
 from kvpaged.errors import ConfigError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
-from kvpaged.integrations.queries import mean_queries
+from kvpaged.integrations.queries import observe_queries
 from kvpaged.pages.mixed import MixedClass
 from tests.hf.compressed import hybrid
 from tests.hf.tiny import ids, tiny
@@ -56,18 +56,21 @@ def seen(model: Any, rows: Tensor) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("make", [tiny, alike, hybrid])
-def test_the_direction_and_its_length_are_of_the_second_moment(make):
+def test_what_is_observed_is_of_the_second_moment(make):
     rows = ids(2, 100, seed=1)
-    found = mean_queries(make(), rows)
+    found = observe_queries(make(), rows)
     for layer, moment in seen(make(), rows).items():
-        values, vectors = torch.linalg.eigh(moment)
-        assert found[layer].shape == moment.shape[:2]
-        for head, mean in enumerate(found[layer].double()):
-            share = values[head, -1] / values[head, :-1].mean()
-            assert mean.square().sum().item() == pytest.approx(share.item(), rel=1e-4)
-            cosine = mean @ vectors[head, :, -1] / mean.norm()
-            assert abs(cosine.item()) == pytest.approx(1, abs=1e-5)
-            assert mean[mean.abs().argmax()] > 0
+        assert found[layer].shape == (len(moment), 2, moment.shape[1])
+        for head, (u, w) in enumerate(found[layer].double()):
+            unit = moment[head].diagonal().sqrt()
+            share = torch.linalg.eigh(moment[head] / unit[:, None] / unit)
+            u_there = share.eigenvectors[:, -1] * share.eigenvalues[-1].sqrt() * unit
+            w_there = unit.square() - u_there.square()
+            mean = w_there.mean()
+            torch.testing.assert_close(w, w_there / mean, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(u.abs(), u_there.abs() / mean.sqrt(), rtol=1e-3, atol=1e-3)
+            assert w.mean().item() == pytest.approx(1, abs=1e-4)
+            assert u[u.abs().argmax()] > 0
 
 
 def test_the_model_is_left_as_it_was_and_found_the_same_again():
@@ -80,7 +83,7 @@ def test_the_model_is_left_as_it_was_and_found_the_same_again():
         assert torch.equal(model(rows).logits, exact)
     assert model.config._attn_implementation == before
     assert tune(model, TEXT, length=128) == first
-    assert set(first.mean_queries) == {0, 1}
+    assert set(first.queries) == {0, 1}
 
 
 def test_what_an_open_cache_holds_stays():
@@ -119,7 +122,7 @@ def test_keys_tuned_do_less_harm_and_are_as_large():
     assert sealed is not None
     assert others is not None
     assert sealed.layouts == others.layouts
-    assert sealed.mean_queries == tuple(tuned.mean_queries[layer] for layer in (0, 1))
+    assert sealed.queries == tuple(tuned.queries[layer] for layer in (0, 1))
 
 
 def group_of(kv_heads: int, width: int) -> LayerGroup:
@@ -131,47 +134,50 @@ def group_of(kv_heads: int, width: int) -> LayerGroup:
 
 def test_json_keeps_it_and_pages_of_others_are_not_taken_for_its():
     given = KVFormat.of("int4", {torch.float32})
-    tuned = given.with_mean_queries({0: torch.randn(2, 16), 1: torch.randn(2, 16)})
+    tuned = given.with_queries({0: torch.randn(2, 2, 16), 1: torch.randn(2, 2, 16)})
     assert KVFormat.from_json(tuned.to_json()) == tuned
     document = json.loads(given.to_json())
-    del document["mean_queries"]  # as it was written before there were any
+    del document["queries"]  # as it was written before there were any
     assert KVFormat.from_json(json.dumps(document)) == given
-    other = tuned.with_mean_queries({0: torch.randn(2, 16)})
+    other = tuned.with_queries({0: torch.randn(2, 2, 16)})
     assert len({one.key() for one in (given, tuned, other)}) == 3
     assert tuned.id == given.id
 
 
 def test_only_layers_with_keys_of_4_bits_take_it():
-    means = {0: torch.randn(2, 16), 1: torch.randn(2, 16)}
+    means = {0: torch.randn(2, 2, 16), 1: torch.randn(2, 2, 16)}
     layers = {1: ("int4g64", "fp8")}
-    kv_format = KVFormat(k="int8", v="int8", layers=layers).with_mean_queries(means)
+    kv_format = KVFormat(k="int8", v="int8", layers=layers).with_queries(means)
     sealed = kv_format.sealed(group_of(2, 16))
     assert sealed is not None
-    assert sealed.mean_queries == (b"", kv_format.mean_queries[1])
+    assert sealed.queries == (b"", kv_format.queries[1])
     with PagedKVCache(
         group_of(2, 16).geometry, "1MiB", kv_format=kv_format, namespace=b"x"
     ) as cache:
         pages = cache.classes[0]
         assert isinstance(pages, MixedClass)
-        assert pages.sealed.mean_query(slice(0, 1)) is None
-        found = pages.sealed.mean_query(slice(1, 2))
+        assert pages.sealed.queries(slice(0, 1)) is None
+        found = pages.sealed.queries(slice(1, 2))
         assert found is not None
         assert torch.equal(found[0], means[1].half().float())
 
 
 @pytest.mark.parametrize(
-    ("mean", "message"),
+    ("like", "message"),
     [
         (
-            torch.zeros(2, 8),
-            "the mean query of layer 1 has 16 numbers, its keys have 2 heads of 16",
+            torch.zeros(2, 2, 8),
+            "of layer 1 are like is 32 numbers, two for each channel, .* 2 heads of 16",
         ),
-        (torch.full((2, 16), torch.nan), "the mean query of layer 1 is not finite numbers"),
+        (
+            torch.full((2, 2, 16), torch.nan),
+            "queries of layer 1 are like is not finite numbers",
+        ),
     ],
 )
-def test_mean_queries_that_do_not_fit(mean, message):
+def test_queries_that_do_not_fit(like, message):
     with pytest.raises(ConfigError, match=message):
-        KVFormat.of("int4", {torch.float32}).with_mean_queries({1: mean}).sealed(group_of(2, 16))
+        KVFormat.of("int4", {torch.float32}).with_queries({1: like}).sealed(group_of(2, 16))
 
 
 @pytest.mark.parametrize(

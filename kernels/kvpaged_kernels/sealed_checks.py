@@ -11,7 +11,7 @@ from kvpaged_kernels.sealed import SliceLayout
 
 def check_seal(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, mean_query: Tensor | None,
+    layout: SliceLayout, queries: Tensor | None,
 ) -> None:  # fmt: skip
     """Check the arguments of `seal`: see `reference.seal.seal`."""
     head = layout.kv_heads, layout.page_size
@@ -35,18 +35,18 @@ def check_seal(
         f"src and dst are int64 [n], got {tuple(src.shape)} of {src.dtype} and "
         f"{tuple(dst.shape)} of {dst.dtype}",
     )
-    if mean_query is None:
+    if queries is None:
         return
-    shape = (k_pages.shape[1], layout.kv_heads, layout.k_dim)
+    shape = (k_pages.shape[1], layout.kv_heads, 2, layout.k_dim)
     require(
-        mean_query.dtype == torch.float32 and mean_query.shape == shape
-        and mean_query.is_contiguous(),
-        f"mean queries are fp32 {shape}, contiguous, got {tuple(mean_query.shape)} of "
-        f"{mean_query.dtype}, strides {mean_query.stride()}",
+        queries.dtype == torch.float32 and queries.shape == shape
+        and queries.is_contiguous(),
+        f"queries are fp32 {shape}, contiguous, got {tuple(queries.shape)} of "
+        f"{queries.dtype}, strides {queries.stride()}",
     )  # fmt: skip
     require(
         layout.k.form == "int" and layout.k.bits == 4,
-        f"mean queries are for keys of 4 bits, not {layout.k.form} of {layout.k.bits}",
+        f"queries are for keys of 4 bits, not {layout.k.form} of {layout.k.bits}",
     )
 
 

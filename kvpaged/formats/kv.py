@@ -60,10 +60,10 @@ class KVFormat:
         layers: by a model's layer number: how it codes K and V, where that is other than `k`, `v`.
         keep: pages of a sequence, from the first on, that stay exact: attention sinks, the first
             tokens, are attended to by all others.
-        mean_queries: by a model's layer number: what its queries are like, fp16 `[kv_heads,
+        queries: by a model's layer number: what its queries are like, fp16 `[kv_heads, 2,
             k_width]` as little-endian bytes. Keys of 4 bits are coded so that their errors cancel
-            for queries like these, at the same size (`kvpaged.tune` measures them,
-            `with_mean_queries` takes them). Of other layers, nothing is known.
+            for queries like these, at the same size (`kvpaged.tune` observes them,
+            `with_queries` takes them). Of other layers, nothing is known.
     """
 
     name: str = "auto"
@@ -71,7 +71,7 @@ class KVFormat:
     v: str = EXACT
     layers: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     keep: int = 1
-    mean_queries: Mapping[int, bytes] = field(default_factory=dict, repr=False)
+    queries: Mapping[int, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for k, v in ((self.k, self.v), *self.layers.values()):
@@ -79,10 +79,10 @@ class KVFormat:
                 raise ConfigError(f"K and V are coded as {', '.join(CODES)}; got {k!r} and {v!r}")
         if self.keep < 0:
             raise ConfigError(f"a format keeps 0 or more pages exact, got {self.keep}")
-        for layer, given in self.mean_queries.items():
+        for layer, given in self.queries.items():
             if not given or len(given) % 2 or not np.isfinite(np.frombuffer(given, "<f2")).all():
                 raise ConfigError(
-                    f"the mean query of layer {layer} is not finite numbers of fp16, but "
+                    f"what queries of layer {layer} are like is not finite numbers of fp16, but "
                     f"{len(given)} bytes"
                 )
 
@@ -124,39 +124,39 @@ class KVFormat:
         if all(codes == (EXACT, EXACT) for codes in every):
             return None
         layouts = tuple(slice_layout(group.geometry, k, v) for k, v in every)
-        queries = tuple(self._mean_query(layer, group.geometry) for layer in group.layers)
+        queries = tuple(self._queries_of(layer, group.geometry) for layer in group.layers)
         return SealedGeometry(
             exact=group.geometry, layouts=layouts, form=self.id,
-            mean_queries=queries if any(queries) else (),
+            queries=queries if any(queries) else (),
         )  # fmt: skip
 
-    def _mean_query(self, layer: int, geometry: PageGeometry) -> bytes:
-        """What keys of a layer are moved towards, if they are of 4 bits."""
-        given = self.mean_queries.get(layer, b"")
+    def _queries_of(self, layer: int, geometry: PageGeometry) -> bytes:
+        """What queries of a layer are like, if its keys are of 4 bits."""
+        given = self.queries.get(layer, b"")
         shape = geometry.kv_heads, geometry.k_width
-        if given and len(given) != 2 * shape[0] * shape[1]:
+        if given and len(given) != 4 * shape[0] * shape[1]:
             raise ConfigError(
-                f"the mean query of layer {layer} has {len(given) // 2} numbers, its keys have "
-                f"{shape[0]} heads of {shape[1]}"
+                f"what queries of layer {layer} are like is {len(given) // 2} numbers, two for "
+                f"each channel, and its keys have {shape[0]} heads of {shape[1]}"
             )
         return given if is_int4(self.codes(layer)[0]) else b""
 
-    def with_mean_queries(self, given: Mapping[int, Tensor]) -> "KVFormat":
+    def with_queries(self, given: Mapping[int, Tensor]) -> "KVFormat":
         """This format for a model whose queries are like these.
 
         Args:
-            given: by a model's layer number, `[kv_heads, k_width]`: for the query heads of each KV
-                head, the direction that most of their square lies in, as long as the root of its
-                share over that of an average channel of the rest.
+            given: by a model's layer number, `[kv_heads, 2, k_width]`: vectors `u` and `w` for
+                which the second moment of the queries of each KV head's query heads is about
+                `u u' + diag(w)`, in any unit that fits fp16.
 
         Raises:
             ConfigError: numbers that are not finite.
         """
         packed = {
-            layer: mean.detach().clamp(-_HALF, _HALF).to("cpu", torch.float16).numpy().tobytes()
-            for layer, mean in given.items()
+            layer: like.detach().clamp(-_HALF, _HALF).to("cpu", torch.float16).numpy().tobytes()
+            for layer, like in given.items()
         }
-        return replace(self, mean_queries=packed)
+        return replace(self, queries=packed)
 
     @property
     def id(self) -> int:
@@ -170,8 +170,8 @@ class KVFormat:
         document = {
             "kvpaged_kv_format": 1, "name": self.name, "k": self.k, "v": self.v,
             "keep": self.keep, "layers": {str(n): list(kv) for n, kv in self.layers.items()},
-            "mean_queries": {
-                str(n): base64.b64encode(given).decode() for n, given in self.mean_queries.items()
+            "queries": {
+                str(n): base64.b64encode(given).decode() for n, given in self.queries.items()
             },
         }  # fmt: skip
         return json.dumps(document, indent=1)
@@ -190,9 +190,9 @@ class KVFormat:
             layers = {int(n): (str(k), str(v)) for n, (k, v) in given.pop("layers").items()}
             queries = {
                 int(n): base64.b64decode(text, validate=True)
-                for n, text in given.pop("mean_queries", {}).items()
+                for n, text in given.pop("queries", {}).items()
             }
-            return cls(layers=layers, mean_queries=queries, **given)
+            return cls(layers=layers, queries=queries, **given)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"not a KVFormat in JSON: {error!r}") from None
 
@@ -201,9 +201,9 @@ class KVFormat:
         if not self.layers and (self.k, self.v) == (EXACT, EXACT):
             return b""
         parts: tuple[Any, ...] = (self.k, self.v, sorted(self.layers.items()), self.keep)
-        if self.mean_queries:
+        if self.queries:
             digest = hashlib.blake2b(digest_size=16)
-            for layer, given in sorted(self.mean_queries.items()):
+            for layer, given in sorted(self.queries.items()):
                 digest.update(f"{layer} {len(given)} ".encode() + given)
             parts = (*parts, digest.hexdigest())
         return repr(parts).encode() + b"\0"

@@ -1,4 +1,4 @@
-"""What queries of a model's layers are like: the direction that most of their square lies in."""
+"""What queries of a model's layers are like: a direction, and what channels have beside it."""
 
 from typing import Any
 
@@ -43,13 +43,14 @@ class _OnlookingCache(Cache):
 
 
 @torch.inference_mode()
-def mean_queries(model: Any, rows: Tensor) -> dict[int, Tensor]:
-    """Of a model that `for_model` serves, by layer number: fp32 `[kv_heads, k_width]`, what
-    `KVFormat.with_mean_queries` takes.
+def observe_queries(model: Any, rows: Tensor) -> dict[int, Tensor]:
+    """Of a model that `for_model` serves, by layer number: fp32 `[kv_heads, 2, k_width]`, what
+    `KVFormat.with_queries` takes.
 
-    Per KV head, with the second moment `M` of its query heads' queries, `v` its eigenvector of the
-    largest eigenvalue `w`, and `r` the mean of the other eigenvalues: `v * sqrt(w / r)`, its
-    largest number positive.
+    Per KV head, the second moment `M` of its query heads' queries is taken as `u u' + diag(w)`: `u`
+    is the first principal component of `M` with its diagonal scaled to 1, scaled back, with its
+    largest number positive, `w` what it leaves of the diagonal. So a channel may be of any unit.
+    Both are divided so that the mean of `w` is 1.
 
     Args:
         model: a `transformers` causal LM, in eval mode.
@@ -66,13 +67,17 @@ def mean_queries(model: Any, rows: Tensor) -> dict[int, Tensor]:
     finally:
         preparation.release()
     totals = {layer: moment.total for layer, moment in moments.items()}
-    return {layer: _principal(total) for layer, total in totals.items() if total is not None}
+    return {layer: _factor(total) for layer, total in totals.items() if total is not None}
 
 
-def _principal(moment: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(moment.double().cpu())
-    rest = values[:, :-1].mean(1).clamp(min=1e-30)
-    main = vectors[:, :, -1] * (values[:, -1] / rest).clamp(min=0).sqrt()[:, None]
-    largest = main.gather(1, main.abs().argmax(1, keepdim=True))
-    made: Tensor = (main * largest.sign()).float()
-    return made
+def _factor(moment: Tensor) -> Tensor:
+    """`u` and `w` of moments `[kv_heads, k_width, k_width]`."""
+    moment = moment.double().cpu()
+    diagonal = moment.diagonal(dim1=1, dim2=2)
+    unit = diagonal.clamp(min=1e-300).sqrt()
+    values, vectors = torch.linalg.eigh(moment / unit[:, :, None] / unit[:, None, :])
+    u = vectors[:, :, -1] * values[:, -1:].clamp(min=0).sqrt() * unit
+    u = u * u.gather(1, u.abs().argmax(1, keepdim=True)).sign()
+    w = (diagonal - u.square()).clamp(min=0)
+    mean = w.mean(1, keepdim=True).clamp(min=1e-300)
+    return torch.stack((u / mean.sqrt(), w / mean), 1).float()

@@ -26,7 +26,7 @@ def code_pages(of: MixedClass, full: Ids, compressed: Ids, *, backend: Backend) 
         layout = of.sealed.geometry.layouts[layers.start]
         sums, errors = mixed_ops.seal(
             k[:, layers], v[:, layers], source, slices, target, layout,
-            of.sealed.mean_query(layers), backend=backend,
+            of.sealed.queries(layers), backend=backend,
         )  # fmt: skip
         of.sealed.checksums[kept, layers] = sums
         of.sealed.errors[kept, layers] = errors
@@ -49,7 +49,7 @@ def code_layer(
     slices, layout = of.sealed.slices[place], of.sealed.geometry.layouts[place]
     sums, errors = mixed_ops.seal(
         k.unsqueeze(1), v.unsqueeze(1), own, slices.unsqueeze(1), entries, layout,
-        of.sealed.mean_query(slice(place, place + 1)), backend=backend,
+        of.sealed.queries(slice(place, place + 1)), backend=backend,
     )  # fmt: skip
     of.sealed.checksums[numbers, place] = sums.squeeze(1)
     of.sealed.errors[numbers, place] = errors.squeeze(1)

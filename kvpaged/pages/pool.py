@@ -227,15 +227,15 @@ class SealedClass:
         shape = (allocator.capacity, geometry.layers)
         self.checksums = torch.zeros(shape, dtype=torch.int64, device=storage.device)
         self.errors = torch.full((*shape, 2), torch.nan, device=storage.device)
-        self._mean_queries = _mean_queries(geometry, storage.device)
+        self._queries = _queries_of(geometry, storage.device)
 
-    def mean_query(self, layers: slice) -> torch.Tensor | None:
-        """What codes of adjacent layers that are coded alike are moved towards, fp32
-        `[layers, kv_heads, k_width]`; `None`: they are not.
+    def queries(self, layers: slice) -> torch.Tensor | None:
+        """What queries of adjacent layers that are coded alike are like, fp32 `[layers, kv_heads,
+        2, k_width]`; `None`: it is not known.
         """
-        if self._mean_queries is None or not any(self.geometry.mean_queries[layers]):
+        if self._queries is None or not any(self.geometry.queries[layers]):
             return None
-        return self._mean_queries[layers]
+        return self._queries[layers]
 
     def entries(self, ids: Ids) -> Ids:
         """Block-table entries (int32) of this class's page ids: multiples of 256 bytes."""
@@ -256,13 +256,13 @@ class SealedClass:
         return pages * self.geometry.page_bytes
 
 
-def _mean_queries(geometry: SealedGeometry, device: torch.device) -> torch.Tensor | None:
-    """Mean queries of all layers, 0 of those without; `None`: no layer has one."""
-    if not any(geometry.mean_queries):
+def _queries_of(geometry: SealedGeometry, device: torch.device) -> torch.Tensor | None:
+    """Of all layers, 0 of those that are not known; `None`: none is."""
+    if not any(geometry.queries):
         return None
-    shape = geometry.exact.kv_heads, geometry.exact.k_width
+    shape = geometry.exact.kv_heads, 2, geometry.exact.k_width
     made = torch.zeros(geometry.layers, *shape)
-    for layer, given in zip(made, geometry.mean_queries, strict=True):
+    for layer, given in zip(made, geometry.queries, strict=True):
         if given:
             layer.copy_(torch.frombuffer(bytearray(given), dtype=torch.float16).view(shape))
     return made.to(device)

@@ -71,8 +71,8 @@ SHAPES = {
 }
 
 FORMATS = {
-    "int4": KVFormat(name="int4", k="int4", v="int4").with_mean_queries(
-        {layer: torch.linspace(-3, 3, DIM)[None] for layer in range(LAYERS)}
+    "int4": KVFormat(name="int4", k="int4", v="int4").with_queries(
+        {n: torch.stack((torch.linspace(-3, 3, DIM), torch.ones(DIM)))[None] for n in range(LAYERS)}
     ),
     "int8": KVFormat(name="int8", k="int8", v="int8"),
     "k8v4": KVFormat(name="k8v4", k="int8", v="int4", keep=0),

@@ -27,7 +27,9 @@ def check_seal(
     slices = torch.full((6, 2, layout.slice_bytes + 16), 0xA5, dtype=torch.uint8)[..., :-16]
     whole = slices.clone()
     src, dst = torch.tensor([1, 3, 4]), torch.tensor([5, 0, 2])
-    query = torch.randn(2, heads, dims[0]) if moved else None
+    query = torch.randn(2, heads, 2, dims[0]) if moved else None
+    if query is not None:
+        query[:, :, 1] = query[:, :, 1].exp()
     sums, errors = mixed.seal(pages[0], pages[1], src, slices, dst, layout, query, native=native)
     rest = [i for i in range(6) if i not in dst.tolist()]
     assert torch.equal(slices[rest], whole[rest])
@@ -40,7 +42,7 @@ def check_seal(
     assert errors.dtype == torch.float32
     given = [x[src].flatten(0, 1) for x in pages]
     made = slices[dst].flatten(0, 1)
-    toward = None if query is None else query.repeat(3, 1, 1)
+    toward = None if query is None else query.repeat(3, 1, 1, 1)
     best = code(given[0], given[1], layout, toward)
     back, other = unseal(made, layout), unseal(best, layout)
     for kind, (got, best, x, form) in enumerate(zip(back, other, given, (k, v), strict=True)):
@@ -78,8 +80,8 @@ def _squares(back: Tensor, x: Tensor, layout: SliceLayout, kind: int) -> Tensor:
 def _costs(back: Tensor, x: Tensor, query: Tensor) -> Tensor:
     """Of each key, what `kvpaged_kernels.reference.moves` calls its cost."""
     error = back.double() - x.double()
-    along = torch.einsum("nhtd,nhd->nht", error, query.double())
-    return along.square() + error.square().sum(3)
+    along = torch.einsum("nhtd,nhd->nht", error, query[:, :, 0].double())
+    return along.square() + torch.einsum("nhtd,nhd->nht", error.square(), query[:, :, 1].double())
 
 
 def _used(layout: SliceLayout) -> int:

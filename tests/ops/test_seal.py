@@ -97,7 +97,7 @@ def assert_moved_alike(
     """Scales and codes that are equally good may differ, and what follows from them: in few keys,
     and to no harm.
     """
-    toward = query.repeat(2, 1, 1)
+    toward = query.repeat(2, 1, 1, 1)
     same = (found == wanted).all(-1).float().mean()
     assert same > (0.97 if x.dtype == FP32 else 0.75), same
     ours, best = (costs(y.double() - x.double(), toward).mean() for y in (found, wanted))
@@ -106,8 +106,9 @@ def assert_moved_alike(
 
 def costs(error: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """What `kvpaged_kernels.reference.moves` calls the cost of each key."""
-    along = torch.einsum("nhtd,nhd->nht", error, query.to(error.dtype))
-    found: torch.Tensor = along.square() + error.square().sum(-1)
+    u, w = query.to(error.dtype).unbind(2)
+    along = torch.einsum("nhtd,nhd->nht", error, u)
+    found: torch.Tensor = along.square() + torch.einsum("nhtd,nhd->nht", error.square(), w)
     return found
 
 
@@ -115,12 +116,13 @@ def costs(error: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     ("dtype", "page_size", "k_dim", "k_group"),
     [(BF16, 64, 64, 32), (FP16, 16, 128, 16), (FP32, 64, 256, 32), (BF16, 32, 96, 16)],
 )
-def test_codes_are_moved_towards_the_mean_query(dtype, page_size, k_dim, k_group):
+def test_codes_are_moved_for_queries_like_these(dtype, page_size, k_dim, k_group):
     layout = make("int4", "int4", dtype, page_size, k_dim, 64, k_group)
     generator = torch.Generator().manual_seed(9)
-    query = torch.randn(LAYERS, 2, k_dim, generator=generator)
+    query = torch.randn(LAYERS, 2, 2, k_dim, generator=generator)
+    query[:, :, 1] = query[:, :, 1].exp()
     query[0, 1] = 0  # a head that is left alone
-    query[1, :, :8] = 0
+    query[1, :, 0, :8] = 0
     check(layout, query=query)
 
 
@@ -219,12 +221,12 @@ def test_nothing_to_seal():
         ({"layout": make("int4", "int4", BF16, 32, 64, 96, 8, 24)}, "groups of 16 and more"),
         ({"layout": make("int4", "int4", BF16, 32, 64, 64, 32, 32)}, "V 64 wide"),
         ({"src": torch.zeros(2, dtype=torch.int32)}, "int64"),
-        ({"mean_query": torch.zeros(1, 2, 32)}, "mean queries are fp32"),
-        ({"mean_query": torch.zeros(1, 2, 64, dtype=BF16)}, "mean queries are fp32"),
+        ({"queries": torch.zeros(1, 2, 64)}, "queries are fp32"),
+        ({"queries": torch.zeros(1, 2, 2, 64, dtype=BF16)}, "queries are fp32"),
         (
             {
                 "layout": make("int8", "int4", BF16, 32, 64, 96, 32, 24),
-                "mean_query": torch.zeros(1, 2, 64),
+                "queries": torch.zeros(1, 2, 2, 64),
             },
             "keys of 4 bits",
         ),

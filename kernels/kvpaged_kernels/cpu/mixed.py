@@ -21,17 +21,17 @@ QUERY_BLOCK = 256
 
 def seal(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, mean_query: Tensor | None = None, *, native: bool = True,
+    layout: SliceLayout, queries: Tensor | None = None, *, native: bool = True,
 ) -> Receipt:  # fmt: skip
     """Code layers of full pages as slices of sealed ones: see `reference.seal.seal`.
 
     `native`: by native code where there is some.
     """
-    check_seal(k_pages, v_pages, src, slices, dst, layout, mean_query)
+    check_seal(k_pages, v_pages, src, slices, dst, layout, queries)
     code = native_seal(layout) if native else None
     if code is not None:
-        return code(k_pages, v_pages, src, slices, dst, mean_query)
-    return seal_pages(k_pages, v_pages, src, slices, dst, layout, mean_query)
+        return code(k_pages, v_pages, src, slices, dst, queries)
+    return seal_pages(k_pages, v_pages, src, slices, dst, layout, queries)
 
 
 def mixed_decode(

@@ -18,7 +18,7 @@ struct Seal {
     const int32_t* factors;  // of a checksum, for each word of a slice
     uint64_t* sums;          // [pages, layers, heads]
     float* errors;           // [pages, layers, heads, 2]
-    const float* mean_query;  // [layers, heads, K_DIM], or none
+    const float* queries;  // [layers, heads, 2, K_DIM], or none
 };
 
 static inline Floats least_of(Floats a, Floats b) { return a < b ? a : b; }
@@ -91,17 +91,20 @@ struct Coded {
 };
 
 // Of VL tokens, a lane each: move that code of `count` channels by a step which lowers the cost of
-// all channels so far the most, if any does; `along` is query . error.
+// all channels so far the most, if any does; `along` is query . error; a channel's weight is K_DIM
+// behind its query.
 static inline void move_code(
     const float* query, const float* steps, int count, Floats* errors, Floats* codes, Floats& along
 ) {
+    const float* weight = query + K_DIM;
     const Floats none = {}, one = none + 1, all = none + top_of(INT4);
     Floats least = none;
     Ints best = Ints{} - 1;
     for (int d = 0; d < count; d++) {
         const Floats by = along * query[d] > 0 ? none - steps[d] : none + steps[d];
         const Floats across = by * query[d];
-        const Floats change = across * (2 * along + across) + by * (2 * errors[d] + by);
+        const Floats alone = weight[d] * by * (2 * errors[d] + by);
+        const Floats change = across * (2 * along + across) + alone;
         const Ints can = (by > 0 ? codes[d] < all : codes[d] > 0) & (change < least);
         least = can ? change : least;
         best = can ? Ints{} + d : best;
@@ -258,8 +261,8 @@ static void seal_head(const Seal& seal, int64_t unit) {
     uint8_t* to = seal.slices + seal.dst[page] * seal.slice_entry + layer * seal.slice_layer;
     to += head * HEAD;
     float* errors = seal.errors + 2 * unit;
-    const float* query = seal.mean_query;
-    if (query) query += (layer * seal.heads + head) * K_DIM;
+    const float* query = seal.queries;
+    if (query) query += (layer * seal.heads + head) * 2 * K_DIM;
     errors[0] = K_WHOLE         ? seal_k(k, seal.k_slot, query, to)
                 : K_FORM == FP8 ? seal_fp8_k(k, seal.k_slot, to)
                                 : copy_tokens(k, seal.k_slot, K_DIM, to);

@@ -29,7 +29,7 @@ class _Seal(ctypes.Structure):
         ("src", _address), ("dst", _address),
         ("pages", _int), ("layers", _int), ("heads", _int),
         ("factors", _address), ("sums", _address), ("errors", _address),
-        ("mean_query", _address),
+        ("queries", _address),
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class NativeSeal:
 
     def __call__(
         self, k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-        mean_query: Tensor | None,
+        queries: Tensor | None,
     ) -> Receipt:  # fmt: skip
         """Seal, as `reference.seal.seal` defines it; arguments are checked.
 
@@ -65,7 +65,7 @@ class NativeSeal:
             k_pages.data_ptr(), v_pages.data_ptr(), *k_pages.stride()[:4], *v_pages.stride()[:4],
             slices.data_ptr(), *slices.stride()[:2], src.data_ptr(), dst.data_ptr(),
             len(src), layers, heads, factors.ctypes.data, sums.data_ptr(), errors.data_ptr(),
-            None if mean_query is None else mean_query.data_ptr(),
+            None if queries is None else queries.data_ptr(),
         )  # fmt: skip
         self._code(ctypes.addressof(told), native_threads())
         return Receipt(sums.sum(2), errors.amax(2))

@@ -28,7 +28,7 @@ FARTHEST_ZERO = 248.0
 
 def seal_pages(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, mean_query: Tensor | None,
+    layout: SliceLayout, queries: Tensor | None,
 ) -> Receipt:  # fmt: skip
     """Seal, as `reference.seal.seal` defines it; page by page, which bounds what it needs."""
     layers = k_pages.shape[1]
@@ -37,7 +37,7 @@ def seal_pages(
     errors = torch.zeros(len(src), layers, 2)
     for i, (page, entry) in enumerate(zip(src.tolist(), dst.tolist(), strict=True)):
         given = k_pages[page], v_pages[page]
-        made = _code(*given, layout, mean_query)
+        made = _code(*given, layout, queries)
         slices[entry] = made
         sums[i] = (made.view(torch.int32).long() * factors).sum(1)
         for kind, (back, exact) in enumerate(zip(unseal(made, layout), given, strict=True)):
@@ -105,7 +105,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.half().view(torch.int16).int()
 
 
-def _code(k: Tensor, v: Tensor, layout: SliceLayout, mean_query: Tensor | None) -> Tensor:
+def _code(k: Tensor, v: Tensor, layout: SliceLayout, queries: Tensor | None) -> Tensor:
     """Slices, uint8 `[layers, slice_bytes]`, of a page, `[layers, kv_heads, page_size, dim]`."""
     made = torch.zeros(*k.shape[:2], layout.head_bytes, dtype=torch.uint8)
 
@@ -121,10 +121,10 @@ def _code(k: Tensor, v: Tensor, layout: SliceLayout, mean_query: Tensor | None) 
     elif layout.k.form == "int":
         grouped = k.float().unflatten(2, (-1, layout.k.group))
         codes, params = _quantise(grouped, 3, layout.k.bits)
-        if mean_query is not None:
+        if queries is not None:
             scale, low = _meaning(params, layout.k.bits)
-            u = mean_query[:, :, None, None]
-            codes = _moved(codes.float(), scale, low.add(scale * codes).sub_(grouped), u)
+            like = queries[:, :, None, None].unbind(-2)
+            codes = _moved(codes.float(), scale, low.add(scale * codes).sub_(grouped), *like)
         put(0, _packed(codes.flatten(2, 3), layout.k.bits))
         put(layout.k_params, params)
     else:
@@ -141,22 +141,22 @@ def _code(k: Tensor, v: Tensor, layout: SliceLayout, mean_query: Tensor | None) 
     return made.flatten(1)
 
 
-def _moved(codes: Tensor, scale: Tensor, error: Tensor, u: Tensor) -> Tensor:
-    """Codes of 4 bits, `[..., k_dim]`, moved towards the mean query: see `reference.moves`."""
+def _moved(codes: Tensor, scale: Tensor, error: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    """Codes of 4 bits, `[..., k_dim]`, moved as `reference.moves` says."""
     quarter = codes.shape[-1] // 4
-    lines = [x.expand(codes.shape).unflatten(-1, (4, quarter)) for x in (codes, scale, error, u)]
+    lines = [x.expand(codes.shape).unflatten(-1, (4, quarter)) for x in (codes, scale, error, u, w)]
     along = codes.new_zeros(())
     out = lines[0].clone()
     for start in range(0, quarter, MOVE_BLOCK):
         for part in range(4):
             mine = slice(start, start + MOVE_BLOCK)
-            code, step, off, toward = (x[..., part, mine] for x in lines)
+            code, step, off, toward, weight = (x[..., part, mine] for x in lines)
             along = along + (off * toward).sum(-1, keepdim=True)
             for _ in range(MOVES):
                 up = torch.where(along * toward > 0, -1.0, 1.0)
                 by = up * step
                 across = by * toward
-                change = across * (2 * along + across) + by * (2 * off + by)
+                change = across * (2 * along + across) + weight * by * (2 * off + by)
                 after = code + up
                 change[(after < 0) | (after > 15) | (toward == 0)] = torch.inf
                 least, at = change.min(-1, keepdim=True)

@@ -87,10 +87,10 @@ def quantise(x, there, ROWS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def move_codes(code, scale, error, query, along, TOP: tl.constexpr, MOVES: tl.constexpr):
-    """Codes (int32) of some channels, the last axis, moved towards the mean query, as
-    `reference.moves` does it: codes, their errors, and `along`, which is `query . error` over all
-    channels so far, with these. Where `query` is 0, codes stay.
+def move_codes(code, scale, error, query, weight, along, TOP: tl.constexpr, MOVES: tl.constexpr):
+    """Codes (int32) of some channels, the last axis, moved as `reference.moves` does it: codes,
+    their errors, and `along`, which is `query . error` over all channels so far, with these. Where
+    `query` is 0, codes stay.
     """
     along += tl.sum(error * query, 2, keep_dims=True)
     number = tl.arange(0, code.shape[2])[None, None, :]
@@ -98,7 +98,7 @@ def move_codes(code, scale, error, query, along, TOP: tl.constexpr, MOVES: tl.co
         down = along * query > 0
         by = tl.where(down, -scale, scale)
         across = by * query
-        change = across * (2 * along + across) + by * (2 * error + by)
+        change = across * (2 * along + across) + weight * by * (2 * error + by)
         moved = code + tl.where(down, -1, 1)
         can = (query != 0) & (moved >= 0) & (moved <= TOP)
         change = tl.where(can, change, float("inf"))

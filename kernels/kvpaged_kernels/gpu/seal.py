@@ -108,8 +108,9 @@ def _seal_k(
                 code, param, scale, off = quantise(x, there, False, BITS)
                 if MOVED:
                     toward = tl.load(query + dim, mask=there, other=0.0)
+                    weight = tl.load(query + DIM + dim, mask=there, other=0.0)
                     code, off, along = move_codes(
-                        code, scale, off, toward, along, 2**BITS - 1, _MOVES
+                        code, scale, off, toward, weight, along, 2**BITS - 1, _MOVES
                     )
                 error = tl.max(tl.abs(off))
             total += _write(head, first, PARAMS + group * DIM + dim, param, there)
@@ -175,7 +176,7 @@ def _seal(
     dst,
     sums,
     errors,
-    mean_query,
+    queries,
     stride_k_entry,
     stride_k_layer,
     stride_k_head,
@@ -222,7 +223,7 @@ def _seal(
         )
     else:
         total, worst = _seal_k(
-            k_pages, stride_k_slot, head, first, mean_query + (layer * HEADS + kv_head) * K_DIM,
+            k_pages, stride_k_slot, head, first, queries + (layer * HEADS + kv_head) * 2 * K_DIM,
             K_FORM, K_DIM, PAGE_SIZE, K_GROUP, K_PARAMS, BLOCK_K, MOVED,
         )  # fmt: skip
     tl.atomic_max(errors + number * 2, worst)
@@ -284,7 +285,7 @@ def _v_constants(layout: SliceLayout) -> dict[str, Any]:
 
 def seal_launch(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, receipt: Receipt, mean_query: Tensor | None = None,
+    layout: SliceLayout, receipt: Receipt, queries: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """The launch of `seal`; `receipt` is zeros before. Reads shapes and strides only."""
     k, v = (
@@ -303,7 +304,7 @@ def seal_launch(
             "dst": dst,
             "sums": receipt.sums,
             "errors": receipt.errors,
-            "mean_query": receipt.errors if mean_query is None else mean_query,
+            "queries": receipt.errors if queries is None else queries,
             "stride_k_entry": k.stride(0),
             "stride_k_layer": k.stride(1),
             "stride_k_head": k.stride(2),
@@ -321,16 +322,16 @@ def seal_launch(
             "V_CODES": layout.v_codes // 2,
             "K_PARAMS": layout.k_params // 2,
             "V_PARAMS": layout.v_params // 2,
-            "MOVED": mean_query is not None,
+            "MOVED": queries is not None,
         }
-        | _k_constants(layout, moved=mean_query is not None)
+        | _k_constants(layout, moved=queries is not None)
         | _v_constants(layout),
     )
 
 
 def seal(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, mean_query: Tensor | None = None,
+    layout: SliceLayout, queries: Tensor | None = None,
 ) -> Receipt:  # fmt: skip
     """Code layers of full pages as slices of sealed ones.
 
@@ -339,20 +340,20 @@ def seal(
     - `src`: int64 `[n]`, entries of the full pages.
     - `slices`: uint8 `[entries of sealed pages, layers, slice_bytes]`, last stride 1; written.
     - `dst`: int64 `[n]`, entries there, distinct.
-    - `mean_query`: fp32 `[layers, kv_heads, k_dim]`, contiguous, or `None`: keys of 4 bits are then
-      moved towards it (`reference.moves`).
+    - `queries`: fp32 `[layers, kv_heads, 2, k_dim]`, contiguous, or `None`: what queries are like,
+      for which errors of keys of 4 bits are made to cancel (`reference.moves`).
 
     Codes are chosen in fp32: of the scales that are tried for a group, the one with the least sum
     of squared errors. Raises ValueError where shapes or dtypes disagree, or for groups that
     `sealed_pieces` can't read.
     """
-    check_seal(k_pages, v_pages, src, slices, dst, layout, mean_query)
+    check_seal(k_pages, v_pages, src, slices, dst, layout, queries)
     shape = src.shape[0], k_pages.shape[1]
     receipt = Receipt(
         torch.zeros(shape, dtype=torch.int64, device=src.device),
         torch.zeros(*shape, 2, device=src.device),
     )
-    launch = seal_launch(k_pages, v_pages, src, slices, dst, layout, receipt, mean_query)
+    launch = seal_launch(k_pages, v_pages, src, slices, dst, layout, receipt, queries)
     if receipt.sums.numel():
         launch.run(k_pages.device)
     return receipt

@@ -25,7 +25,7 @@ _FARTHEST = 248.0
 
 def seal(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, slices: Tensor, dst: Tensor,
-    layout: SliceLayout, mean_query: Tensor | None = None,
+    layout: SliceLayout, queries: Tensor | None = None,
 ) -> Receipt:  # fmt: skip
     """Code layers of full pages as slices of sealed ones.
 
@@ -34,18 +34,18 @@ def seal(
     - `src`: int64 `[n]`, entries of the full pages.
     - `slices`: uint8 `[entries of sealed pages, layers, slice_bytes]`, last stride 1; written.
     - `dst`: int64 `[n]`, entries there, distinct.
-    - `mean_query`: fp32 `[layers, kv_heads, k_dim]`, contiguous, or `None`: keys of 4 bits are then
-      moved towards it (`reference.moves`).
+    - `queries`: fp32 `[layers, kv_heads, 2, k_dim]`, contiguous, or `None`: what queries are like,
+      for which errors of keys of 4 bits are made to cancel (`reference.moves`).
 
     Codes are chosen in fp32: of the scales that are tried for a group, the one with the least sum
     of squared errors. Which of two equally good ones, and which of two codes a value lies between,
     is left open: sums are rounded differently everywhere. Raises ValueError where shapes or dtypes
     disagree.
     """
-    check_seal(k_pages, v_pages, src, slices, dst, layout, mean_query)
+    check_seal(k_pages, v_pages, src, slices, dst, layout, queries)
     k, v = k_pages[src].flatten(0, 1), v_pages[src].flatten(0, 1)
-    towards = None if mean_query is None else mean_query.repeat(len(src), 1, 1)
-    made = code(k, v, layout, towards)
+    each = None if queries is None else queries.repeat(len(src), 1, 1, 1)
+    made = code(k, v, layout, each)
     errors = [
         (back.float() - given.float()).abs().flatten(1).amax(1) if given.numel() else torch.zeros(0)
         for back, given in zip(unseal(made, layout), (k, v), strict=True)
@@ -58,13 +58,13 @@ def seal(
     return Receipt(sums, torch.stack(errors, 1).unflatten(0, (len(src), -1)))
 
 
-def code(k: Tensor, v: Tensor, layout: SliceLayout, mean_query: Tensor | None = None) -> Tensor:
+def code(k: Tensor, v: Tensor, layout: SliceLayout, queries: Tensor | None = None) -> Tensor:
     """Slices, uint8 `[n, slice_bytes]`, of one layer of full pages, `[n, kv_heads, page_size, k_dim
-    or v_dim]`, with mean queries `[n, kv_heads, k_dim]`.
+    or v_dim]`, with queries `[n, kv_heads, 2, k_dim]`.
     """
     n, heads = k.shape[:2]
     out = torch.zeros(n, heads, layout.head_bytes, dtype=torch.uint8, device=k.device)
-    k_codes, k_params = _code_k(k, layout.k, mean_query)
+    k_codes, k_params = _code_k(k, layout.k, queries)
     v_codes, v_params = _code_v(v, layout.v)
     pieces = (
         (0, k_codes), (layout.v_codes, v_codes), (layout.k_params, k_params),
@@ -129,7 +129,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.half().view(torch.int16).int() & 0xFFFF
 
 
-def _code_k(k: Tensor, part: Part, mean_query: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _code_k(k: Tensor, part: Part, queries: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if part.form == "exact":
         return k, None
     if part.form == "fp8":
@@ -139,11 +139,11 @@ def _code_k(k: Tensor, part: Part, mean_query: Tensor | None) -> tuple[Tensor, T
     grouped = k.float().unflatten(2, (-1, part.group)).transpose(3, 4)  # [.., groups, dim, tokens]
     codes, params = _quantise(grouped, part.bits)
     codes = codes.transpose(3, 4)  # [n, heads, groups, tokens, dim]
-    if mean_query is not None:
+    if queries is not None:
         scale, base = (each.unsqueeze(3) for each in meaning(params, part.bits))
         error = base + scale * codes - grouped.transpose(3, 4)
-        u = mean_query[:, :, None, None]
-        codes = move_codes(codes.float(), scale, error, u, top=2**part.bits - 1)[0]
+        like = queries[:, :, None, None]
+        codes = move_codes(codes.float(), scale, error, like, top=2**part.bits - 1)[0]
     return _packed(codes.to(torch.uint8).flatten(2, 3), part.bits), params
 
 
