@@ -153,9 +153,11 @@ def _sealed_launch(shipped: Shipped, device: Device) -> Launch:
         receipt = Receipt(
             _meta(_ROWS, 1, dtype=torch.int64), _meta(_ROWS, 1, 2, dtype=torch.float32)
         )
+        known = "queries" in shipped.options
         return seal_launch(
             k_pages.unsqueeze(1), v_pages.unsqueeze(1), entries, slices.unsqueeze(1), entries,
             layout, receipt,
+            _meta(1, shipped.kv_heads, 2, shipped.k_dim, dtype=torch.float32) if known else None,
         )  # fmt: skip
     lens = _meta(_ROWS, dtype=torch.int32)
     options: dict[str, Any] = {

@@ -25,6 +25,7 @@ from benchmarks import common
 from benchmarks import quality_measures as measures
 from benchmarks.quality_report import report
 from benchmarks.quality_systems import PEERS, System, dynamic, paged, peer
+from kvpaged.calibration import calibrate
 from kvpaged.config import Backend
 from kvpaged.formats.kv import NAMED, KVFormat
 from kvpaged.likeness import Likeness
@@ -33,13 +34,18 @@ from kvpaged.tuning import tune
 
 MODELS = ("smollm2", "gemma3")
 TUNED = "int4-tuned"
-"""int4 with what the model's queries are like (`kvpaged.tune`), measured on other text: code."""
+"""int4 with what the model's queries are like (`kvpaged.tune`)."""
+CALIBRATED, BUDGET = "calibrated", 0.003
+"""A format by layer for that budget (`kvpaged.calibrate`), which takes minutes to find; only where
+it is asked for.
+"""
 FORMATS = ("exact", *NAMED, TUNED)
 MORE = {
     "k4v8": KVFormat(name="k4v8", k="int4", v="int8"),
     "k16v4": KVFormat(name="k16v4", v="int4"),
     "int4-keep0": KVFormat(name="int4-keep0", k="int4", v="int4", keep=0),
 }
+FURTHER_FORMATS = (*MORE, CALIBRATED)
 """Formats beside the named ones that can be asked for."""
 
 PARTS = ("needles", "replies")
@@ -128,9 +134,11 @@ def open_systems(
     systems, left_out = {}, {}
     for name in formats:
         given: str | KVFormat = "auto" if name == OWN else MORE.get(name, name)
+        code = [inspect.getsource(argparse)]  # not of the kind that windows are of
         if name == TUNED:
-            code = [inspect.getsource(argparse)]
             given = replace(tune(model, code, tokenizer=tokenizer), name=name)
+        if name == CALIBRATED:
+            given = calibrate(model, code, tokenizer=tokenizer, budget=BUDGET).format
         systems[name] = paged(model, name, given, memory=memory, backend=backend)
     if peers:
         systems[PEER] = dynamic(model)
@@ -193,7 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", default=",".join(MODELS), help="of " + ", ".join(MODELS))
-    parser.add_argument("--formats", default=",".join(FORMATS), help=f"of {FORMATS} {tuple(MORE)}")
+    parser.add_argument(
+        "--formats", default=",".join(FORMATS), help=f"of {FORMATS} {FURTHER_FORMATS}"
+    )
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--parts", default=",".join(PARTS), help="beside windows: of " + str(PARTS))
     parser.add_argument("--needles", type=int, default=0, help="prompts; 0: as many as usual")
@@ -207,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     named, chosen.formats = chosen.models.split(","), chosen.formats.split(",")
     chosen.parts = [part for part in chosen.parts.split(",") if part]
     for kind, given, known in (
-        ("model", named, MODELS), ("format", chosen.formats, (*FORMATS, *MORE)),
+        ("model", named, MODELS), ("format", chosen.formats, (*FORMATS, *FURTHER_FORMATS)),
         ("part", chosen.parts, PARTS),
     ):  # fmt: skip
         if unknown := set(given) - set(known):

@@ -69,7 +69,8 @@ class Shipped(NamedTuple):
     """A specialisation that is compiled ahead of time for every target, at most 90 in all.
 
     `options` names what is on, of window, softcap, sinks, alibi and, for decode, queries (up to 8 a
-    row); of the kernels of sealed pages, how K and V are coded comes first. `v_dim` 0 is a group
+    row), for seal, queries that are known; of the kernels of sealed pages, how K and V are coded
+    comes first. `v_dim` 0 is a group
     without V. Blocks, warps and stages are those the launcher chooses.
     """
 
@@ -146,6 +147,9 @@ SHIPPED = (
         for dim in (128, 64)
         for codes in (("int4", "int4"), ("int8", "int8"), ("fp8", "fp8"), ("int8", "int4"))
     ),
+    Shipped("seal", "bfloat16", 128, 128, 64, 8, 4, ("int4", "int4", "queries")),
+    Shipped("seal", "bfloat16", 64, 64, 64, 3, 3, ("int4", "int4", "queries")),
+    Shipped("seal", "bfloat16", 256, 256, 64, 1, 4, ("int4", "int4", "queries")),
     Shipped("mixed decode", "bfloat16", 128, 128, 64, 8, 8, ("int4", "int4")),
     Shipped("mixed decode", "bfloat16", 64, 64, 64, 8, 8, ("int4", "int4", "window", "sinks")),
 )
