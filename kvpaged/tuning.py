@@ -12,6 +12,7 @@ import torch
 
 from kvpaged.errors import ConfigError
 from kvpaged.formats.kv import KVFormat, is_int4
+from kvpaged.integrations.queries import observe_queries
 from kvpaged.texts import Texts, ids_of, windows_of
 
 
@@ -46,8 +47,6 @@ def tune(
         UsageError: the texts are too short, or are strings and there is no tokenizer.
         UnsupportedModelError: see `for_model`.
     """
-    from kvpaged.integrations.queries import observe_queries
-
     given = KVFormat.of(kv_format, {getattr(model, "dtype", torch.float32)})
     if not any(map(is_int4, (given.k, *(k for k, _ in given.layers.values())))):
         raise ConfigError(f"a format without keys of 4 bits is not tuned: got {given}")

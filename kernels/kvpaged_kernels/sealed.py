@@ -41,7 +41,7 @@ ZERO_UNIT = 2.0**15
 
 HEAD_ALIGN = 16
 
-MOVES, MOVE_BLOCK = 2, 32
+MOVES, MOVE_BLOCK = 2, 16
 """Of keys of 4 bits, codes that are moved by a step where queries are known, of so many channels of
 each quarter at a time: see `reference.moves`.
 """

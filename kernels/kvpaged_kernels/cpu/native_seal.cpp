@@ -1,7 +1,8 @@
 // Full pages as coded slices: the scale of each group searched for, codes, parameters, checksums.
 //
 // What is coded lies with one group a lane: K as it is, channels side by side, V turned. The search
-// is that of reference/seal.py, the moving of codes that of reference/moves.py.
+// is that of reference/seal.py, the moving of codes that of reference/moves.py, whose MOVES and
+// MOVE_BLOCK are constants, too.
 
 #include <algorithm>
 
@@ -82,8 +83,6 @@ static inline void put_codes(const uint8_t* codes, uint8_t* to) {
     }
 }
 
-constexpr int MOVES = 2, MOVE_BLOCK = 32;  // sealed.py's
-
 // Keys as they are coded: codes, a byte each, what is wrong with them, and steps of channels.
 struct Coded {
     alignas(64) uint8_t codes[PAGE][K_DIM];
@@ -101,6 +100,7 @@ static inline void move_code(
     Floats least = none;
     Ints best = Ints{} - 1;
     for (int d = 0; d < count; d++) {
+        if (query[d] == 0) continue;
         const Floats by = along * query[d] > 0 ? none - steps[d] : none + steps[d];
         const Floats across = by * query[d];
         const Floats alone = weight[d] * by * (2 * errors[d] + by);

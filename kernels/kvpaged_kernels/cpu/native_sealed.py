@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpaged_kernels.cpu.native import NativeError, load, native_threads
 from kvpaged_kernels.cpu.native_copy import coefficients
-from kvpaged_kernels.sealed import Part, Receipt, SliceLayout
+from kvpaged_kernels.sealed import MOVE_BLOCK, MOVES, Part, Receipt, SliceLayout
 
 _log = logging.getLogger(__name__)
 _int, _address = ctypes.c_int64, ctypes.c_void_p
@@ -235,7 +235,7 @@ def _constants(layout: SliceLayout) -> tuple[tuple[str, int], ...]:
         ("K_DIM", layout.k_dim), ("V_DIM", layout.v_dim), ("PAGE", layout.page_size),
         ("K_FORM", _form(layout.k)), ("V_FORM", _form(layout.v)),
         ("K_PER", layout.k.group or WHOLE), ("V_PER", layout.v.group or WHOLE),
-        ("HEAD", layout.head_bytes),
+        ("HEAD", layout.head_bytes), ("MOVES", MOVES), ("MOVE_BLOCK", MOVE_BLOCK),
     )  # fmt: skip
 
 
