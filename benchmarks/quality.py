@@ -14,7 +14,6 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def open_systems(
         given: str | KVFormat = "auto" if name == OWN else MORE.get(name, name)
         code = [inspect.getsource(argparse)]  # not of the kind that windows are of
         if name == TUNED:
-            given = replace(tune(model, code, tokenizer=tokenizer), name=name)
+            given = tune(model, code, tokenizer=tokenizer)
         if name == CALIBRATED:
             given = calibrate(model, code, tokenizer=tokenizer, budget=BUDGET).format
         systems[name] = paged(model, name, given, memory=memory, backend=backend)

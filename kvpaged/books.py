@@ -117,6 +117,7 @@ class CacheBooks:
         )
         dtypes = {group.geometry.dtype for group in self.groups}
         self.kv_format = KVFormat.of(kv_format, dtypes)
+        self._format_key = self.kv_format.key()
         self.backends = tuple(self.config.backend_on(group.device.type) for group in self.groups)
         self._places = {
             layer: (number, place)
@@ -347,7 +348,7 @@ class CacheBooks:
         identity, namespace, private = self.current()
         if not namespace or private is not None:
             return [None] * rows
-        extra = self.kv_format.key() + extra
+        extra = self._format_key + extra
         with self.lock:
             root = self.index.root(namespace, extra)
         size = self.config.page_size

@@ -31,10 +31,13 @@ TRIES = 5
 NEAR = 0.85
 """A choice that uses this much of the budget is not improved upon."""
 
-LEAST = {"int4g64": 1.0, "int4": 1 / 2.5, "int4g16": 1 / 5, "int8": 1 / 400, "fp8": 1 / 400}
-"""No code does less harm than this beside the others: 8 bits have 17 times finer steps than 4, half
-as many numbers that share a scale at most 1.5 times finer ones, and harm goes with their square.
+LEAST = {"int4g64": 1.0, "int4": 1 / 2.5, "int4g16": 1 / 6.25}
+"""Of codes of 4 bits, none does less harm than this beside the others: of numbers that share a
+scale, half as many have at most 1.6 times finer steps, and harm goes with their square.
 """
+
+LEAST_OF_8 = 1 / 400
+"""The same of a code of 8 bits beside any: its steps are 17 times finer than those of 4 bits."""
 
 COLLAPSE_KL, COLLAPSE_CHANGE = 0.2, 0.2
 """A format is said to collapse beyond this divergence, or this rise of the perplexity."""
@@ -209,7 +212,7 @@ class _Work:
             self._say(f"{code} in all layers: {uniform[code]}")
         chosen, measured = self._choose(probe, held_out, ways, harm, budget)
         chosen = replace(chosen, queries={
-            layer: mean for layer, mean in chosen.queries.items()
+            layer: like for layer, like in chosen.queries.items()
             if is_int4(chosen.codes(layer)[0])
         })  # fmt: skip
         collapses = tuple(
@@ -265,8 +268,10 @@ class _Work:
         """The harm of a code: measured, or the least there can be."""
         if code == EXACT:
             return 0.0
-        least = LEAST[code] / LEAST[self._coarsest]
-        return harm[of].get(code, harm[of][self._coarsest] * least)
+        coarsest = harm[of][self._coarsest]
+        if not is_int4(code):
+            return harm[of].get(code, coarsest * LEAST_OF_8)
+        return harm[of].get(code, coarsest * LEAST[code] / LEAST[self._coarsest])
 
     # -- what is chosen ----------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Texts that a model is observed on: as token ids, and in windows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,19 @@ def ids_of(texts: Texts, tokenizer: Any) -> list[int]:
     """All tokens of some texts.
 
     Raises:
-        UsageError: they are strings and there is no tokenizer.
+        UsageError: they are strings and there is no tokenizer, or not a sequence of texts.
     """
     ids: list[int] = []
-    for text in texts:
+    for text in [None] if isinstance(texts, str) else texts:
         if isinstance(text, str):
             if tokenizer is None:
                 raise UsageError("texts that are strings need a tokenizer")
             text = tokenizer(text, verbose=False)["input_ids"]
+        if not isinstance(text, Iterable):
+            raise UsageError(
+                "texts are a sequence of strings, or of sequences of token ids; got "
+                f"{type(texts).__name__} of {type(texts[0]).__name__}"
+            )
         ids += [int(token) for token in text]
     return ids
 

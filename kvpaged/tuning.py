@@ -6,6 +6,7 @@ are like is the model's: it differs little between one text and another, so that
 of any will do.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def tune(
     length: int = 1024,
 ) -> KVFormat:
     """A format with what a model's queries are like, to be given to `for_model(kv_format=...)`;
-    `to_json` saves it.
+    `to_json` saves it. It is called what it was, and "-tuned".
 
     Only keys of 4 bits gain by it. A pass over each window is made: seconds on a CPU. Pages are
     shared, and found again in tiers, under the same numbers only: keep the result, for another
@@ -43,14 +44,20 @@ def tune(
             model will be asked are best, though what has turned is only lost, not made worse.
 
     Raises:
-        ConfigError: `kv_format` has no keys of 4 bits, or an argument is impossible.
-        UsageError: the texts are too short, or are strings and there is no tokenizer.
+        ConfigError: `kv_format` has no keys of 4 bits, or layers that the model lacks, or an
+            argument is impossible.
+        UsageError: the texts are too short, or are strings and there is no tokenizer; queries are
+            not finite.
         UnsupportedModelError: see `for_model`.
     """
     given = KVFormat.of(kv_format, {getattr(model, "dtype", torch.float32)})
     if not any(map(is_int4, (given.k, *(k for k, _ in given.layers.values())))):
         raise ConfigError(f"a format without keys of 4 bits is not tuned: got {given}")
-    if windows < 1 or length < 64:
+    if not (isinstance(windows, int) and isinstance(length, int) and windows > 0 and length >= 64):
         raise ConfigError(f"1 window and 64 tokens are the least, got {windows} and {length}")
     rows = windows_of(ids_of(texts, tokenizer), windows, length)
-    return given.with_queries(observe_queries(model, rows[:, :-1]))
+    observed = observe_queries(model, rows[:, :-1])
+    given.check_layers(observed)
+    return replace(given, name=f"{given.name}-tuned").with_queries(
+        {n: like for n, like in observed.items() if is_int4(given.codes(n)[0])}
+    )

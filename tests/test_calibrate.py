@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 
 import kvpaged
 from kvpaged import PagedKVCache, calibrate
+from kvpaged.calibration import LEAST, LEAST_OF_8
 from kvpaged.errors import ConfigError, UsageError
 from kvpaged.formats.choice import Option, choose, frontier
-from kvpaged.formats.kv import KVFormat
+from kvpaged.formats.kv import KVFormat, slice_layout
+from kvpaged.geometry import PageGeometry
+from kvpaged_kernels.reference.seal import code, unseal
 from tests.hf.tiny import ids, tiny
 
 PAGE, LENGTH = 32, 160
@@ -107,6 +111,64 @@ def test_a_model_that_bears_it_gets_the_fewest_bits_and_is_not_said_to_collapse(
     assert "collapses" not in found.report()
     assert {found.format.codes(layer) for layer in range(4)} == {("int4", "int4")}
     assert found.bits == found.uniform["int4"].bits
+
+
+def test_keys_of_4_bits_are_coded_for_the_queries_that_were_observed(plain):
+    """Of the layers that have some, and with them in what is measured."""
+    of_4 = {layer for layer in range(4) if plain.format.codes(layer)[0] == "int4"}
+    assert 0 < len(of_4) < 4
+    assert set(plain.format.queries) == of_4
+    untuned = replace(plain.format, queries={})
+    rows = ids(4, 160, seed=3)
+    exact, tuned, others = (
+        predicted(model_of(), kv_format, rows) for kv_format in (KVFormat(), plain.format, untuned)
+    )
+    assert not torch.equal(tuned, others)
+    assert not torch.equal(tuned, exact)
+
+
+def predicted(model, kv_format, rows):
+    with (
+        PagedKVCache.for_model(
+            model, "32MiB", page_size=PAGE, kv_format=kv_format, backend="reference"
+        ) as cache,
+        cache.session(rows) as past,
+        torch.inference_mode(),
+    ):
+        return model(rows, past_key_values=past).logits
+
+
+def test_groups_of_4_bits_are_chosen_from_where_nothing_is_said():
+    found = calibrated(
+        model_of(), budget=0.05, formats=("int8", "int4g16", "int4", "int4g64"), page_size=64,
+        length=320,
+    )  # fmt: skip
+    assert found.coarsest == "int4g64"
+    chosen = {code for layer in range(4) for code in found.format.codes(layer)}
+    assert chosen & {"int4g64", "int4g16"}
+    assert found.measured.kl <= torch.tensor(found.budget).log1p().item()
+    assert set(found.format.queries) == {
+        layer for layer in range(4) if found.format.codes(layer)[0].startswith("int4")
+    }
+
+
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_no_code_is_better_than_it_is_taken_to_be(of):
+    """The least harm a code could do, beside squared errors of random numbers."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 2, 64, 64)
+    x = torch.cat((x, torch.randn(8, 2, 64, 1) * x, 2 * torch.rand(8, 2, 64, 64) - 1))
+    geometry = PageGeometry(layers=1, kv_heads=2, head_dim=64, page_size=64, dtype=torch.float32)
+    errors = {}
+    for one in ("fp8", "int8", "int4g16", "int4", "int4g64"):
+        layout = slice_layout(geometry, one, one)
+        found = unseal(code(x, x, layout), layout)["kv".index(of)]
+        errors[one] = float((found - x).square().mean())
+    for coarse in LEAST:
+        for one, error in errors.items():
+            least = LEAST_OF_8 if one not in LEAST else LEAST[one] / LEAST[coarse]
+            if LEAST.get(one, 0) < LEAST[coarse]:
+                assert error > least * errors[coarse], (one, coarse)
 
 
 def test_its_format_is_saved_as_json_and_taken_by_a_cache(plain):

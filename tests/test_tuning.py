@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -134,18 +135,19 @@ def group_of(kv_heads: int, width: int) -> LayerGroup:
 
 def test_json_keeps_it_and_pages_of_others_are_not_taken_for_its():
     given = KVFormat.of("int4", {torch.float32})
-    tuned = given.with_queries({0: torch.randn(2, 2, 16), 1: torch.randn(2, 2, 16)})
+    tuned = given.with_queries({0: torch.randn(2, 2, 16).abs(), 1: torch.randn(2, 2, 16).abs()})
     assert KVFormat.from_json(tuned.to_json()) == tuned
     document = json.loads(given.to_json())
     del document["queries"]  # as it was written before there were any
     assert KVFormat.from_json(json.dumps(document)) == given
-    other = tuned.with_queries({0: torch.randn(2, 2, 16)})
+    other = tuned.with_queries({0: torch.randn(2, 2, 16).abs()})
     assert len({one.key() for one in (given, tuned, other)}) == 3
     assert tuned.id == given.id
+    assert len({given, tuned, other, KVFormat.from_json(tuned.to_json())}) == 3
 
 
 def test_only_layers_with_keys_of_4_bits_take_it():
-    means = {0: torch.randn(2, 2, 16), 1: torch.randn(2, 2, 16)}
+    means = {0: torch.randn(2, 2, 16).abs(), 1: torch.randn(2, 2, 16).abs()}
     layers = {1: ("int4g64", "fp8")}
     kv_format = KVFormat(k="int8", v="int8", layers=layers).with_queries(means)
     sealed = kv_format.sealed(group_of(2, 16))
@@ -167,17 +169,71 @@ def test_only_layers_with_keys_of_4_bits_take_it():
     [
         (
             torch.zeros(2, 2, 8),
-            "of layer 1 are like is 32 numbers, two for each channel, .* 2 heads of 16",
+            "of layer 1 are like is 32 numbers, two for each channel",
         ),
-        (
-            torch.full((2, 2, 16), torch.nan),
-            "queries of layer 1 are like is not finite numbers",
-        ),
+        (torch.full((2, 2, 16), torch.nan), "queries of layer 1 are not finite"),
+        (torch.full((2, 2, 16), torch.inf), "queries of layer 1 are not finite"),
+        (torch.full((2, 2, 16), -1.0), "w is below 0"),
+        (torch.zeros(64), r"queries of layer 1 are \[kv_heads, 2, k_width\], got \(64,\)"),
+        (torch.zeros(2, 16, 2), r"got \(2, 16, 2\)"),
     ],
 )
 def test_queries_that_do_not_fit(like, message):
     with pytest.raises(ConfigError, match=message):
         KVFormat.of("int4", {torch.float32}).with_queries({1: like}).sealed(group_of(2, 16))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"queries": {0: "abcd"}}, "queries bytes, by layer number"),
+        ({"queries": {0: b"abc"}}, "not finite numbers of fp16"),
+        ({"layers": {"first": ("fp8", "fp8")}}, "pairs of codes"),
+        ({"layers": {0: "fp8"}}, "pairs of codes"),
+        ({"keep": 1.5}, "0 or more pages exact, got 1.5"),
+        ({"keep": True}, "0 or more pages exact, got True"),
+        ({"name": 5}, "a format's name is a string, got 5"),
+    ],
+)
+def test_formats_of_wrong_types(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        KVFormat(**({"k": "int4", "v": "int4"} | wrong))
+
+
+def test_formats_are_values():
+    """Equal ones have one key and one hash, and nothing changes them."""
+    layers: Any = {np.int64(0): ["int8", "int8"]}
+    one, same = KVFormat(layers=layers), KVFormat(layers={0: ("int8", "int8")})
+    assert one == same
+    assert (hash(one), one.key()) == (hash(same), same.key())
+    layers[1] = ("int4", "int4")
+    assert one == same
+    assert KVFormat.from_json(one.to_json()).key() == one.key()
+
+
+def test_queries_that_nothing_is_coded_for_change_no_key():
+    known = {0: torch.randn(2, 2, 16).abs()}
+    for kv_format in (KVFormat(k="int8", v="int4"), KVFormat(layers={1: ("int4", "int4")})):
+        assert kv_format.with_queries(known).key() == kv_format.key()
+
+
+def test_a_format_of_another_model_is_refused():
+    for wrong in (
+        KVFormat(k="int4", v="int4", layers={7: ("int8", "int8")}),
+        KVFormat(k="int4", v="int4").with_queries({7: torch.ones(2, 2, 16)}),
+    ):
+        with pytest.raises(ConfigError, match=r"is for layers \[7\], which the model has not"):
+            PagedKVCache.for_model(tiny(), "1MiB", page_size=PAGE, kv_format=wrong)
+        with pytest.raises(ConfigError, match=r"is for layers \[7\]"):
+            tune(tiny(), TEXT, kv_format=wrong, length=64)
+
+
+def test_queries_that_are_no_numbers_are_named():
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UsageError, match="queries of layer 1 are not finite numbers"):
+        tune(model, TEXT, length=64)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +244,15 @@ def test_queries_that_do_not_fit(like, message):
         ({"kv_format": "int3"}, ConfigError, "int3"),
         ({"windows": 0}, ConfigError, "got 0 and"),
         ({"length": 63}, ConfigError, "got 2 and 63"),
+        ({"windows": 1.5}, ConfigError, "got 1.5 and"),
+        ({"texts": [1, 2, 3]}, UsageError, "got list of int"),
+        ({"texts": "a text"}, UsageError, "got str of str"),
         ({"length": 1024}, UsageError, "2 windows of 1024 tokens need 2050 tokens"),
     ],
 )
 def test_what_can_not_be_tuned(options, error, message):
     with pytest.raises(error, match=message):
-        tune(tiny(), TEXT, **options)
+        tune(tiny(), **({"texts": TEXT} | options))
 
 
 def test_strings_need_a_tokenizer():

@@ -59,7 +59,8 @@ def _require_dense_last(name: str, tensor: Tensor) -> None:
     )
 
 
-def _require_device(device: torch.device, **tensors: Tensor | None) -> None:
+def require_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise ValueError naming the first of these tensors, by their names, that is elsewhere."""
     for name, tensor in tensors.items():
         require(
             tensor is None or tensor.device == device,
@@ -146,7 +147,7 @@ def check_append(
         _check_pages_pair(k_pages, v_pages, dtypes)
         _check_tokens("v", v, v_pages, slots.shape[0])
     _check_tokens("k", k, k_pages, slots.shape[0])
-    _require_device(k_pages.device, k=k, v=v, v_pages=v_pages, slots=slots)
+    require_device(k_pages.device, k=k, v=v, v_pages=v_pages, slots=slots)
 
 
 def _check_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
@@ -201,7 +202,7 @@ def _check_cu_q(cu_q: Tensor, seq_lens: Tensor) -> None:
     _require_rank("cu_q", cu_q, "rows + 1")
     _require_dtype("cu_q", cu_q, (torch.int32,))
     _require_dense_last("cu_q", cu_q)
-    _require_device(seq_lens.device, cu_q=cu_q)
+    require_device(seq_lens.device, cu_q=cu_q)
     require(
         cu_q.shape[0] == seq_lens.shape[0] + 1,
         f"cu_q must have rows + 1 = {seq_lens.shape[0] + 1} elements, got {cu_q.shape[0]}",
@@ -258,7 +259,7 @@ def _check_attention(
     _check_queries(q, k_pages, v_pages)
     _check_table(block_table, seq_lens)
     _check_options(q.shape[1], scale, window, softcap, sinks, alibi_slopes)
-    _require_device(
+    require_device(
         q.device,
         k_pages=k_pages,
         v_pages=v_pages,
@@ -355,7 +356,7 @@ def check_copy(pages: Tensor, src: Tensor, dst: Tensor) -> None:
         src.shape == dst.shape,
         f"src and dst must have one length, got {src.shape[0]} and {dst.shape[0]}",
     )
-    _require_device(pages.device, src=src, dst=dst)
+    require_device(pages.device, src=src, dst=dst)
 
 
 def check_fill(records: Tensor, pages: Tensor, entries: Tensor) -> None:
@@ -376,7 +377,7 @@ def check_fill(records: Tensor, pages: Tensor, entries: Tensor) -> None:
         entries.shape[0] == records.shape[0],
         f"there must be an entry a record, got {entries.shape[0]} and {records.shape[0]}",
     )
-    _require_device(pages.device, entries=entries)
+    require_device(pages.device, entries=entries)
     if records.device != pages.device:
         require(
             records.device.type == "cpu" and records.is_pinned(),
@@ -396,4 +397,4 @@ def check_checksum(words: Tensor, entries: Tensor, *, first_word: int) -> None:
         first_word >= 0 and last <= MAX_CHECKSUM_WORDS,
         f"words {first_word}..{last} of a slice must be in 0..{MAX_CHECKSUM_WORDS}",
     )
-    _require_device(words.device, entries=entries)
+    require_device(words.device, entries=entries)

@@ -5,7 +5,7 @@ implementation: shapes, strides, dtypes and devices only, as in `checks`.
 import torch
 from torch import Tensor
 
-from kvpaged_kernels.checks import check_decode, check_prefill, require
+from kvpaged_kernels.checks import check_decode, check_prefill, require, require_device
 from kvpaged_kernels.sealed import SliceLayout
 
 
@@ -34,6 +34,9 @@ def check_seal(
         src.dtype == dst.dtype == torch.int64 and src.ndim == 1 and src.shape == dst.shape,
         f"src and dst are int64 [n], got {tuple(src.shape)} of {src.dtype} and "
         f"{tuple(dst.shape)} of {dst.dtype}",
+    )
+    require_device(
+        k_pages.device, v_pages=v_pages, src=src, slices=slices, dst=dst, queries=queries
     )
     if queries is None:
         return

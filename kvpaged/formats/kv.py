@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,8 +41,6 @@ IDS = {"fp8": 1, "int8": 2, "k8v4": 3, "int4": 4}
 BY_LAYER = 5
 """The id of every format whose layers differ: their pages' keys say which it is."""
 
-_HALF = 65504.0
-
 
 def is_int4(code: str) -> bool:
     """Whether numbers are coded in 4 bits."""
@@ -74,17 +72,32 @@ class KVFormat:
     queries: Mapping[int, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for k, v in ((self.k, self.v), *self.layers.values()):
+        """Takes what was given as it is at this moment. Raises ConfigError: it is no format."""
+        try:
+            layers = {int(n): (str(k), str(v)) for n, (k, v) in dict(self.layers).items()}
+            queries = {int(n): bytes(memoryview(like)) for n, like in dict(self.queries).items()}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"a format's layers are pairs of codes, and queries bytes, by layer number: {error}"
+            ) from None
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "queries", queries)
+        for k, v in ((self.k, self.v), *layers.values()):
             if k not in CODES or v not in CODES:
                 raise ConfigError(f"K and V are coded as {', '.join(CODES)}; got {k!r} and {v!r}")
-        if self.keep < 0:
+        if type(self.keep) is not int or self.keep < 0:
             raise ConfigError(f"a format keeps 0 or more pages exact, got {self.keep}")
-        for layer, given in self.queries.items():
-            if not given or len(given) % 2 or not np.isfinite(np.frombuffer(given, "<f2")).all():
+        if not isinstance(self.name, str):
+            raise ConfigError(f"a format's name is a string, got {self.name!r}")
+        for layer, given in queries.items():
+            if not given or len(given) % 4 or not np.isfinite(np.frombuffer(given, "<f2")).all():
                 raise ConfigError(
                     f"what queries of layer {layer} are like is not finite numbers of fp16, but "
                     f"{len(given)} bytes"
                 )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.key()))
 
     @classmethod
     def of(cls, given: "str | KVFormat", dtypes: set[torch.dtype]) -> "KVFormat":
@@ -113,6 +126,15 @@ class KVFormat:
     def codes(self, layer: int) -> tuple[str, str]:
         """How a model's layer codes K and V."""
         return self.layers.get(layer, (self.k, self.v))
+
+    def check_layers(self, known: Iterable[int]) -> None:
+        """Raise `ConfigError` unless all layers that it names are among these."""
+        known = set(known)
+        if unknown := sorted({*self.layers, *self.queries} - known):
+            raise ConfigError(
+                f"format {self.name!r} is for layers {unknown[:8]}, which the model has not: its "
+                f"layers are {min(known)} to {max(known)}"
+            )
 
     def sealed(self, group: LayerGroup) -> SealedGeometry | None:
         """What full pages of a group are like; `None`: as they were.
@@ -150,12 +172,19 @@ class KVFormat:
                 `u u' + diag(w)`, in any unit that fits fp16.
 
         Raises:
-            ConfigError: numbers that are not finite.
+            ConfigError: another shape, numbers that are not finite, `w` below 0.
         """
-        packed = {
-            layer: like.detach().clamp(-_HALF, _HALF).to("cpu", torch.float16).numpy().tobytes()
-            for layer, like in given.items()
-        }
+        packed = {}
+        for layer, like in given.items():
+            if like.ndim != 3 or like.shape[1] != 2:
+                raise ConfigError(
+                    f"queries of layer {layer} are [kv_heads, 2, k_width], got {tuple(like.shape)}"
+                )
+            if not like.isfinite().all() or (like[:, 1] < 0).any():
+                raise ConfigError(f"queries of layer {layer} are not finite, or w is below 0")
+            most = torch.finfo(torch.float16).max
+            half = like.detach().clamp(-most, most).to("cpu", torch.float16)
+            packed[layer] = half.contiguous().numpy().tobytes()
         return replace(self, queries=packed)
 
     @property
@@ -187,13 +216,13 @@ class KVFormat:
             given: dict[str, Any] = json.loads(text)
             if given.pop("kvpaged_kv_format") != 1:
                 raise ConfigError("a KVFormat of another version")
-            layers = {int(n): (str(k), str(v)) for n, (k, v) in given.pop("layers").items()}
+            layers = given.pop("layers")
             queries = {
                 int(n): base64.b64decode(text, validate=True)
                 for n, text in given.pop("queries", {}).items()
             }
             return cls(layers=layers, queries=queries, **given)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"not a KVFormat in JSON: {error!r}") from None
 
     def key(self) -> bytes:
@@ -201,10 +230,11 @@ class KVFormat:
         if not self.layers and (self.k, self.v) == (EXACT, EXACT):
             return b""
         parts: tuple[Any, ...] = (self.k, self.v, sorted(self.layers.items()), self.keep)
-        if self.queries:
+        used = [n for n in sorted(self.queries) if is_int4(self.codes(n)[0])]
+        if used:
             digest = hashlib.blake2b(digest_size=16)
-            for layer, given in sorted(self.queries.items()):
-                digest.update(f"{layer} {len(given)} ".encode() + given)
+            for layer in used:
+                digest.update(f"{layer} {len(self.queries[layer])} ".encode() + self.queries[layer])
             parts = (*parts, digest.hexdigest())
         return repr(parts).encode() + b"\0"
 

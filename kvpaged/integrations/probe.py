@@ -19,6 +19,8 @@ class Onlooker(ABC):
     computes attention.
     """
 
+    __slots__ = ()
+
     @abstractmethod
     def note_attention(self, query: Tensor, kwargs: dict[str, Any]) -> None:
         """Told what attention gets: queries `[rows, q_heads, columns, k_width]`, and the rest."""

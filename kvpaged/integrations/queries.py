@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvpaged.errors import UsageError
 from kvpaged.integrations.attention import TAG, prepare
 from kvpaged.integrations.probe import Onlooker
 
@@ -57,7 +58,8 @@ def observe_queries(model: Any, rows: Tensor) -> dict[int, Tensor]:
         rows: int64 `[rows, tokens]`; a pass is made for each.
 
     Raises:
-        UnsupportedModelError, UsageError: see `for_model`.
+        UnsupportedModelError: see `for_model`.
+        UsageError: that, too; or queries of a layer are not finite numbers.
     """
     preparation, _ = prepare(model, 64)
     moments: dict[int, _Moment] = {}
@@ -66,8 +68,12 @@ def observe_queries(model: Any, rows: Tensor) -> dict[int, Tensor]:
             model(row, past_key_values=_OnlookingCache(moments), logits_to_keep=1)
     finally:
         preparation.release()
-    totals = {layer: moment.total for layer, moment in moments.items()}
-    return {layer: _factor(total) for layer, total in totals.items() if total is not None}
+    found = {}
+    for layer, moment in moments.items():
+        if moment.total is None or not moment.total.isfinite().all():
+            raise UsageError(f"queries of layer {layer} are not finite numbers on these texts")
+        found[layer] = _factor(moment.total)
+    return found
 
 
 def _factor(moment: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ def build_pools(
     each group.
 
     Raises:
-        ConfigError: see `PagePool` and `KVFormat.sealed`.
+        ConfigError: see `PagePool`, `KVFormat.check_layers` and `KVFormat.sealed`.
     """
+    kv_format.check_layers(layer for group in groups for layer in group.layers)
     devices = list(dict.fromkeys(group.device for group in groups))
     weights = [
         sum(group.geometry.token_bytes for group in groups if group.device == device)

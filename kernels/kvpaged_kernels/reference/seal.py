@@ -39,8 +39,8 @@ def seal(
 
     Codes are chosen in fp32: of the scales that are tried for a group, the one with the least sum
     of squared errors. Which of two equally good ones, and which of two codes a value lies between,
-    is left open: sums are rounded differently everywhere. Raises ValueError where shapes or dtypes
-    disagree.
+    is left open: sums are rounded differently everywhere. Raises ValueError where shapes, dtypes or
+    devices disagree, or queries are given for keys that are not of 4 bits.
     """
     check_seal(k_pages, v_pages, src, slices, dst, layout, queries)
     k, v = k_pages[src].flatten(0, 1), v_pages[src].flatten(0, 1)
