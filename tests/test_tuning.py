@@ -11,12 +11,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvpaged import KVFormat, PagedKVCache, tune
+from kvpaged import DiskTier, KVFormat, PagedKVCache, tune
 from kvpaged.errors import ConfigError, UsageError
 from kvpaged.geometry import LayerGroup, PageGeometry
 from kvpaged.integrations.queries import observe_queries
 from kvpaged.pages.mixed import MixedClass
-from tests.hf.compressed import hybrid
+from tests.hf.compressed import always_loads, hybrid
 from tests.hf.tiny import ids, tiny
 
 PAGE = 16
@@ -144,6 +144,25 @@ def test_json_keeps_it_and_pages_of_others_are_not_taken_for_its():
     assert len({one.key() for one in (given, tuned, other)}) == 3
     assert tuned.id == given.id
     assert len({given, tuned, other, KVFormat.from_json(tuned.to_json())}) == 3
+
+
+def test_a_disk_keeps_both_apart_and_finds_each_again(tmp_path, monkeypatch):
+    """Their records are alike but for the keys."""
+    model, prompt = alike(), ids(1, 100)
+    plain = KVFormat.of("int4", {torch.float32})
+    tuned = tune(model, TEXT, kv_format=plain, length=128)
+    found = []
+    for kv_format in (plain, tuned, tuned, plain):
+        tiers = [DiskTier(tmp_path, "64MiB")]
+        with PagedKVCache.for_model(
+            model, "4MiB", page_size=PAGE, kv_format=kv_format, tiers=tiers
+        ) as cache:
+            always_loads(cache, monkeypatch)
+            with cache.session(prompt) as past, torch.inference_mode():
+                found.append(past.reused)
+                model(prompt, past_key_values=past)
+            assert cache.flush(20)
+    assert found == [0, 0, 96, 96]
 
 
 def test_only_layers_with_keys_of_4_bits_take_it():
