@@ -24,7 +24,8 @@ from kvpaged.generate.requests import Reply, Request
 from kvpaged.keys import KEY_BYTES, TOKEN_BYTES, encode_tokens
 from kvpaged.pages.allocator import SEALED, PageAllocator
 from kvpaged.pages.frames import FrameBudget
-from kvpaged.pages.prefix import Node, PrefixIndex, Trail
+from kvpaged.pages.prefix import PrefixIndex
+from kvpaged.pages.trail import Node, Trail
 from kvpaged.slot_batch import SlotBatch
 
 PROMPT = 50_000

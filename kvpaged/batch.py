@@ -13,19 +13,11 @@ from kvpaged.growth import take_all, take_each
 from kvpaged.mixed_step import attend_mixed, plan_mixed, single_rows, write_mixed
 from kvpaged.ops import Options
 from kvpaged.pages.mixed import MixedClass
-from kvpaged.pages.prefix import Trail
 from kvpaged.pages.stage import Stage
+from kvpaged.pages.trail import Trail
 from kvpaged.sequences import Sequences
-from kvpaged.step import (
-    Ints,
-    Step,
-    as_index,
-    attend_layer,
-    make_step,
-    next_step,
-    plan_layers,
-    write_layer,
-)
+from kvpaged.step import Ints, Step, as_index, make_step, next_step
+from kvpaged.step_layers import attend_layer, plan_layers, write_layer
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged_kernels.cpu.lane import Lane
 from kvpaged_kernels.cpu.plan import DecodePlan

@@ -27,9 +27,10 @@ from kvpaged.pages.build import build_pools
 from kvpaged.pages.coding import verify_class
 from kvpaged.pages.extents import Ids
 from kvpaged.pages.mixed import AnyClass, MixedClass
-from kvpaged.pages.prefix import PrefixIndex, Trail
+from kvpaged.pages.prefix import PrefixIndex
 from kvpaged.pages.room import wait_for_room
 from kvpaged.pages.table import BlockTable
+from kvpaged.pages.trail import Trail
 from kvpaged.stats import (
     CacheStats,
     Counters,

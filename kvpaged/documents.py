@@ -25,7 +25,7 @@ from kvpaged.offload.gather import (
 )
 from kvpaged.offload.pool import PoolView
 from kvpaged.pages.allocator import SEALED
-from kvpaged.pages.prefix import Trail
+from kvpaged.pages.trail import Trail
 from kvpaged.tiers.document import DocumentReader, Group, Header, write_document
 from kvpaged.tiers.record import Head, body_sums, record_key
 from kvpaged.tokens import Ids

@@ -5,7 +5,7 @@ from types import TracebackType
 
 from kvpaged.batch import Batch
 from kvpaged.books import CacheBooks
-from kvpaged.pages.prefix import Trail
+from kvpaged.pages.trail import Trail
 from kvpaged.tokens import Ids
 
 

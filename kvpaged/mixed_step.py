@@ -21,7 +21,8 @@ from kvpaged.mixed_rows import MixedRows
 from kvpaged.ops import Options
 from kvpaged.pages.coding import code_layer
 from kvpaged.pages.mixed import MixedClass
-from kvpaged.step import GroupStep, Ints, Step, check_queries
+from kvpaged.step import GroupStep, Ints, Step
+from kvpaged.step_layers import check_queries
 
 
 @dataclass(slots=True)

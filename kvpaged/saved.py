@@ -15,7 +15,7 @@ from kvpaged.given import one_each
 from kvpaged.keys import KEY_BYTES, Salt, encode_salt, encode_tokens, namespace_digest
 from kvpaged.offload.gather import Gathering, Piece, ask, locate, put
 from kvpaged.offload.mover import Mover
-from kvpaged.pages.prefix import Trail
+from kvpaged.pages.trail import Trail
 from kvpaged.tiers.base import KEPT, MOST_KEY, Record, Tier
 from kvpaged.tiers.record import record_key
 from kvpaged.tiers.rows import SavedRow, SavedRows, salt_digest

@@ -15,7 +15,7 @@ from kvpaged.offload.promotion import Promotion
 from kvpaged.offload.search import Offer
 from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.extents import Ids
-from kvpaged.pages.prefix import Match, Node, Trail
+from kvpaged.pages.trail import Match, Node, Trail
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids as TokenIds
 from kvpaged.tokens import TokenLog

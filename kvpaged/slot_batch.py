@@ -8,7 +8,7 @@ from kvpaged.books import CacheBooks
 from kvpaged.errors import UsageError
 from kvpaged.keys import Salt
 from kvpaged.offload.promotion import Promotion
-from kvpaged.pages.prefix import Match, Trail
+from kvpaged.pages.trail import Match, Trail
 from kvpaged.sequences import NEVER, NOTHING
 from kvpaged.step import Ints
 from kvpaged.tokens import Ids, TokenLog

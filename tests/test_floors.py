@@ -43,6 +43,7 @@ FLOORS = {
     "kvpaged.slot_batch": 6,
     "kvpaged.session": 6,
     "kvpaged.step": 6,
+    "kvpaged.step_layers": 6,
     "kvpaged.tokens": 6,
     "kvpaged.stats": 6,
     "kvpaged.loading": 6,

@@ -25,7 +25,7 @@ from kvpaged.generate.totals import EngineStats, now
 from kvpaged.offload.clock import PassClock
 from kvpaged.offload.promotion import LoadError
 from kvpaged.pages.extents import Ids
-from kvpaged.pages.prefix import Trail
+from kvpaged.pages.trail import Trail
 from kvpaged.slot_batch import SlotBatch
 from kvpaged.step import Step
 

@@ -12,7 +12,7 @@ from kvpaged.generate.requests import Reply
 from kvpaged.generate.scheduler import Prospect
 from kvpaged.keys import Salt, encode_salt, encode_tokens
 from kvpaged.pages.allocator import SEALED
-from kvpaged.pages.prefix import Trail
+from kvpaged.pages.trail import Trail
 from kvpaged.slot_batch import SlotBatch
 
 Ints = npt.NDArray[np.int64]

@@ -15,7 +15,7 @@ from kvpaged.integrations.prompts import check_prompts, left_pads, to_host
 from kvpaged.integrations.session import SessionCache
 from kvpaged.keys import Salt
 from kvpaged.loading import Ahead
-from kvpaged.pages.prefix import Match, Trail
+from kvpaged.pages.trail import Match, Trail
 from kvpaged.tokens import Ids
 
 __all__ = [

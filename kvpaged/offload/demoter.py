@@ -16,7 +16,7 @@ from kvpaged.offload.policy import pressing
 from kvpaged.offload.pool import PoolView
 from kvpaged.offload.stack import Stack
 from kvpaged.offload.staging import Staging
-from kvpaged.pages.prefix import Node
+from kvpaged.pages.trail import Node
 from kvpaged.tiers.base import Demotion, Record
 from kvpaged.tiers.record import Head, record_key
 

@@ -14,7 +14,7 @@ from kvpaged.keys import TOKEN_BYTES
 from kvpaged.offload.copies import Sums
 from kvpaged.offload.pool import PoolView
 from kvpaged.offload.stack import Stack
-from kvpaged.pages.prefix import Trail
+from kvpaged.pages.trail import Trail
 from kvpaged.tiers.base import Record, Tier
 from kvpaged.tiers.record import Head, body_sums, record_key
 

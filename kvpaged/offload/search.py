@@ -8,7 +8,7 @@ from kvpaged.offload.arrivals import Wanted
 from kvpaged.offload.policy import Line, choose
 from kvpaged.offload.pool import PoolView
 from kvpaged.offload.stack import Stack
-from kvpaged.pages.prefix import Match, Node, Trail
+from kvpaged.pages.trail import Match, Node, Trail
 from kvpaged.tiers.record import record_key
 
 AGAIN = 16

@@ -11,8 +11,8 @@ from kvpaged.batch import Batch
 from kvpaged.errors import OutOfPagesError
 from kvpaged.offload.options import OffloadOptions
 from kvpaged.pages.allocator import CACHED, FREE, SEALED
-from kvpaged.pages.prefix import Node
 from kvpaged.pages.table import BlockTable
+from kvpaged.pages.trail import Node
 from kvpaged.sequences import NOTHING
 from kvpaged.testing.dense import (
     DIM,

@@ -102,7 +102,7 @@ class Head:
     Attributes:
         group: the layer group's number.
         geometry: of the page; its layout says nothing.
-        depth: see `pages.prefix.Node`.
+        depth: see `pages.trail.Node`.
         key, before: page keys of the page and of the one before.
         tokens: its token ids, encoded (`keys.encode_tokens`).
         sums: int64 `[layers]`, the checksums of its slices.

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kvpaged.offload.options import OffloadOptions
-from kvpaged.pages.prefix import Node
+from kvpaged.pages.trail import Node
 from kvpaged.testing.dense import PAGE
 from kvpaged.tiers.record import record_key
 from tests.offload.tiered import cache_of, disk, run, words

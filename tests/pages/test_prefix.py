@@ -9,7 +9,8 @@ from kvpaged.errors import IntegrityError, OutOfPagesError
 from kvpaged.keys import Region, encode_tokens
 from kvpaged.pages.allocator import CACHED, SEALED, PageAllocator
 from kvpaged.pages.frames import FrameBudget
-from kvpaged.pages.prefix import PrefixIndex, Trail
+from kvpaged.pages.prefix import PrefixIndex
+from kvpaged.pages.trail import Trail
 
 PAGE = 16
 
