@@ -175,7 +175,9 @@ class GroupPages:
         layout = self._sealed.geometry.layouts[place]
         both = unseal(self._sealed.slices[place][self._sealed.entry_tensor(numbers)], layout)
         errors = self._sealed.errors[torch.from_numpy(numbers).long(), place].numpy()
-        most = np.array([[_worst(part) for part in (layout.k, layout.v)]], np.float32)
+        known = self._sealed.geometry.queries
+        moved = bool(known and known[place])
+        most = np.array([[_worst(layout.k, moved=moved), _worst(layout.v)]], np.float32)
         if not self._receipts:
             errors = np.where(np.isnan(errors), most, errors)
         return [x[:, 0].numpy() for x in both], np.minimum(errors, most) + np.float32(ROUNDING)
@@ -197,8 +199,11 @@ def on_device(table: BlockTable, row: int) -> np.ndarray:
     return found
 
 
-def _worst(part: Part) -> float:
-    """The largest error that numbers between -1 and 1 may come back with."""
+def _worst(part: Part, *, moved: bool = False) -> float:
+    """The largest error that numbers between -1 and 1 may come back with; `moved`: by up to two
+    steps more, for queries that are known.
+    """
     if part.form == "exact":
         return 0.0
-    return 0.04 if part.form == "fp8" else {8: 0.012, 4: 0.11}[part.bits]
+    nearest = 0.04 if part.form == "fp8" else {8: 0.012, 4: 0.11}[part.bits]
+    return nearest + 0.3 * moved
