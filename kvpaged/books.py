@@ -22,7 +22,7 @@ from kvpaged.offload.options import OffloadOptions
 from kvpaged.offload.pool import PoolView, view_of
 from kvpaged.offload.report import OffloadStats, report
 from kvpaged.ops import LayerPages
-from kvpaged.pages.allocator import OPEN, SEALED
+from kvpaged.pages.allocator import SEALED
 from kvpaged.pages.build import build_pools
 from kvpaged.pages.coding import verify_class
 from kvpaged.pages.extents import Ids
@@ -34,9 +34,8 @@ from kvpaged.pages.trail import Trail
 from kvpaged.stats import (
     CacheStats,
     Counters,
-    GroupStats,
     ReuseStats,
-    compressed_stats,
+    group_stats,
 )
 from kvpaged.tiers.base import Tier
 
@@ -172,7 +171,10 @@ class CacheBooks:
         with self.lock:
             alive = list(self._batches)
             self.collect_garbage()
-            groups = tuple(self._group_stats(i, alive) for i in range(len(self.groups)))
+            groups = tuple(
+                group_stats(group, pages, self.kv_format.name, [b.tokens_held(i) for b in alive])
+                for i, (group, pages) in enumerate(zip(self.groups, self.classes, strict=True))
+            )
             return CacheStats(
                 memory=self.config.memory,
                 used=sum(pool.used_bytes() for pool in self.pools),
@@ -190,25 +192,6 @@ class CacheBooks:
         if self.mover is None:
             return None
         return report(self.mover, self.counters.sealed)
-
-    def _group_stats(self, number: int, alive: list[Holder]) -> GroupStats:
-        group, pages = self.groups[number], self.classes[number]
-        allocator = pages.allocator
-        compressed, exact = None, allocator
-        if isinstance(pages, MixedClass):
-            exact = pages.exact.allocator
-            compressed = compressed_stats(self.kv_format.name, pages.sealed)
-        return GroupStats(
-            layers=len(group.layers),
-            window=group.window,
-            page_bytes=group.geometry.page_bytes,
-            pages=exact.capacity,
-            open_pages=int((allocator.states == OPEN).sum()),
-            sealed_pages=int((allocator.states == SEALED).sum()),
-            cached_pages=allocator.cached_pages(),
-            tokens=sum(batch.tokens_held(number) for batch in alive),
-            compressed=compressed,
-        )
 
     def tenant_stats(self, salt: Salt) -> ReuseStats:
         """`stats().reuse` of the sequences of one salt (`None`: of those without), as long as they

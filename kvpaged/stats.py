@@ -1,12 +1,15 @@
 """What a cache reports of itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from kvpaged.geometry import LayerGroup
 from kvpaged.offload.report import OffloadStats
-from kvpaged.pages.allocator import SEALED
+from kvpaged.pages.allocator import OPEN, SEALED
+from kvpaged.pages.mixed import AnyClass, MixedClass
 from kvpaged.pages.pool import SealedClass
 
 
@@ -121,3 +124,25 @@ def compressed_stats(name: str, pages: SealedClass) -> CompressedStats:
         pages=allocator.capacity, used=allocator.used_pages(), cached=allocator.cached_pages(),
         error_k=most[0], error_v=most[1],
     )  # fmt: skip
+
+
+def group_stats(
+    group: LayerGroup, pages: AnyClass, kv_format: str, tokens: Sequence[int]
+) -> GroupStats:
+    """Of a layer group; `kv_format`: what its format is called, `tokens`: what each batch holds."""
+    allocator = pages.allocator
+    compressed, exact = None, allocator
+    if isinstance(pages, MixedClass):
+        exact = pages.exact.allocator
+        compressed = compressed_stats(kv_format, pages.sealed)
+    return GroupStats(
+        layers=len(group.layers),
+        window=group.window,
+        page_bytes=group.geometry.page_bytes,
+        pages=exact.capacity,
+        open_pages=int((allocator.states == OPEN).sum()),
+        sealed_pages=int((allocator.states == SEALED).sum()),
+        cached_pages=allocator.cached_pages(),
+        tokens=sum(tokens),
+        compressed=compressed,
+    )

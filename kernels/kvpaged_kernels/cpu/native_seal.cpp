@@ -173,7 +173,7 @@ static float seal_k(const Number* k, int64_t slot, const float* query, uint8_t* 
                 const Floats code = code_of(x[i], base, inverse, top_of(K_FORM));
                 const Floats error = base + step * code - x[i];
                 most = most_of(most, size_of(error));
-                memcpy(coded.errors[i] + d, &error, sizeof error);
+                if (query) memcpy(coded.errors[i] + d, &error, sizeof error);
                 const Bytes bytes = converted<Bytes>(converted<Ints>(code));
                 memcpy(coded.codes[i] + d, &bytes, sizeof bytes);
             }
